@@ -1,0 +1,112 @@
+"""Curvatures that are diagonal in a Kronecker basis, layer by layer: identity, diagonal, K-FAC and EK-FAC are one class.
+
+``G = (Q_S x Q_A) diag(lam_OI) (Q_S x Q_A)^T``: what differs is ``lam`` and the basis.
+
+    ekfac      lam measured in the eigenbasis                       eq. 20
+    kfac       lam = T_mean x outer(eig S, eig A)                   eq. 17, in the units of eq. 20
+    diagonal   lam measured in the weights' own basis
+    identity   lam = 1, no damping: the gradient dot product
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from upriver.curvature.base import Curvature, Damping, Grads, Solution
+from upriver.errors import NumericalError
+from upriver.tensors import LowRank, weighted_low_rank
+
+
+class Moments(NamedTuple):
+    """The eigendecompositions of one layer's ``A`` and ``S``: bases, eigenvalues, and the mean positions per sequence."""
+
+    Q_A_II: Tensor
+    Q_S_OO: Tensor
+    eig_A_I: Tensor
+    eig_S_O: Tensor
+    T_mean: float
+
+    def rotate(self, q_QOI: Tensor) -> Tensor:
+        return self.Q_S_OO.T @ q_QOI @ self.Q_A_II
+
+    def back(self, v_QOI: Tensor) -> Tensor:
+        return self.Q_S_OO @ v_QOI @ self.Q_A_II.T
+
+    def back_factors(self, low: LowRank) -> LowRank:
+        return LowRank(self.Q_S_OO @ low.U_QOR, low.V_QRI @ self.Q_A_II.T)
+
+    def to(self, like: Tensor) -> "Moments":
+        return Moments(*(m.to(like) for m in self[:4]), self.T_mean)
+
+
+class Eigenblock(NamedTuple):
+    """One layer's curvature: eigenvalues ``lam_OI`` in the basis of ``basis`` (None: the weights' own)."""
+
+    lam_OI: Tensor
+    basis: Moments | None
+
+    @classmethod
+    def ekfac(cls, moments: Moments, lam_OI: Tensor) -> "Eigenblock":
+        return cls(lam_OI, moments)
+
+    @classmethod
+    def kfac(cls, moments: Moments) -> "Eigenblock":
+        """``T_mean x outer(eig S, eig A)``: ``A`` and ``S`` are means per token, ``lam`` is one per sequence, so the mean
+        number of positions makes the two comparable and one damping mean the same for both."""
+        return cls(moments.T_mean * torch.outer(moments.eig_S_O, moments.eig_A_I), moments)
+
+    @classmethod
+    def diagonal(cls, lam_OI: Tensor) -> "Eigenblock":
+        return cls(lam_OI, None)
+
+    @classmethod
+    def identity(cls, O: int, I: int) -> "Eigenblock":
+        return cls(torch.ones(O, I), None)
+
+    def matvec(self, q_QOI: Tensor, damping: Damping) -> Tensor:
+        return self._back(self._rotate(q_QOI) * (self.lam_OI + damping.of(self.lam_OI)))
+
+    def solve(self, q_QOI: Tensor, damping: Damping) -> Tensor:
+        """``(G + lambda I)^-1 q`` (eq. 21), ``[Q, O, I]``.
+
+        Raises:
+            NumericalError: ``lam + lambda`` is zero somewhere, so there is no inverse.
+        """
+        return self._back(self._divide(q_QOI, damping))
+
+    def solve_low_rank(self, q_QOI: Tensor, damping: Damping, rank: int, metric: Moments) -> LowRank:
+        """The solution at rank ``rank``, truncated in the metric of the layer's second moments; see ``weighted_low_rank``."""
+        v_QOI = self._divide(q_QOI, damping)
+        if self.basis is None:
+            v_QOI = metric.rotate(v_QOI)
+        return metric.back_factors(weighted_low_rank(v_QOI, rank, metric.eig_S_O, metric.eig_A_I))
+
+    def _divide(self, q_QOI: Tensor, damping: Damping) -> Tensor:
+        denominator_OI = self.lam_OI + damping.of(self.lam_OI)
+        if not bool((denominator_OI > 0).all()):
+            raise NumericalError(
+                "the damped curvature is singular: an eigenvalue plus the damping is zero; give a larger --damping, such as 1e-8"
+            )
+        return self._rotate(q_QOI) / denominator_OI
+
+    def _rotate(self, q_QOI: Tensor) -> Tensor:
+        return q_QOI if self.basis is None else self.basis.rotate(q_QOI)
+
+    def _back(self, v_QOI: Tensor) -> Tensor:
+        return v_QOI if self.basis is None else self.basis.back(v_QOI)
+
+
+class BlockCurvature(Curvature):
+    """One :class:`Eigenblock` per layer, fetched when its turn comes and let go after."""
+
+    def __init__(self, names: Iterable[str], block: Callable[[str], Eigenblock]):
+        self.names = list(names)
+        self.block = block
+
+    def solve(self, q: Grads, damping: Damping) -> Solution:
+        return Solution({name: self.block(name).solve(q[name], damping) for name in self.names}, True, {})
+
+    def matvec(self, q: Grads, damping: Damping) -> Grads:
+        return {name: self.block(name).matvec(q[name], damping) for name in self.names}

@@ -1,0 +1,128 @@
+"""Full-rank scores of chosen sequences, token by token and layer by layer, and the counterfactual forms of the appendix."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from upriver.curvature.base import Grads
+from upriver.errors import ModelError
+from upriver.model.layers import Layer, weight_gradient_as_stored
+from upriver.model.load import Model
+from upriver.model.losses import LanguageModel
+from upriver.model.capture import frozen
+from upriver.model.sweep import Labels, sweep
+from upriver.tensors import sequence_gradients
+from upriver.text.batch import Batch, Sequences
+
+SPURIOUS = 2 / 3
+
+
+class Rescored(NamedTuple):
+    """Full-rank scores of pairs (sequence, query): P pairs, T positions (zero past a sequence's end), L layers."""
+
+    rows_P: np.ndarray
+    queries_P: np.ndarray
+    tokens_PT: Tensor
+    layers_PL: Tensor
+
+
+class TokenScores:
+    """Consumer: ``- sum_l g_lt^T v_l a_lt`` (eq. 31) for the wanted pairs, and each layer's total by its own contraction.
+
+    The two are computed apart, so that *sum over tokens = sum over layers* is a check and not a definition.
+    """
+
+    def __init__(self, layers: list[Layer], solved: Grads, wanted_RQ: dict[int, list[int]]):
+        self.place = {x.name: i for i, x in enumerate(layers)}
+        self.solved, self.wanted = solved, wanted_RQ
+        self.parts: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor]] = []
+
+    def begin(self, batch: Batch) -> None:
+        pairs = [(n, q) for n, row in enumerate(batch.rows_N) for q in self.wanted[int(row)]]
+        self.n_P, self.q_P = (torch.tensor(x, dtype=torch.long) for x in zip(*pairs, strict=True))
+        T = 1 if batch.real_NT is None else batch.real_NT.shape[1]
+        tokens_PT, layers_PL = torch.zeros(len(pairs), T), torch.zeros(len(pairs), len(self.place))
+        self.parts.append((batch.rows_N[self.n_P.numpy()], self.q_P.numpy(), tokens_PT, layers_PL))
+
+    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
+        _, _, tokens_PT, layers_PL = self.parts[-1]
+        G_NOI, v_QOI = sequence_gradients(a_NTI, g_NTO), self.solved[layer.name]
+        for q in self.q_P.unique().tolist():
+            at = (self.q_P == q).nonzero()[:, 0]
+            n = self.n_P[at].to(a_NTI.device)
+            by_token = -((g_NTO[n] @ v_QOI[q]) * a_NTI[n]).sum(2)
+            folded = by_token.reshape(len(n), -1, tokens_PT.shape[1]).sum(1)  # a layer called twice: its calls added
+            tokens_PT[at] += folded.float().cpu()
+            layers_PL[at, self.place[layer.name]] = -(G_NOI[n] * v_QOI[q]).sum((1, 2)).float().cpu()
+
+    def result(self) -> Rescored:
+        width = max(p[2].shape[1] for p in self.parts)
+        tokens = [nn.functional.pad(p[2], (0, width - p[2].shape[1])) for p in self.parts]
+        rows, queries = (np.concatenate([p[i] for p in self.parts]) for i in (0, 1))
+        return Rescored(rows, queries, torch.cat(tokens), torch.cat([p[3] for p in self.parts]))
+
+
+def rescore(
+    model: Model,
+    layers: list[Layer],
+    data: Sequences,
+    solved: Grads,
+    wanted: dict[int, list[int]],
+    batch_tokens: int,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Rescored:
+    """Score the pairs ``wanted`` (corpus row -> slots of ``solved``) at full rank, in the dtype of ``model``."""
+    batches = data.plan(batch_tokens, np.array(sorted(wanted)))
+    consumer = TokenScores(layers, solved, wanted)
+    sweep(model, layers, data, batches, consumer, Labels(), advance)
+    return consumer.result()
+
+
+def spurious(token_scores_T: np.ndarray) -> bool:
+    """Whether so few tokens carry the score that it may be an accident: ``||tok||_2 / ||tok||_1 > 2/3``."""
+    total = np.abs(token_scores_T).sum()
+    return bool(total > 0 and np.sqrt(np.square(token_scores_T).sum()) / total > SPURIOUS)
+
+
+def output_token_influence(model: Model, layers: list[Layer], batch: Batch, v: Grads) -> Tensor:
+    """Each token's counterfactual influence: the derivative of its log-probability along ``v`` (eq. 36), ``[N, T]``.
+
+    Exact, by forward-mode differentiation.  The sum over tokens is the total influence.
+
+    Args:
+        v: the solved query ``(G + lambda I)^-1 grad f``, ``[O, I]`` for every layer.
+
+    Raises:
+        ModelError: the task is not a language model.
+    """
+    task = model.task
+    if not isinstance(task, LanguageModel):
+        raise ModelError(f"output-token influence needs a language model: got the task {task.name!r}")
+    names = {id(m): name for name, m in model.module.named_modules()}
+    primals, tangents = {}, {}
+    for layer in layers:
+        for part, tangent in weight_gradient_as_stored(layer.modules[0], v[layer.name]).items():
+            key = f"{names[id(layer.modules[0])]}.{part}"
+            primals[key], tangents[key] = layer.modules[0].get_parameter(part).detach(), tangent.contiguous()
+
+    def log_probs(weights: dict[str, Tensor]) -> Tensor:
+        return task.log_probs(_Functional(model.module, weights), batch)
+
+    with frozen(model.module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels have no forward mode
+        return jvp(log_probs, (primals,), (tangents,))[1]
+
+
+class _Functional(nn.Module):
+    """A module called with some of its weights replaced."""
+
+    def __init__(self, module: nn.Module, weights: dict[str, Tensor]):
+        super().__init__()
+        self._call = lambda *args, **kwargs: functional_call(module, weights, args, kwargs)
+
+    def forward(self, *args, **kwargs):
+        return self._call(*args, **kwargs)

@@ -1,0 +1,138 @@
+"""The one hook of the system: a layer's inputs ``a_NTI`` and output gradients ``g_NTO``, while the backward pass runs.
+
+    with capture(module, layers, consume) as run:
+        run(len(batch), real_NT, lambda: task.loss(module, batch))
+
+``consume(layer, a_NTI, g_NTO)`` is called once per layer and backward pass, the last layer first.  Parameters are frozen
+meanwhile, so autograd forms no weight gradient, and the backward pass ends at the lowest tracked layer.  The module is left
+exactly as it was found.
+
+A layer called several times in one pass gives its calls side by side along T: whatever is summed over tokens is then summed
+over calls, before anything is squared.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from upriver.errors import ModelError, NumericalError
+from upriver.model.layers import Layer
+
+Consume = Callable[[Layer, Tensor, Tensor], None]
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and frozen parameters inside; modes and ``requires_grad`` exactly as before afterwards."""
+    modes = {m: m.training for m in module.modules()}
+    flags = {p: p.requires_grad for p in module.parameters()}
+    module.eval()
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+
+
+@contextmanager
+def capture(module: nn.Module, layers: list[Layer], consume: Consume) -> Iterator["Run"]:
+    """Yield ``run(N, T, forward)``, which runs a forward and a backward pass and feeds ``consume``.
+
+    Raises:
+        ModelError: a layer's input cannot be laid out by sequence and token, or the model hides its calls.
+        NumericalError: the loss is NaN or infinite.
+    """
+    run = Run(consume)
+    hooks = [
+        m.register_forward_hook(partial(run.on_call, layer), with_kwargs=True) for layer in layers for m in layer.modules
+    ]
+    try:
+        with frozen(module):
+            yield run
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Call(NamedTuple):
+    a_NTI: Tensor
+    g_NTO: Tensor
+
+
+class Run:
+    """The forward and backward passes of one :func:`capture`; call it once per batch."""
+
+    def __init__(self, consume: Consume):
+        self._consume = consume
+        self._N, self._T = 0, None
+        self._backward = False
+        self._expected: dict[str, int] = {}
+        self._waiting: dict[str, tuple[Layer, list[Call]]] = {}
+
+    def __call__(self, N: int, T: int | None, forward: Callable[[], Tensor]) -> Tensor:
+        """Run ``forward`` (a scalar loss of ``N`` sequences of ``T`` positions, None when T is the layer's own) and backward.
+
+        Returns:
+            The loss, detached.
+        """
+        self._N, self._T, self._backward = N, T, False
+        self._expected, self._waiting = {}, {}
+        with torch.enable_grad():
+            loss = forward()
+        if not torch.isfinite(loss):
+            raise NumericalError(f"the loss of a batch is {float(loss)}; check the weights for NaN, or use --dtype float32")
+        if not loss.requires_grad:
+            raise ModelError("the loss does not depend on any tracked layer; choose other layers with --layers")
+        self._backward = True
+        loss.backward()
+        for layer, calls in self._waiting.values():
+            self._hand_over(layer, calls)
+        return loss.detach()
+
+    def on_call(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """The forward hook: keep the input, and ask for the gradient at the output."""
+        if not torch.is_grad_enabled():
+            raise ModelError(
+                f"layer {layer.name!r} runs without gradients inside the model, as under reentrant activation checkpointing; "
+                "switch checkpointing off or give it use_reentrant=False"
+            )
+        if not output.requires_grad:  # the lowest tracked layer: the graph begins here
+            output = output.requires_grad_().clone()
+        if not self._backward:  # a recomputation under activation checkpointing only rebuilds the graph
+            self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
+            a = args[0] if args else next(iter(kwargs.values()))
+            output.register_hook(partial(self._on_gradient, layer, a.detach()))
+        return output
+
+    def _on_gradient(self, layer: Layer, a: Tensor, g: Tensor) -> None:
+        calls = self._waiting.setdefault(layer.name, (layer, []))[1]
+        calls.append(Call(self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False)))
+        if len(calls) == self._expected[layer.name]:
+            self._hand_over(*self._waiting.pop(layer.name))
+
+    def _hand_over(self, layer: Layer, calls: list[Call]) -> None:
+        a_NTI, g_NTO = calls[0]
+        if len(calls) > 1:
+            a_NTI = torch.cat([c.a_NTI for c in calls], 1)
+            g_NTO = torch.cat([c.g_NTO for c in calls], 1)
+        with torch.no_grad():
+            self._consume(layer, a_NTI, g_NTO)
+
+    def _lay_out(self, layer: Layer, x: Tensor, bias: bool) -> Tensor:
+        """``x`` as ``[N, T, width]``, with a column of ones for the bias."""
+        N, T = self._N, self._T
+        flat = x.ndim == 2 and T is not None and x.shape[0] == N * T
+        if not flat and (x.shape[0] != N or (T is not None and x.shape[1:-1].numel() != T)):
+            raise ModelError(
+                f"layer {layer.name!r} cannot be laid out by sequence and token: it sees a tensor of shape {tuple(x.shape)} "
+                f"in a batch of {N} sequences of {T} tokens; leave it out with --layers"
+            )
+        x_NTI = x.reshape(N, -1, x.shape[-1])
+        return torch.cat([x_NTI, x_NTI.new_ones(*x_NTI.shape[:2], 1)], 2) if bias else x_NTI

@@ -1,0 +1,200 @@
+"""Which weight matrices are tracked, and what share of the model they are.
+
+No table of model names: the blocks of a model are its longest list of alike modules, a layer is attention when a part of
+its path or an enclosing class says so, and what is left inside a block is its MLP.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from upriver.errors import ModelError
+
+ATTENTION = re.compile(r"attn|attention|^wqkv$", re.IGNORECASE)
+MIXER = re.compile(r"mamba|mixer|ssm|rwkv|recurrent|rglru|conv", re.IGNORECASE)
+ROUTER = re.compile(r"^(gate|router|.*_gate)$|router", re.IGNORECASE)
+
+
+class Layer(NamedTuple):
+    """One tracked weight matrix ``W_OI``; with a bias, the bias is its last column (``I`` counts it)."""
+
+    name: str
+    modules: tuple[nn.Module, ...]  # more than one when a weight is shared
+    O: int
+    I: int
+    bias: bool
+    block: int | None  # depth
+    A_of: str  # the layer whose input moment A this one shares (itself when alone)
+
+    @property
+    def kind(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def parameters(self) -> int:
+        return self.O * self.I
+
+
+class Coverage(NamedTuple):
+    """The share of the model's parameters that influence is computed for, and what is left out."""
+
+    tracked: int
+    total: int
+    untracked: list[dict[str, Any]]  # name, parameters, share, why
+
+    @property
+    def share(self) -> float:
+        return self.tracked / self.total
+
+    def line(self) -> str:
+        rest = ", ".join(f"{u['name']} {u['share']:.1%} ({u['why']})" for u in self.untracked[:6])
+        return f"tracked {self.tracked:,} of {self.total:,} parameters ({self.share:.1%}); not: {rest or 'nothing'}"
+
+
+def find_layers(module: nn.Module, spec: str) -> list[Layer]:
+    """The layers that ``spec`` names, in the order of the model.
+
+    Args:
+        spec: ``mlp`` (both matrices of every block, three of a gated MLP), ``attention``, ``all`` (both and whatever other
+            linear layers the blocks hold), or globs over module names, separated by commas.
+
+    Raises:
+        ModelError: nothing matches; the sentence lists what the model has.
+    """
+    linear = dict(_linear_modules(module))
+    chosen = {name: m for name, m in linear.items() if _matches(module, name, spec)}
+    if not chosen:
+        have = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})) or "no linear layer at all"
+        raise ModelError(f"no layer to track: --layers {spec!r} matches nothing; this model has: {have}")
+    by_weight: dict[int, list[str]] = {}
+    for name, m in chosen.items():
+        by_weight.setdefault(id(m.weight), []).append(name)
+    return [_layer(names[0], [chosen[n] for n in names]) for names in by_weight.values()]
+
+
+def _layer(name: str, modules: list[nn.Module]) -> Layer:
+    O, I = weight_shape(modules[0])
+    bias = modules[0].bias is not None
+    numbers = re.findall(r"\.(\d+)\.", f".{name}.")
+    return Layer(name, tuple(modules), O, I + bias, bias, int(numbers[0]) if numbers else None, name)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """``(O, I)`` of a weight, also for GPT-2's transposed ``Conv1D``."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def weight_gradient_as_stored(module: nn.Module, grad_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A gradient ``[O, I]`` (bias column last) as the module's own ``weight`` and ``bias``."""
+    if module.bias is None:
+        weight, parts = grad_OI, {}
+    else:
+        weight, parts = grad_OI[:, :-1], {"bias": grad_OI[:, -1]}
+    return {"weight": weight.T if isinstance(module, Conv1D) else weight, **parts}
+
+
+def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, m in module.named_modules():
+        if isinstance(m, nn.Linear | Conv1D) and m.weight.is_floating_point() and m.weight.ndim == 2:
+            yield name, m
+
+
+def _matches(module: nn.Module, name: str, spec: str) -> bool:
+    if spec not in ("mlp", "attention", "all"):
+        return any(fnmatch(name, glob.strip()) for glob in spec.split(","))
+    kind = layer_kind(module, name)
+    return kind is not None and (spec == "all" or spec == kind)
+
+
+def layer_kind(module: nn.Module, name: str) -> str | None:
+    """``mlp``, ``attention`` or ``other`` for a linear layer inside a block; None outside the blocks."""
+    prefix = _block_prefix(module, name)
+    if prefix is None:
+        return None
+    inside = name[len(prefix) :].split(".")
+    path = [(part, type(module.get_submodule(prefix + ".".join(inside[: i + 1])))) for i, part in enumerate(inside)]
+    labels = [part for part, _ in path] + [kind.__name__ for _, kind in path[:-1]]
+    if any(ATTENTION.search(label) for label in labels):
+        return "attention"
+    if any(MIXER.search(label) for label in labels[:-1] + inside) or ROUTER.search(inside[-1]):
+        return "other"
+    return "mlp"
+
+
+def _block_prefix(module: nn.Module, name: str) -> str | None:
+    """``model.layers.3.`` for a name inside block 3; the outermost numbered list of modules that the name is in."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit() and isinstance(module.get_submodule(".".join(parts[:i])), nn.ModuleList | nn.Sequential):
+            return ".".join(parts[: i + 1]) + "." if i + 1 < len(parts) else ""
+    return None
+
+
+def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
+    """Run ``forward`` once and note which layers are given the very same input, so that they share one ``A``.
+
+    Raises:
+        ModelError: a layer is never called, as inside a compiled model, whose hooks do not run.
+    """
+    seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
+
+    def note(name: str) -> Callable:
+        return lambda module, args, kwargs: seen[name].append(args[0] if args else next(iter(kwargs.values())))
+
+    hooks = [m.register_forward_pre_hook(note(x.name), with_kwargs=True) for x in layers for m in x.modules]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    silent = [layer.name for layer in layers if not seen[layer.name]]
+    if silent:
+        raise ModelError(
+            f"{len(silent)} tracked layers were never called, the first is {silent[0]!r}; give the plain module when the "
+            "model is compiled (model._orig_mod, or without model.compile()), or leave them out with --layers"
+        )
+    return _share_inputs(layers, seen)
+
+
+def _share_inputs(layers: list[Layer], seen: dict[str, list[torch.Tensor]]) -> list[Layer]:
+    leaders: dict[tuple, str] = {}
+    out = []
+    for layer in layers:
+        key = (tuple(id(a) for a in seen[layer.name]), layer.bias)
+        out.append(layer._replace(A_of=leaders.setdefault(key, layer.name)))
+    return out
+
+
+def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
+    """What share of the parameters ``layers`` hold; the rest grouped by place, with the reason it is left out."""
+    tracked = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
+    linear = {f"{name}.{p}" for name, m in _linear_modules(module) for p in ("weight", "bias")}
+    total = sum(p.numel() for p in module.parameters())
+    groups: dict[tuple[str, str], int] = {}
+    for name, p in module.named_parameters():
+        if id(p) not in tracked:
+            place = re.sub(r"\.\d+\.", ".*.", f".{name}").lstrip(".")
+            group = (place.rsplit(".", 1)[0] if p.ndim < 3 else place, _why(name, p, name in linear))
+            groups[group] = groups.get(group, 0) + p.numel()
+    rest = [{"name": n, "parameters": c, "share": c / total, "why": why} for (n, why), c in groups.items()]
+    covered = sum(p.numel() for p in module.parameters() if id(p) in tracked)
+    return Coverage(covered, total, sorted(rest, key=lambda u: -u["parameters"]))
+
+
+def _why(name: str, parameter: nn.Parameter, linear: bool) -> str:
+    if parameter.ndim >= 3:
+        return "expert or convolution weights of three axes cannot be tracked"
+    if re.search(r"embed|wte|wpe", name, re.IGNORECASE):
+        return "embedding"
+    if re.search(r"norm|ln_|layernorm", name, re.IGNORECASE) or parameter.ndim == 1 and not linear:
+        return "norm or vector"
+    if re.search(r"lm_head|embed_out", name):
+        return "language-model head"
+    return "not chosen by --layers" if linear else "not a linear layer"

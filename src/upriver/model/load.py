@@ -1,0 +1,229 @@
+"""Load a causal language model of ``transformers`` with its tokenizer, and refuse what would give wrong numbers."""
+
+import contextlib
+import copy
+import hashlib
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upriver.errors import ConfigError, ModelError
+from upriver.model.losses import LanguageModel, Task
+from upriver.runtime.store import digest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass
+class Model:
+    """A module, what it is for, and (for a language model) its tokenizer.
+
+    Any ``torch.nn.Module`` will do: ``Model(module, task=Classification())``.
+    """
+
+    module: nn.Module
+    tokenizer: Any = None
+    task: Task = field(default_factory=LanguageModel)
+    name: str = "module"
+    info: dict[str, Any] = field(default_factory=dict)  # attention kernel, vocabulary, ...
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every weight and buffer with its name, and of the architecture's configuration."""
+        config = getattr(self.module, "config", None)
+        described = digest(config.to_diff_dict() if config is not None else type(self.module).__name__)
+        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        with ThreadPoolExecutor() as pool:
+            hashes = list(pool.map(_tensor_hash, state.values()))
+        return digest([described, *zip(state, hashes, strict=True)])
+
+    @contextlib.contextmanager
+    def computing_in(self, dtype: str) -> Iterator["Model"]:
+        """This model with its weights in ``dtype``; a copy that lives as long as the block where that differs."""
+        wanted = dtype_named(dtype)
+        if wanted == self.dtype:
+            yield self
+        else:
+            yield Model(copy.deepcopy(self.module).to(wanted), self.tokenizer, self.task, self.name, self.info)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype: got {name!r}; one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU when there is one.
+
+    Raises:
+        ConfigError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"no such device here: got {name!r}; use auto, cpu, cuda or cuda:N") from error
+    return device
+
+
+def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", attention: str = "sdpa") -> Model:
+    """A causal language model and its tokenizer, from a folder, a GGUF file, or a name on the Hugging Face hub.
+
+    Args:
+        path: a folder that ``save_pretrained`` wrote, a ``.gguf`` file or a folder with one, or a hub name.
+        dtype: of the weights in memory: float32 or bfloat16 (float64 for tests).
+        attention: the kernel asked for; what the model really uses is recorded in ``info``.
+
+    Raises:
+        ModelError: no model there, weights missing or NaN, no fast tokenizer, or a vocabulary that does not fit.
+    """
+    place, options = _locate(str(path))
+    with _quiet():
+        tokenizer = _load_tokenizer(place, options)
+        module = _load_module(place, options, dtype_named(dtype), attention)
+    module = module.to(pick_device(device)).eval()
+    _check_weights(module, place)
+    _check_vocabulary(module, tokenizer)
+    _check_causal(module)
+    config = module.config.get_text_config()
+    info = {
+        "attention": getattr(module.config, "_attn_implementation", None) or "the model's own",
+        "vocabulary": int(module.get_input_embeddings().weight.shape[0]),
+        "positions": getattr(config, "max_position_embeddings", None),
+        "architecture": type(module).__name__,
+    }
+    return Model(module, tokenizer, name=str(path), info=info)
+
+
+def _locate(path: str) -> tuple[str, dict[str, Any]]:
+    """Where ``from_pretrained`` shall look, and the GGUF file's name when the weights are in one."""
+    place = Path(path)
+    if place.suffix == ".gguf" and place.is_file():
+        return str(place.parent), {"gguf_file": place.name}
+    if place.is_dir():
+        ggufs = sorted(place.glob("*.gguf"))
+        if (place / "config.json").exists() or not ggufs:
+            return path, {}
+        if len(ggufs) > 1:
+            raise ModelError(f"{path} holds {len(ggufs)} GGUF files; name one of them, such as {ggufs[0]}")
+        return path, {"gguf_file": ggufs[0].name}
+    if place.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError(f"no model at {path!r}; give a folder written by save_pretrained, a .gguf file, or a hub name")
+    return path, {}
+
+
+def _load_tokenizer(place: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises many kinds here, and a wrong file any of them
+        raise ModelError(f"no tokenizer could be loaded from {place!r}: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {place!r} gives no character offsets (it is a slow one); save a fast tokenizer beside the model"
+        )
+    return tokenizer
+
+
+def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attention: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    def load(**extra: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options, **extra
+        )
+
+    try:
+        try:
+            module, report = load(attn_implementation=attention)
+        except ValueError as error:
+            if "attn" not in str(error) and "attention" not in str(error):
+                raise
+            module, report = load()
+    except Exception as error:
+        raise ModelError(f"no causal language model could be loaded from {place!r}: {_first_line(error)}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            first = sorted(map(str, report[kind]))[0]
+            raise ModelError(
+                f"the weights of {place!r} do not fit its configuration: {len(report[kind])} {kind.replace('_', ' ')}, the first is "
+                f"{first!r}; they would have been drawn at random"
+            )
+    return module
+
+
+def _check_weights(module: nn.Module, place: str) -> None:
+    for name, p in module.named_parameters():
+        if not torch.isfinite(p).all():
+            raise ModelError(f"the weights hold NaN or infinity: {name!r} of {place!r}; get a sound copy of the model")
+
+
+def _check_vocabulary(module: nn.Module, tokenizer: Any) -> None:
+    rows, highest = module.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ModelError(
+            f"the vocabulary does not fit the tokenizer: the model embeds {rows:,} tokens, the tokenizer numbers up to {highest:,}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def _check_causal(module: nn.Module, T: int = 8) -> None:
+    """Change the last token: in a causal model nothing before it may move, and padding on the right is then harmless."""
+    rows = module.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(T, device=module.get_input_embeddings().weight.device)[None] % rows
+    other = tokens.clone()
+    other[0, -1] = (other[0, -1] + 1) % rows
+    with torch.no_grad():
+        first, second = (module(input_ids=t, use_cache=False).logits[0, :-1].float() for t in (tokens, other))
+    if not torch.isfinite(first).all():
+        raise ModelError("the model's predictions hold NaN or infinity; try --dtype float32")
+    if not torch.allclose(first, second, rtol=1e-2, atol=1e-2 * float(first.abs().max())):
+        raise ModelError("the model is not causal: a later token changes the prediction before it; give a causal language model")
+
+
+def _tensor_hash(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return hashlib.blake2b(head + memoryview(flat.numpy()), digest_size=16).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the progress bars and advice of ``transformers`` while it loads; what matters is checked afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

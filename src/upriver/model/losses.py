@@ -1,0 +1,159 @@
+"""What is differentiated: the loss of a training sequence, with given or sampled labels, and the measurement of a query.
+
+Conventions: the loss of a sequence is the **sum** of ``- log p`` over its loss tokens (eq. 22), a measurement is the sum of
+``log p`` over the completion's tokens (eq. 24).  Labels of the Fisher are drawn from the model's own predictions (eq. 13), one
+per loss position, and never fed back.  The random number of a position depends on (seed, sequence, position, pass) alone, so
+factors do not depend on batch size, order, number of ranks, or a resume.
+"""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upriver.text.batch import Batch, splitmix64
+
+IGNORE = -100
+SAMPLE_ROWS = 1024  # positions whose distribution over the vocabulary is held at once
+
+
+class Sampler:
+    """Counter-based uniform random numbers in (0, 1) for the sampled labels of one pass over one batch."""
+
+    def __init__(self, seed: int, stream: int, keys_N: np.ndarray):
+        with np.errstate(over="ignore"):
+            self._keys_N = splitmix64(keys_N ^ splitmix64(np.uint64(seed) * np.uint64(1_000_003) + np.uint64(stream)))
+
+    def uniform(self, T: int, K: int = 1) -> Tensor:
+        """Float64 ``[N, T, K]``: one number for each sequence, position and component."""
+        with np.errstate(over="ignore"):
+            counter = np.arange(T * K, dtype=np.uint64).reshape(1, T, K) * np.uint64(0x9E3779B97F4A7C15)
+            bits = splitmix64(self._keys_N[:, None, None] + counter)
+        return torch.from_numpy(((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+
+
+class Task(ABC):
+    """What a model is for: gives capture and fit a loss, and trace a measurement.
+
+    Example:
+        >>> class Ranking(Task):
+        ...     def loss(self, module, batch, sampler=None): ...
+        ...     def measurement(self, module, batch): ...
+    """
+
+    name: str = ""
+
+    def positions(self, batch: Batch) -> int | None:
+        """How many positions a sequence of the batch has; None when the layers see one row per example or their own."""
+        return None
+
+    @abstractmethod
+    def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
+        """The batch's losses, **summed** over its sequences and their tokens: a scalar.
+
+        With a sampler the labels are drawn from the model's own predictive distribution instead of taken from the batch.
+        """
+
+    @abstractmethod
+    def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
+        """``f`` for each row of the batch, ``[N]``."""
+
+
+class LanguageModel(Task):
+    """Next-token prediction with a causal language model of ``transformers``.
+
+    Batches are right-padded and no attention mask is given: in a causal model no real token sees the padding after it.
+    """
+
+    name = "causal language model"
+
+    def positions(self, batch: Batch) -> int:
+        return batch.inputs["tokens"].shape[1]
+
+    def logits(self, module: nn.Module, batch: Batch) -> Tensor:
+        return module(input_ids=batch.inputs["tokens"], use_cache=False).logits
+
+    def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
+        logits_NTV, labels_NT = self.logits(module, batch), next_tokens(batch)
+        if sampler is not None:
+            u_NT = sampler.uniform(labels_NT.shape[1])[..., 0].to(logits_NTV.device)
+            labels_NT = labels_NT.clone()
+            at = labels_NT != IGNORE
+            labels_NT[at] = sample(logits_NTV.detach()[at], u_NT[at])
+        return F.cross_entropy(_wide(logits_NTV).flatten(0, 1), labels_NT.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    def log_probs(self, module: nn.Module, batch: Batch) -> Tensor:
+        """``log p(z_t | z_<t)`` at every loss token, 0 elsewhere: ``[N, T]``, at the position of the token itself."""
+        logits_NTV, labels_NT = self.logits(module, batch), next_tokens(batch)
+        nll = F.cross_entropy(_wide(logits_NTV).flatten(0, 1), labels_NT.flatten(), ignore_index=IGNORE, reduction="none")
+        return -nll.view_as(labels_NT).roll(1, 1)
+
+    def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
+        return self.log_probs(module, batch).sum(1)
+
+
+class Classification(Task):
+    """Softmax cross-entropy of ``module(x)`` (logits ``[N, C]``) with ``inputs = {"x": ..., "y": int64 [N]}``.
+
+    The measurement is the log-probability of ``y``.
+    """
+
+    name = "classification"
+
+    def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
+        logits_NC, y_N = module(batch.inputs["x"]), batch.inputs["y"]
+        if sampler is not None:
+            y_N = sample(logits_NC.detach(), sampler.uniform(1)[:, 0, 0].to(logits_NC.device))
+        return F.cross_entropy(_wide(logits_NC), y_N, reduction="sum")
+
+    def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
+        return -F.cross_entropy(_wide(module(batch.inputs["x"])), batch.inputs["y"], reduction="none")
+
+
+class Regression(Task):
+    """``(y - module(x))^2 / 2`` summed over outputs, with ``inputs = {"x": ..., "y": float [N] or [N, K]}``.
+
+    Its Fisher is that of a normal distribution of unit variance around the prediction.  The measurement is minus the loss.
+    """
+
+    name = "regression"
+
+    def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
+        error_NK = self._error(module, batch)
+        if sampler is not None:
+            noise_NK = torch.special.ndtri(sampler.uniform(1, error_NK.shape[1])[:, 0]).to(error_NK)
+            error_NK = error_NK - error_NK.detach() + noise_NK
+        return error_NK.square().sum() / 2
+
+    def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
+        return -self._error(module, batch).square().sum(1) / 2
+
+    def _error(self, module: nn.Module, batch: Batch) -> Tensor:
+        prediction, y = module(batch.inputs["x"]), batch.inputs["y"]
+        return prediction.reshape(len(prediction), -1) - y.reshape(len(y), -1)
+
+
+def next_tokens(batch: Batch) -> Tensor:
+    """The token that each position predicts, ``IGNORE`` where it carries no loss: ``[N, T]``."""
+    tokens_NT, loss_NT = batch.inputs["tokens"], batch.inputs["loss"]
+    labels_NT = torch.full_like(tokens_NT, IGNORE)
+    labels_NT[:, :-1] = torch.where(loss_NT[:, 1:], tokens_NT[:, 1:], IGNORE)
+    return labels_NT
+
+
+def sample(logits_MV: Tensor, u_M: Tensor) -> Tensor:
+    """One label from each row's softmax, by inverting its cumulative distribution at ``u``: ``[M]``."""
+    parts = [_invert(*rows) for rows in zip(logits_MV.split(SAMPLE_ROWS), u_M.split(SAMPLE_ROWS), strict=True)]
+    return torch.cat(parts)
+
+
+def _invert(logits_MV: Tensor, u_M: Tensor) -> Tensor:
+    cumulative_MV = _wide(logits_MV).softmax(-1).cumsum(-1)
+    target_M1 = u_M.to(cumulative_MV.dtype)[:, None] * cumulative_MV[:, -1:]
+    return torch.searchsorted(cumulative_MV, target_M1, right=True)[:, 0].clamp(max=logits_MV.shape[-1] - 1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,70 @@
+"""One pass over part of a corpus: batches in, ``consume(layer, a_NTI, g_NTO)`` out."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from upriver.model.capture import capture
+from upriver.model.layers import Layer, find_layers, probe
+from upriver.model.load import Model
+from upriver.model.losses import Sampler
+from upriver.text.batch import Batch, Sequences
+
+UNIT_TOKENS = 65_536  # work that a kill can cost
+
+
+class Consumer(Protocol):
+    def begin(self, batch: Batch) -> None: ...
+    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None: ...
+
+
+class Labels(NamedTuple):
+    """Whose labels the loss takes: the corpus's own (``stream`` None), or drawn from the model."""
+
+    seed: int = 0
+    stream: int | None = None
+
+    def sampler(self, batch: Batch) -> Sampler | None:
+        return None if self.stream is None else Sampler(self.seed, self.stream, batch.keys_N)
+
+
+def tracked_layers(model: Model, data: Sequences, spec: str) -> list[Layer]:
+    """The layers that ``spec`` names, with those that share an input marked by one forward pass on the shortest sequence."""
+    row = np.array([int(np.argmin(data.lengths_N))])
+    batch = data.batch(row).to(model.device)
+    return probe(find_layers(model.module, spec), lambda: model.task.loss(model.module, batch))
+
+
+def sweep(
+    model: Model,
+    layers: list[Layer],
+    data: Sequences,
+    batches: list[np.ndarray],
+    consumer: Consumer,
+    labels: Labels = Labels(),  # noqa: B008 - immutable
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Run every batch forward and backward, and let ``consumer`` see each layer of each batch."""
+    with capture(model.module, layers, consumer) as run:
+        for rows in batches:
+            batch = data.batch(rows).to(model.device)
+            consumer.begin(batch)
+            sampler = labels.sampler(batch)
+            run(len(rows), model.task.positions(batch), lambda b=batch, s=sampler: model.task.loss(model.module, b, s))
+            advance(int(data.lengths_N[rows].sum()))
+
+
+def split_units(batches: list[np.ndarray], lengths_N: np.ndarray, unit_tokens: int = UNIT_TOKENS) -> list[list[np.ndarray]]:
+    """Consecutive batches in units of about ``unit_tokens`` tokens."""
+    units: list[list[np.ndarray]] = []
+    room = 0
+    for rows in batches:
+        tokens = int(lengths_N[rows].sum())
+        if tokens > room or not units:
+            units.append([])
+            room = unit_tokens
+        units[-1].append(rows)
+        room -= tokens
+    return units

@@ -1,0 +1,111 @@
+"""The options of every verb, validated once, and the conventions that every artifact is made under."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from upriver.errors import ConfigError
+
+CONVENTIONS = {
+    "loss": "sum of -log p over the loss tokens of a sequence",
+    "measurement": "sum of log p over the completion's tokens",
+    "sign": "positive: training on the sequence raises the measurement",
+    "positions": "A and S average over all real positions, the same for both",
+    "fisher": "one sampled label a loss position, never fed back; other draws in the correction pass",
+    "lam": "mean over sequences of squared rotated gradients, tokens summed before squaring",
+    "bias": "last column of the weight",
+    "damping": "relative to the mean of lam, layer by layer, or absolute",
+    "accumulation": "float32 or wider",
+}
+CURVATURES = ("ekfac", "kfac", "diagonal", "identity")
+POSITIVE = "Positive means: training on this passage raises the probability of the answer."
+Config = TypeVar("Config", bound="Options")
+
+
+class Options(BaseModel):
+    """Base of the option sets: frozen, and a key that does not exist is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class FitOptions(Options):
+    """What :func:`upriver.fit` may be told."""
+
+    layers: str = "mlp"
+    fisher: Literal["sampled", "empirical"] = "sampled"
+    max_tokens: int | None = Field(1_000_000, ge=1)
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    batch_tokens: int = Field(4096, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class TraceOptions(Options):
+    """What :func:`upriver.trace` may be told."""
+
+    rank: int | Literal["full"] = 32
+    damping: str = "0.1x"
+    top: int = Field(100, ge=1)
+    candidates: int | None = Field(None, ge=1)
+    curvature: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
+    layer_scores: bool = False
+    batch_tokens: int = Field(4096, ge=1)
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _rank(cls, value: Any) -> Any:
+        if value == "full":
+            return value
+        if not str(value).isdigit() or int(value) < 1:
+            raise ValueError("a whole number from 1, or full")
+        return int(value)
+
+    @field_validator("damping", mode="before")
+    @classmethod
+    def _damping(cls, value: Any) -> str:
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("x"))
+        except ValueError:
+            number = -1.0
+        if not 0 <= number < float("inf"):
+            raise ValueError("a number from 0, or a share of the mean eigenvalue such as 0.1x")
+        return text
+
+
+class RunOptions(FitOptions, TraceOptions):
+    """A run file: fit + trace + report, with the same keys as the flags."""
+
+    model: str
+    corpus: str
+    queries: str
+    out: str
+    seq_len: int = Field(512, ge=2)
+    pack: bool = False
+    on_bad_record: Literal["error", "skip"] = "error"
+    complete: int | None = Field(None, ge=1)
+    device: str = "auto"
+
+
+def options(kind: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
+    """Validate ``values`` as options of ``kind``.
+
+    Raises:
+        ConfigError: an unknown key (the nearest known one is named) or a value that is not allowed.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ConfigError(where + "; ".join(_sentence(kind, e) for e in error.errors()[:1])) from error
+
+
+def _sentence(kind: type[Options], error: Any) -> str:
+    name = str(error["loc"][0]) if error["loc"] else "?"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, kind.model_fields, 1)
+        return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
+    if error["type"] == "missing":
+        return f"the option {name!r} is missing"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
+    return f"bad value for {name!r}: got {error['input']!r}; {message}"

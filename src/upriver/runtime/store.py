@@ -1,0 +1,263 @@
+"""Artifacts: a stage turns inputs and a small configuration into one immutable directory.
+
+    STAGE/key.json            what it is made from: stage, schema, inputs' fingerprints, configuration, conventions
+    STAGE/unit-000007.*       the result of one unit of work (a span of batches), while the stage runs
+    STAGE/sum-000008.*        the sum of units 0..7, where the units add up
+    STAGE/manifest.json       written last: the key again and what was measured; its presence means *done*
+
+Every file is written under a temporary name, flushed, and renamed, so a kill at any moment costs at most the unit in
+hand.  Partial results add up in unit order, so a resumed run equals an uninterrupted one bit for bit.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from upriver.errors import ConfigError, MismatchError, StorageError
+
+SCHEMA = 1
+Tensors = dict[str, Tensor]
+
+
+def digest(value: Any) -> str:
+    """A short hash of anything that JSON can write, the same on every machine."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """A hash of a file's content."""
+    with open(path, "rb") as source:
+        return hashlib.file_digest(source, lambda: hashlib.blake2b(digest_size=12)).hexdigest()
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; on success flush it to the disk and rename it to ``path``.
+
+    Raises:
+        StorageError: the disk is full.
+        ConfigError: the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise _storage_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _storage_error(path: Path, error: Exception) -> Exception:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return StorageError(
+            f"the disk is full: {path} could not be written; what was finished before is kept, "
+            "free some space and give the same command again"
+        )
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return ConfigError(f"cannot write the output: got {path} ({error}); choose a folder that you may write to")
+    return StorageError(f"could not write {path}: {error}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot read {path}: {error}; delete its folder and give the same command again") from error
+
+
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    with atomic(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+
+
+def read_tensors(path: Path) -> Tensors:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"cannot read {path}: {error}; delete its folder and give the same command again"
+        ) from error
+
+
+class Stage:
+    """One stage's directory, opened to be filled or, when its key matches, to be used as it is.
+
+    Example:
+        >>> stage = Stage.open(Path("factors/covariance"), "covariance", {"seed": 0})
+        >>> if not stage.done:
+        ...     total = accumulate(stage, n_units, compute)
+        ...     stage.finish({"tokens": 1000})
+    """
+
+    def __init__(self, path: Path, key: dict[str, Any]):
+        self.path = path
+        self.key = key
+
+    @classmethod
+    def open(cls, path: Path, name: str, key: dict[str, Any], overwrite: bool = False) -> "Stage":
+        """Open ``path`` for the stage ``name`` made from ``key``.
+
+        Raises:
+            MismatchError: the folder holds the result of another key, or something that is not ours.
+            ConfigError: the folder cannot be written.
+        """
+        key = json.loads(json.dumps({"stage": name, "schema": SCHEMA, **key}))
+        stage = cls(path, key)
+        if overwrite and (path / "key.json").exists():
+            shutil.rmtree(path)
+        if (path / "key.json").exists():
+            stage._compare(read_json(path / "key.json"))
+            return stage
+        stage._claim()
+        return stage
+
+    def _claim(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
+        except OSError as error:
+            raise _storage_error(self.path, error) from error
+        if foreign:
+            raise MismatchError(
+                f"the folder is not empty and not an artifact of this program: got {self.path} with {foreign[0]!r} in it; "
+                "choose another folder"
+            )
+        write_json(self.path / "key.json", self.key)
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        difference = first_difference(found, self.key)
+        if difference:
+            name, old, new = difference
+            raise MismatchError(
+                f"{self.path} was made with another {name}: got {new!r} now, {old!r} then; choose another folder, "
+                "go back to the earlier value, or add --overwrite to replace it"
+            )
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "manifest.json").exists()
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.path / "manifest.json")
+
+    def finish(self, info: dict[str, Any]) -> None:
+        """Mark the stage done: from now on it is only read."""
+        write_json(self.path / "manifest.json", {"key": self.key, **info})
+
+    def unit_path(self, unit: int, suffix: str = "safetensors") -> Path:
+        return self.path / f"unit-{unit:06d}.{suffix}"
+
+    def has(self, unit: int) -> bool:
+        return self.unit_path(unit).exists()
+
+    def commit(self, unit: int, tensors: Tensors) -> None:
+        write_tensors(self.unit_path(unit), tensors)
+
+    def read(self, unit: int) -> Tensors:
+        return read_tensors(self.unit_path(unit))
+
+    def drop_units(self, n_units: int) -> None:
+        for unit in range(n_units):
+            self.unit_path(unit).unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold ``path`` for this process: two runs that fill one folder at the same time would spoil each other's work."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")  # noqa: SIM115 - held for the whole run
+    except OSError as error:
+        raise _storage_error(path, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"another run is writing to {path}; wait until it ends, or choose another folder"
+            ) from error
+        yield
+
+
+def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first entry, in key order, in which two nested dictionaries differ: its dotted name and both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+            if found:
+                return found
+        return None
+    return None if old == new else (name, old, new)
+
+
+def accumulate(
+    stage: Stage, units: list[int], n_units: int, compute: Callable[[int], Tensors], barrier: Callable[[], None]
+) -> Tensors:
+    """The sum of ``compute(unit)`` over all ``n_units``, added in unit order; ``units`` are the ones of this rank.
+
+    After each unit the sum so far is committed, so a run that stops goes on where it was.  With several ranks each
+    commits its own units; the sum is formed after the barrier, in the same order, and so to the same bits.
+    """
+    first, total = _newest_sum(stage)
+    for unit in units:
+        if unit < first or stage.has(unit):
+            continue
+        partial = compute(unit)
+        if len(units) == n_units:
+            first, total = _fold(stage, unit, total, partial)
+        else:
+            stage.commit(unit, partial)
+    barrier()
+    for unit in range(first, n_units):
+        total = add(total, stage.read(unit))
+    return total
+
+
+def _newest_sum(stage: Stage) -> tuple[int, Tensors]:
+    sums = sorted(stage.path.glob("sum-*.safetensors"))
+    if not sums:
+        return 0, {}
+    return int(sums[-1].stem.removeprefix("sum-")), read_tensors(sums[-1])
+
+
+def _fold(stage: Stage, unit: int, total: Tensors, partial: Tensors) -> tuple[int, Tensors]:
+    total = add(total, partial)
+    write_tensors(stage.path / f"sum-{unit + 1:06d}.safetensors", total)
+    (stage.path / f"sum-{unit:06d}.safetensors").unlink(missing_ok=True)
+    return unit + 1, total
+
+
+def add(total: Tensors, partial: Tensors) -> Tensors:
+    if not total:
+        return partial
+    for name, value in partial.items():
+        total[name] += value
+    return total
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    with atomic(path) as temporary, open(temporary, "wb") as sink:
+        np.save(sink, array, allow_pickle=False)
