@@ -1,0 +1,1 @@
+"""What is read: corpora, queries, and the batches made from them."""

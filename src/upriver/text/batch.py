@@ -1,0 +1,185 @@
+"""Batches: which sequences go through the model together, and how they are padded.
+
+Axes: N sequences (rows), T positions.  A corpus, whatever it holds, offers the same few things, and everything after it
+asks for nothing else: ``len``, ``lengths_N``, ``plan``, ``batch``, ``sample``, ``fingerprint``.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from upriver.errors import CorpusError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that go through the model together, right-padded with token 0.
+
+    A language model's ``inputs`` are ``tokens`` (int64 ``[N, T]``) and ``loss`` (bool ``[N, T]``): ``loss[n, t]`` says
+    that token ``t`` is predicted with loss, from the tokens before it; it is never true at position 0.
+    """
+
+    rows_N: np.ndarray  # int64: index of each sequence in its corpus (or of each row of the queries)
+    keys_N: np.ndarray  # uint64: counter key of each sequence, for sampled labels
+    inputs: dict[str, Tensor]
+    real_NT: Tensor | None  # bool: True at real tokens; None: every position is real and T = 1
+    weight_N: Tensor | None = None  # queries only: +1 completion, -1 contrast
+    query_N: np.ndarray | None = None  # queries only: int64 index of the query that each row belongs to
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on ``device``."""
+        return dataclasses.replace(
+            self,
+            inputs={name: t.to(device) for name, t in self.inputs.items()},
+            real_NT=None if self.real_NT is None else self.real_NT.to(device),
+            weight_N=None if self.weight_N is None else self.weight_N.to(device),
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        """Real positions, padding left out."""
+        return len(self.rows_N) if self.real_NT is None else int(self.real_NT.sum())
+
+
+class Sequences(Protocol):
+    """What every corpus offers to the passes that stream over it."""
+
+    @property
+    def lengths_N(self) -> np.ndarray: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def __len__(self) -> int: ...
+    def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]: ...
+    def batch(self, rows: np.ndarray) -> Batch: ...
+    def sample(self, max_tokens: int, seed: int) -> np.ndarray: ...
+
+
+def pad(rows: np.ndarray, keys_N: np.ndarray, tokens: Sequence[np.ndarray], loss: Sequence[np.ndarray]) -> Batch:
+    """One batch of a language model from the tokens and loss masks of its sequences."""
+    lengths = np.array([len(t) for t in tokens])
+    real_NT = np.arange(lengths.max()) < lengths[:, None]
+    tokens_NT, loss_NT = np.zeros(real_NT.shape, np.int64), np.zeros(real_NT.shape, bool)
+    tokens_NT[real_NT], loss_NT[real_NT] = np.concatenate(tokens), np.concatenate(loss)
+    loss_NT[:, 0] = False
+    inputs = {"tokens": torch.from_numpy(tokens_NT), "loss": torch.from_numpy(loss_NT)}
+    return Batch(np.asarray(rows, np.int64), np.asarray(keys_N), inputs, torch.from_numpy(real_NT))
+
+
+def plan(lengths_N: np.ndarray, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
+    """Cut ``rows`` (default: all) into batches of at most ``batch_tokens`` positions, padding counted.
+
+    Longest first, so that a batch that does not fit in memory fails at once; rows of equal length keep their order, so
+    the batches depend on the lengths and the rows alone.  A sequence longer than the budget is a batch of its own.
+    """
+    rows = np.arange(len(lengths_N)) if rows is None else np.asarray(rows, np.int64)
+    rows = rows[np.argsort(-np.asarray(lengths_N)[rows].astype(np.int64), kind="stable")]
+    batches, start = [], 0
+    while start < len(rows):
+        size = max(1, batch_tokens // int(lengths_N[rows[start]]))
+        batches.append(rows[start : start + size])
+        start += size
+    return batches
+
+
+def sample(lengths_N: np.ndarray, keys_N: np.ndarray, max_tokens: int, seed: int) -> np.ndarray:
+    """A seeded random selection of at most ``max_tokens`` tokens, at least one sequence: sorted rows.
+
+    The draw depends on each sequence's key, not on its place, so reordering a corpus selects the same sequences.
+    """
+    seeds = splitmix64(np.array([seed % 2**64], np.uint64))
+    order = np.argsort(splitmix64(np.asarray(keys_N) ^ seeds), kind="stable")
+    total = np.cumsum(np.asarray(lengths_N)[order], dtype=np.int64)
+    return np.sort(order[: max(1, np.searchsorted(total, max_tokens, side="right"))])
+
+
+def splitmix64(x_N: np.ndarray) -> np.ndarray:
+    """Mix 64-bit integers so that every bit of the result depends on every bit of the argument (Steele et al. 2014)."""
+    x = x_N + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def content_hash(content: bytes) -> int:
+    """A 64-bit hash of a sequence's content, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def tokens_hash(tokens_T: np.ndarray) -> int:
+    return content_hash(np.asarray(tokens_T, "<u4").tobytes())
+
+
+def sequence_keys(hashes_N: np.ndarray) -> np.ndarray:
+    """The counter key of each sequence: its content hash mixed with how many equal sequences came before it.
+
+    Keys are distinct and do not depend on where in the corpus a sequence stands.
+    """
+    occurrence_N = pd.Series(hashes_N).groupby(hashes_N).cumcount().to_numpy().astype(np.uint64)
+    return splitmix64(hashes_N ^ splitmix64(occurrence_N))
+
+
+class Examples:
+    """A corpus of independent examples given as tensors, for classification and regression.
+
+    ``inputs`` maps names to tensors with one row per example; a `Task` says what the names mean.
+
+    Example:
+        >>> len(Examples({"x": torch.zeros(5, 2), "label": torch.zeros(5)}))
+        5
+
+    Raises:
+        CorpusError: no example, or tensors of different length.
+    """
+
+    def __init__(self, inputs: dict[str, Tensor], keys: np.ndarray | None = None):
+        sizes = {name: len(t) for name, t in inputs.items()}
+        if len(set(sizes.values())) != 1 or 0 in sizes.values():
+            raise CorpusError(f"examples need tensors of one and the same length, at least 1: got {sizes}")
+        self.inputs = inputs
+        self.lengths_N = np.ones(next(iter(sizes.values())), np.int32)
+        content_NB = np.concatenate([_bytes_NB(inputs[name]) for name in sorted(inputs)], axis=1)
+        if keys is None:
+            keys = sequence_keys(np.array([content_hash(row.tobytes()) for row in content_NB], np.uint64))
+        self.keys_N = np.asarray(keys, np.uint64)
+        if self.keys_N.shape != self.lengths_N.shape:
+            raise CorpusError(f"one key per example is needed: got {self.keys_N.shape} keys, {len(self)} examples")
+        self.fingerprint = self._fingerprint(content_NB)
+
+    def _fingerprint(self, content_NB: np.ndarray) -> str:
+        form = repr([(name, str(t.dtype), tuple(t.shape)) for name, t in sorted(self.inputs.items())])
+        content = hashlib.blake2b(form.encode(), digest_size=12)
+        content.update(np.ascontiguousarray(content_NB).tobytes())
+        content.update(self.keys_N.tobytes())
+        return content.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self)
+
+    def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
+        """Batches of at most ``batch_tokens`` examples."""
+        return plan(self.lengths_N, batch_tokens, rows)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        rows = np.asarray(rows, np.int64)
+        picked = {name: t[torch.from_numpy(rows).to(t.device)] for name, t in self.inputs.items()}
+        return Batch(rows, self.keys_N[rows], picked, None)
+
+    def sample(self, max_tokens: int, seed: int) -> np.ndarray:
+        """A seeded random selection of at most ``max_tokens`` examples: sorted rows."""
+        return sample(self.lengths_N, self.keys_N, max_tokens, seed)
+
+
+def _bytes_NB(tensor: Tensor) -> np.ndarray:
+    flat = tensor.detach().cpu().contiguous().reshape(len(tensor), -1)
+    return flat.view(torch.uint8).numpy()

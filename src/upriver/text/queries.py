@@ -1,0 +1,313 @@
+"""Queries: the answers whose origin is asked for.
+
+A query is a prompt and a completion, and optionally a contrast: a second completion whose log-probability is
+subtracted.  Prompt and completion are tokenised as one text; a token belongs to the completion when it ends beyond the
+last character of the prompt.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from upriver.errors import QueryError
+from upriver.runtime.store import digest
+from upriver.text.batch import Batch, pad, sequence_keys, tokens_hash
+from upriver.text.encode import Encoded, encode, tokenizer_fingerprint
+from upriver.text.sources import find_sources, json_rows
+
+FIELDS = ("id", "prompt", "completion", "contrast")
+RESERVED = ("sequence", "document", "start", "end", "sequences")  # columns of the result's tables
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query as it was given; ``completion`` is None while the model's own answer is still to be generated."""
+
+    id: str
+    prompt: str
+    completion: str | None
+    contrast: str | None
+    where: str  # file and line, for messages
+    generated: bool = False  # the completion is the model's own greedy answer
+
+
+class Row(NamedTuple):
+    """One prompt with one completion, tokenised."""
+
+    encoded: Encoded
+    loss_T: np.ndarray  # bool: completion tokens that have a context
+    pieces: list[str]
+    query: int
+    weight: float  # +1 completion, -1 contrast
+
+
+class Queries:
+    """Queries, checked and tokenised.
+
+    Example:
+        >>> queries = Queries.read("queries.jsonl", tokenizer, seq_len=512)
+        >>> batch = queries.batch(np.array([0, 1]))
+
+    Raises:
+        QueryError: a query that cannot be used; the message names its file and line.
+    """
+
+    def __init__(self, records: Sequence[Query], tokenizer: PreTrainedTokenizerBase | None, seq_len: int | None = None):
+        self.records = list(records)
+        self._tokenizer = tokenizer
+        self.seq_len = seq_len
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seq_len: int | None = None,
+        complete: int | None = None,
+    ) -> "Queries":
+        """Read JSON lines (also ``.gz``, ``.xz``): ``id``, ``prompt``, ``completion``, optional ``contrast``.
+
+        ``seq_len`` is the largest number of tokens a query may have.  With ``complete`` a query may lack its
+        completion: it is then listed by ``needs_completion``, to be supplied by `completed`.  Without a tokenizer the
+        queries are checked but not tokenised; `bound` does that later.
+        """
+        return cls._checked(_rows(Path(path)), str(path), tokenizer, seq_len, complete)
+
+    @classmethod
+    def of(
+        cls,
+        queries: Iterable[dict[str, Any]],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seq_len: int | None = None,
+        complete: int | None = None,
+    ) -> "Queries":
+        """The same from dictionaries; without an ``id`` they are named ``q1``, ``q2``, ..."""
+        rows = [(f"query {n}", {"id": f"q{n}", **query}) for n, query in enumerate(queries, 1)]
+        return cls._checked(rows, "the list of queries", tokenizer, seq_len, complete)
+
+    @classmethod
+    def _checked(
+        cls,
+        rows: Iterable[tuple[str, dict[str, Any]]],
+        origin: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        seq_len: int | None,
+        complete: int | None,
+    ) -> "Queries":
+        records, seen = [], {}
+        for where, fields in rows:
+            query = _query(fields, where, complete)
+            if query.id in seen:
+                raise QueryError(f"{where}: two queries have one id: got {query.id!r}, also at {seen[query.id]}")
+            seen[query.id] = where
+            records.append(query)
+        if not records:
+            raise QueryError(f"{origin}: no query in it; give one JSON object a line with id, prompt and completion")
+        unbound = cls(records, None, seq_len)
+        return unbound if tokenizer is None else unbound.bound(tokenizer, seq_len)
+
+    def bound(self, tokenizer: PreTrainedTokenizerBase, seq_len: int | None = None) -> "Queries":
+        """The same queries with a tokenizer: tokenised at once, so that a query that cannot be used is named early."""
+        queries = Queries(self.records, tokenizer, seq_len if seq_len is not None else self.seq_len)
+        if not queries.needs_completion:
+            queries.rows  # noqa: B018 - computed here for its errors
+        return queries
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            raise QueryError("these queries have no tokenizer yet; give one to Queries.read, or call bound(tokenizer)")
+        return self._tokenizer
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def ids(self) -> list[str]:
+        return [query.id for query in self.records]
+
+    @property
+    def needs_completion(self) -> list[int]:
+        """Indices of the queries whose completion is still to be generated."""
+        return [i for i, query in enumerate(self.records) if query.completion is None]
+
+    def completed(self, answers: dict[str, str]) -> "Queries":
+        """New queries in which those named by id have the model's own answer as their completion.
+
+        Raises:
+            QueryError: an answer is empty, or no token of it can be scored.
+        """
+        records = [_with_answer(query, answers[query.id]) if query.id in answers else query for query in self.records]
+        return Queries(records, None).bound(self.tokenizer, self.seq_len)
+
+    def prompt_tokens(self, i: int) -> np.ndarray:
+        """The tokens of a prompt alone, to be continued by the model; a closing special token is left out."""
+        encoded = encode(self.tokenizer, [self.records[i].prompt])[0]
+        trailing = int(np.argmin(encoded.special_T[::-1])) if not encoded.is_empty else 0
+        return encoded.tokens_T[: len(encoded.tokens_T) - trailing]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the queries and the tokenizer."""
+        fields = [[q.id, q.prompt, q.completion, q.contrast] for q in self.records]
+        return digest([fields, tokenizer_fingerprint(self.tokenizer)])
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows that go through the model: one per completion, one more per contrast, in query order."""
+        if self.needs_completion:
+            query = self.records[self.needs_completion[0]]
+            raise QueryError(_no_completion(query.where, query.id))
+        rows = []
+        for index, query in enumerate(self.records):
+            for text, weight in ((query.completion, 1.0), (query.contrast, -1.0)):
+                if text is not None:
+                    rows.append(self._row(index, text, weight))
+        return rows
+
+    def _row(self, index: int, completion: str, weight: float) -> Row:
+        query = self.records[index]
+        what = f"{query.where}: the {'completion' if weight > 0 else 'contrast'} of query {query.id!r}"
+        text = query.prompt + completion
+        encoded = encode(self.tokenizer, [text])[0]
+        loss_T = encoded.ends_T > len(query.prompt)
+        if not loss_T.any():
+            raise QueryError(f"{what} has no token of its own: got {completion!r}; give it at least one more word")
+        loss_T[0] = False
+        if not loss_T.any():
+            raise QueryError(
+                f"{what} cannot be scored: its only token {completion!r} is the first of the text and has no context; "
+                "give a prompt, or a longer completion"
+            )
+        if self.seq_len is not None and len(loss_T) > self.seq_len:
+            raise QueryError(
+                f"{what} is too long: got {len(loss_T)} tokens with its prompt, at most {self.seq_len} fit; "
+                "shorten the prompt"
+            )
+        return Row(encoded, loss_T, encoded.pieces(text), index, weight)
+
+    @cached_property
+    def _rows_of_query(self) -> list[list[int]]:
+        """The indices of the rows of each query."""
+        found: list[list[int]] = [[] for _ in self.records]
+        for r, row in enumerate(self.rows):
+            found[row.query].append(r)
+        return found
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each query, int32 ``[Q]``, its contrast included."""
+        return np.array([sum(len(self.rows[r].loss_T) for r in rows) for rows in self._rows_of_query], np.int32)
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        return sequence_keys(np.array([tokens_hash(row.encoded.tokens_T) for row in self.rows], np.uint64))
+
+    def batch(self, query_indices: Sequence[int] | np.ndarray) -> Batch:
+        """All rows of the queries, in the order given: a completion with weight +1, then its contrast with -1."""
+        rows = [r for q in query_indices for r in self._rows_of_query[int(q)]]
+        picked = [self.rows[r] for r in rows]
+        batch = pad(
+            np.array(rows), self._keys[rows], [row.encoded.tokens_T for row in picked], [row.loss_T for row in picked]
+        )
+        weights = torch.tensor([row.weight for row in picked])
+        return dataclasses.replace(batch, weight_N=weights, query_N=np.array([row.query for row in picked], np.int64))
+
+    def batches(self, batch_tokens: int) -> list[Batch]:
+        """All queries, in order, in batches of at most ``batch_tokens`` positions, padding counted; at least one query."""
+        groups: list[list[int]] = []
+        n_rows = longest = 0
+        for q, rows in enumerate(self._rows_of_query):
+            n_rows += len(rows)
+            longest = max(longest, *(len(self.rows[r].loss_T) for r in rows))
+            if not groups or n_rows * longest > batch_tokens:
+                groups.append([])
+                n_rows, longest = len(rows), max(len(self.rows[r].loss_T) for r in rows)
+            groups[-1].append(q)
+        return [self.batch(group) for group in groups]
+
+    def token_ids(self, i: int) -> np.ndarray:
+        """The tokens of prompt, completion and contrast, as often as they occur; added special tokens are left out."""
+        first, *contrast = (self.rows[r] for r in self._rows_of_query[i])
+        parts = [first.encoded.tokens_T[~first.encoded.special_T]]
+        parts += [row.encoded.tokens_T[row.loss_T] for row in contrast]
+        return np.concatenate(parts)
+
+    def completion_pieces(self, i: int, contrast: bool = False) -> list[str]:
+        """The text of each scored token of the completion (or contrast), in the order of the row's loss mask."""
+        row = self.rows[self._rows_of_query[i][1 if contrast else 0]]
+        return [row.pieces[t] for t in np.flatnonzero(row.loss_T)]
+
+
+def _rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    sources = find_sources(path, QueryError)
+    for source in sources:
+        if source.kind != "jsonl":
+            raise QueryError(
+                f"queries are JSON lines: got {source.path}; give a .jsonl file, or .jsonl.gz or .jsonl.xz"
+            )
+        for line, row in json_rows(source, QueryError):
+            if isinstance(row, str):
+                raise QueryError(f"{source.path}:{line}: {row}")
+            yield f"{source.path}:{line}", row
+
+
+def _query(fields: dict[str, Any], where: str, complete: int | None) -> Query:
+    for name in fields:
+        if name not in FIELDS:
+            near = get_close_matches(name, FIELDS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"a query has {', '.join(FIELDS)}"
+            raise QueryError(f"{where}: a query has no such field: got {name!r}; {hint}")
+    name = _id(fields.get("id"), where)
+    prompt, completion, contrast = (_text(fields.get(field), field, where) for field in FIELDS[1:])
+    if not prompt and not completion:
+        raise QueryError(f"{where}: query {name!r} has neither a prompt nor a completion; give at least a completion")
+    if not completion and complete is None:
+        raise QueryError(_no_completion(where, name))
+    if contrast == "":
+        raise QueryError(f"{where}: the contrast of query {name!r} is empty; give a second completion, or leave it out")
+    return Query(name, prompt or "", completion or None, contrast, where)
+
+
+def _no_completion(where: str, name: str) -> str:
+    return (
+        f"{where}: query {name!r} has no completion; give one, or add --complete N to take the model's own answer "
+        "of at most N tokens"
+    )
+
+
+def _id(value: Any, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise QueryError(f"{where}: a query needs an id: got {value!r}; give a text or a number")
+    if str(value) in RESERVED:
+        raise QueryError(
+            f"{where}: the id {value!r} is the name of a column of the results; "
+            f"choose another than {', '.join(RESERVED)}"
+        )
+    return str(value)
+
+
+def _text(value: Any, field: str, where: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise QueryError(f"{where}: the field {field!r} is not a text: got {value!r}")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise QueryError(f"{where}: the field {field!r} holds half of a surrogate pair: {error}") from error
+    return value
+
+
+def _with_answer(query: Query, answer: str) -> Query:
+    if not answer:
+        raise QueryError(
+            f"{query.where}: the model's own answer to query {query.id!r} is empty; give a completion yourself"
+        )
+    return dataclasses.replace(query, completion=answer, generated=True)

@@ -1,0 +1,159 @@
+"""Rows to records: the documents of a corpus, checked one by one as they stream by."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from upriver.errors import ConfigError, CorpusError
+from upriver.text.batch import content_hash
+from upriver.text.sources import Source, find_sources, rows
+
+LISTED = 20  # bad records that are described one by one; the rest are counted
+FORMS = (("text",), ("prompt", "completion"), ("messages",))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A document: ``parts`` is ``text``, or ``prompt`` and ``completion``, or ``messages``."""
+
+    id: str
+    parts: dict[str, Any]
+    metadata: dict[str, Any]
+    where: str  # file and line
+
+
+@dataclass
+class BadRecords:
+    """What happens to records that cannot be used: an error at once, or counted and (the first ones) listed."""
+
+    policy: str = "error"
+    count: int = 0
+    listed: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("error", "skip"):
+            raise ConfigError(f"on_bad_record is 'error' or 'skip': got {self.policy!r}")
+
+    def report(self, where: str, reason: str) -> None:
+        if self.policy == "error":
+            raise CorpusError(f"{where}: {reason}; or skip such records with --on-bad-record skip")
+        self.count += 1
+        if self.count <= LISTED:
+            self.listed.append({"where": where, "reason": reason})
+
+
+def open_corpus(path: Path, bad: BadRecords) -> list[Source]:
+    """The files of a corpus; in a folder, files of an unknown type count as bad records."""
+    return find_sources(path, CorpusError, bad.report if bad.policy == "skip" else None)
+
+
+def read_records(sources: list[Source], bad: BadRecords) -> Iterator[Record]:
+    """All records of ``sources``, in order, one in memory at a time.
+
+    Raises:
+        CorpusError: a file that is damaged; a record that cannot be used, unless these are skipped.
+    """
+    seen: dict[int, tuple[int, int]] = {}  # hash of the id -> file, line
+    for number, source in enumerate(sources):
+        for line, row in rows(source):
+            where = f"{source.path}:{line}"
+            try:
+                if isinstance(row, str):
+                    raise _BadRowError(row)
+                record = _record(row, where, f"{source.name}:{line}")
+                first = seen.setdefault(content_hash(record.id.encode()), (number, line))
+                if first != (number, line):
+                    raise _BadRowError(f"a second document with the id {record.id!r}; {_first(sources, first)}")
+            except _BadRowError as reason:
+                bad.report(where, str(reason))
+            else:
+                yield record
+
+
+class _BadRowError(Exception):
+    """Why a row is not a record."""
+
+
+def _first(sources: list[Source], first: tuple[int, int]) -> str:
+    return f"the first is at {sources[first[0]].path}:{first[1]}, give each document its own"
+
+
+def _record(row: dict[str, Any], where: str, default_id: str) -> Record:
+    form = next((form for form in FORMS if all(row.get(name) is not None for name in form)), None)
+    if form is None:
+        raise _BadRowError(f"{_missing(row)}; a record has text, or prompt and completion, or messages")
+    parts = {name: row[name] for name in form}
+    if form == ("messages",):
+        parts["messages"] = _messages(row["messages"])
+    else:
+        _check_texts(parts)
+    metadata = {name: jsonable(value) for name, value in row.items() if name not in (*form, "id")}
+    return Record(_id(row.get("id"), default_id), parts, metadata, where)
+
+
+def _missing(row: dict[str, Any]) -> str:
+    for have, lack in (("prompt", "completion"), ("completion", "prompt")):
+        if row.get(have) is not None:
+            return f"the field {lack!r} is missing"
+    return f"the field 'text' is missing: got the fields {', '.join(map(repr, row)) or 'none'}"
+
+
+def _check_texts(parts: dict[str, Any]) -> None:
+    for name, value in parts.items():
+        if not isinstance(value, str):
+            raise _BadRowError(f"the field {name!r} is not a text: got {value!r:.60}")
+        _check_unicode(name, value)
+    name = list(parts)[-1]
+    if not parts[name].strip():
+        raise _BadRowError(f"the field {name!r} is empty: got {parts[name]!r:.60}")
+
+
+def _check_unicode(name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise _BadRowError(f"the field {name!r} holds half of a surrogate pair: got {half!r}") from error
+
+
+def _messages(messages: Any) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise _BadRowError(f"the field 'messages' is not a list of objects: got {messages!r:.60}")
+    for message in messages:
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                raise _BadRowError(f"a message has no text as its {name!r}: got {message!r:.60}")
+            _check_unicode(name, message[name])
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        raise _BadRowError("no message of the role 'assistant' has a content; its answer is what is learned")
+    return [{name: value for name, value in message.items() if value is not None} for message in messages]
+
+
+def _id(value: Any, default: str) -> str:
+    if value is None or value == "":
+        return default
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise _BadRowError(f"the field 'id' is not a text or a whole number: got {value!r:.60}")
+    _check_unicode("id", str(value))
+    return str(value)
+
+
+def jsonable(value: Any) -> Any:
+    """The value as JSON can hold it: NaN and infinity become null, dates and the like their text."""
+    if isinstance(value, dict):
+        return {str(name): jsonable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return str(value)
+
+
+def dump(value: Any) -> bytes:
+    """One line of JSON."""
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"

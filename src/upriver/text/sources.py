@@ -1,0 +1,270 @@
+"""Files to rows: JSON lines, Parquet, CSV and text, alone or in a folder, compressed or not, and `datasets` data.
+
+A row is a dictionary, or a sentence that says why it is none; where a whole file cannot be read on, an error is raised.
+Rows are counted from 1; of the forms made of lines the number is that of the line.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from upriver.errors import CorpusError, InputError
+from upriver.runtime.store import digest, file_digest
+
+KINDS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv",
+    ".txt": "text", ".text": "text", ".md": "text",
+}  # fmt: skip
+COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
+KNOWN = "use .jsonl, .parquet, .csv or .txt (the text forms also as .gz, .xz, .bz2 or .zst), or a folder of such files"
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException)
+BOM = b"\xef\xbb\xbf"
+
+Row = dict[str, Any] | str
+ErrorType = type[InputError]
+
+
+@dataclass
+class Source:
+    """One file, or one `datasets` data set, to read rows from."""
+
+    path: Path
+    name: str  # as in the folder that was given; the default id of its documents
+    kind: str  # jsonl, parquet, csv, text, dataset
+    compression: str = ""
+    data: Any = None  # the data set
+    read_bytes: int = 0  # of `size`, so far
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.data is None else len(self.data)
+
+    @property
+    def fingerprint(self) -> list[str]:
+        if self.data is None:
+            return [self.name, file_digest(self.path)]
+        return [self.name, *(file_digest(Path(file["filename"])) for file in self.data.cache_files), digest(self.form)]
+
+    @property
+    def form(self) -> list[Any]:
+        """What the files of a data set do not say: a selection of rows, and the columns."""
+        indices = self.data._indices
+        picked = None if indices is None else [int(i) for i in indices.column(0).to_pylist()]
+        in_memory = None if self.data.cache_files else self.data._fingerprint
+        return [picked, self.data.column_names, in_memory]
+
+
+def find_sources(path: Path, error: ErrorType = CorpusError, skip: Callable[[str, str], None] | None = None):
+    """The files at ``path`` in the order in which they are read (sorted by name).
+
+    ``skip(where, reason)`` is told of files in a folder that are of no known type; without it they are an error.
+    """
+    if not path.exists():
+        return [_hub(path, error)]
+    if path.is_file():
+        return [_source(path, path.name, error)]
+    if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        return [_saved_dataset(path, error)]
+    sources = []
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        name = file.relative_to(path)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        if _kind(file) or skip is None:
+            sources.append(_source(file, name.as_posix(), error))
+        else:
+            skip(str(file), f"not a known type of file; {KNOWN}")
+    if not sources:
+        raise error(f"the folder holds no file that can be read: got {path}; {KNOWN}")
+    return sources
+
+
+def _kind(path: Path) -> tuple[str, str] | None:
+    suffixes = [s.lower() for s in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    kind = KINDS.get(suffixes[-1]) if suffixes else None
+    return None if kind is None or (kind == "parquet" and compression) else (kind, compression)
+
+
+def _source(path: Path, name: str, error: ErrorType) -> Source:
+    found = _kind(path)
+    if found is None:
+        raise error(f"not a known type of file: got {path}; {KNOWN}")
+    return Source(path, name, *found)
+
+
+def _hub(path: Path, error: ErrorType) -> Source:
+    missing = f"no such file or folder: got {path}"
+    if path.is_absolute() or _kind(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        raise error(f"{missing}; check the path")
+    import datasets
+
+    try:
+        data = datasets.load_dataset(str(path))
+    except Exception as reason:
+        raise error(f"{missing}, nor can a data set of that name be loaded ({reason})") from reason
+    return _dataset(path, data, error)
+
+
+def _saved_dataset(path: Path, error: ErrorType) -> Source:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as reason:
+        raise error(f"cannot read the data set saved in {path}: {reason}; save it again with save_to_disk") from reason
+    return _dataset(path, data, error)
+
+
+def _dataset(path: Path, data: Any, error: ErrorType) -> Source:
+    if isinstance(data, dict):
+        split = "train" if "train" in data else next(iter(data))
+        if split != "train" and len(data) > 1:
+            raise error(
+                f"the data set has no split named 'train': got {sorted(data)} in {path}; save one of them alone"
+            )
+        data = data[split]
+    return Source(path, path.name, "dataset", data=data)
+
+
+def rows(source: Source) -> Iterator[tuple[int, Row]]:
+    """All rows of a source, numbered.
+
+    Raises:
+        CorpusError: the file is damaged or cut short.
+    """
+    return {"jsonl": json_rows, "csv": _csv_rows, "text": _text_rows, "parquet": _parquet_rows, "dataset": _data_rows}[
+        source.kind
+    ](source)
+
+
+def json_rows(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int, Row]]:
+    for line, content in _lines(source, error):
+        if content.strip():
+            yield line, _json_row(content)
+
+
+def _json_row(content: bytes) -> Row:
+    try:
+        row = json.loads(content.decode(), parse_constant=lambda _: None)
+    except UnicodeDecodeError as reason:
+        return _not_utf8(content[reason.start], f"byte {reason.start + 1} of the line")
+    except (ValueError, RecursionError) as reason:
+        if content.lstrip().startswith(b"["):
+            return "a JSON array that goes over several lines; write one JSON object a line"
+        return f"broken JSON: {reason}; write one JSON object a line"
+    if not isinstance(row, dict):
+        return f"not a JSON object: got {_short(row)}; write one JSON object a line"
+    return row
+
+
+def _not_utf8(byte: int, place: str) -> str:
+    return f"not UTF-8: got 0x{byte:02x} at {place}; save the file as UTF-8"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _csv_rows(source: Source) -> Iterator[tuple[int, Row]]:
+    lines = (content.decode(errors="surrogateescape") for _, content in _lines(source))
+    reader = csv.reader(lines, strict=True)
+    limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a whole book
+    try:
+        header, line = next(reader, []), reader.line_num + 1
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as reason:
+                yield line, f"broken CSV: {reason}; close every quote that is opened"
+                return
+            if cells:
+                yield line, _csv_row(header, cells)
+            line = reader.line_num + 1
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Row:
+    escaped = re.search("[\udc80-\udcff]", "".join(cells))
+    if escaped:
+        return _not_utf8(ord(escaped[0]) - 0xDC00, f"character {escaped.start() + 1} of the row")
+    if len(cells) != len(header):
+        return f"broken CSV: got {len(cells)} cells, the header has {len(header)}; quote cells that hold a comma"
+    return dict(zip(header, cells, strict=True))
+
+
+def _text_rows(source: Source) -> Iterator[tuple[int, Row]]:
+    content = b"".join(line for _, line in _lines(source))
+    try:
+        yield 1, {"id": source.name, "text": content.decode()}
+    except UnicodeDecodeError as reason:
+        start = content.rfind(b"\n", 0, reason.start) + 1
+        line = content.count(b"\n", 0, reason.start) + 1
+        yield line, _not_utf8(content[reason.start], f"byte {reason.start - start + 1} of the line")
+
+
+def _parquet_rows(source: Source) -> Iterator[tuple[int, Row]]:
+    row = 0
+    try:
+        with pq.ParquetFile(source.path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for value in batch.to_pylist():
+                    row += 1
+                    yield row, value
+                source.read_bytes = source.size * row // max(1, file.metadata.num_rows)
+    except UNREADABLE as reason:
+        raise CorpusError(f"{source.path}:{row + 1}: {_damaged(reason)}") from reason
+
+
+def _data_rows(source: Source) -> Iterator[tuple[int, Row]]:
+    for row, value in enumerate(source.data, 1):
+        source.read_bytes = row
+        yield row, value
+
+
+def _lines(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int, bytes]]:
+    line = 0
+    try:
+        with open(source.path, "rb") as raw, _decompressed(raw, source.compression) as stream:
+            for line, content in enumerate(stream, 1):
+                yield line, content.removeprefix(BOM) if line == 1 else content
+                source.read_bytes = raw.tell()
+    except UNREADABLE as reason:
+        raise error(f"{source.path}:{line + 1}: {_damaged(reason)}") from reason
+
+
+def _damaged(reason: BaseException) -> str:
+    if isinstance(reason, PermissionError):
+        return "the file may not be read; change its permissions"
+    return f"the file cannot be read on: {reason}; it is damaged or cut short, make it again"
+
+
+@contextmanager
+def _decompressed(raw: BinaryIO, compression: str) -> Iterator[Any]:
+    openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    if compression in openers:
+        with openers[compression](raw, "rb") as stream:
+            yield stream
+    elif compression == ".zst":
+        with io.BufferedReader(pa.input_stream(raw, compression="zstd")) as stream:  # pyright: ignore
+            yield stream
+    else:
+        yield raw
