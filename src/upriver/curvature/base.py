@@ -31,7 +31,9 @@ class Damping(NamedTuple):
         except ValueError:
             value = -1.0
         if not 0 <= value < float("inf"):
-            raise ConfigError(f"bad damping: got {text!r}; a number from 0, or a share of the mean eigenvalue such as 0.1x")
+            raise ConfigError(
+                f"bad damping: got {text!r}; a number from 0, or a share of the mean eigenvalue such as 0.1x"
+            )
         return cls(value, relative)
 
     def of(self, lam: Tensor) -> float:

@@ -38,7 +38,8 @@ class Moments(NamedTuple):
         return LowRank(self.Q_S_OO @ low.U_QOR, low.V_QRI @ self.Q_A_II.T)
 
     def to(self, like: Tensor) -> "Moments":
-        return Moments(*(m.to(like) for m in self[:4]), self.T_mean)
+        Q_A, Q_S, eig_A, eig_S = (m.to(like) for m in self[:4])
+        return Moments(Q_A, Q_S, eig_A, eig_S, self.T_mean)
 
 
 class Eigenblock(NamedTuple):
@@ -64,6 +65,9 @@ class Eigenblock(NamedTuple):
     @classmethod
     def identity(cls, O: int, I: int) -> "Eigenblock":
         return cls(torch.ones(O, I), None)
+
+    def to(self, like: Tensor) -> "Eigenblock":
+        return Eigenblock(self.lam_OI.to(like), None if self.basis is None else self.basis.to(like))
 
     def matvec(self, q_QOI: Tensor, damping: Damping) -> Tensor:
         return self._back(self._rotate(q_QOI) * (self.lam_OI + damping.of(self.lam_OI)))

@@ -1,10 +1,10 @@
 """Fit EK-FAC: covariances, their eigenbases, and the eigenvalues measured in them.
 
-    FACTORS/key.json, manifest.json
-    FACTORS/eigen/unit-K.safetensors      layer K: Q_A, eig_A (when it leads its input's group), Q_S, eig_S
-    FACTORS/correction/lam.safetensors    lam of every layer
-    FACTORS/covariance/                   sums of A and S; removed when the fit is done
-    FACTORS/diagonal/                     eigenvalues in the weights' own basis; made when first asked for
+FACTORS/key.json, manifest.json
+FACTORS/eigen/unit-K.safetensors      layer K: Q_A, eig_A (when it leads its input's group), Q_S, eig_S
+FACTORS/correction/lam.safetensors    lam of every layer
+FACTORS/covariance/                   sums of A and S; removed when the fit is done
+FACTORS/diagonal/                     eigenvalues in the weights' own basis; made when first asked for
 """
 
 import shutil
@@ -154,11 +154,15 @@ def _run(stage: Stage, plan: Plan, opts: FitOptions, say: Say) -> None:
     cover = coverage(plan.model.module, plan.layers)
     sequences = sum(len(rows) for unit in plan.units for rows in unit)
     say(f"layers: {cover.line()}")
-    say(f"fit: {plan.tokens:,} tokens in {sequences:,} of {len(plan.data):,} sequences, {opts.fisher} labels, seed {opts.seed}")
+    say(
+        f"fit: {plan.tokens:,} tokens in {sequences:,} of {len(plan.data):,} sequences, {opts.fisher} labels, seed {opts.seed}"
+    )
     times: dict[str, float] = {}
     dtype = accumulator_dtype(plan.model.dtype)
 
-    sums = _timed(times, "covariance", lambda: _pass(stage, "covariance", plan, plan.labels[0], lambda: Covariance(dtype)))
+    sums = _timed(
+        times, "covariance", lambda: _pass(stage, "covariance", plan, plan.labels[0], lambda: Covariance(dtype))
+    )
     clamped = _timed(times, "eigendecomposition", lambda: _decompose(stage, plan, sums, sequences))
     del sums
     moments = {x.name: read_moments(stage.path, plan.layers, x).to(_like(plan.model)) for x in plan.layers}
@@ -169,7 +173,9 @@ def _run(stage: Stage, plan: Plan, opts: FitOptions, say: Say) -> None:
     if dist.rank() == 0:
         say(f"convergence: {halves['what']}: mean {_text(halves['mean'])}, worst layer {_text(halves['worst'])}")
         if clamped < -1e-6:
-            say(f"rank-deficient covariance: negative eigenvalues down to {clamped:.1e} of the largest were set to zero")
+            say(
+                f"rank-deficient covariance: negative eigenvalues down to {clamped:.1e} of the largest were set to zero"
+            )
         stage.finish(
             {
                 "layers": [_describe(x) for x in plan.layers],
@@ -257,7 +263,13 @@ def _agreement(lam_2OI: Tensor, n_2: Tensor, lam_OI: Tensor) -> float:
 
 
 def _describe(layer: Layer) -> dict[str, Any]:
-    return {"name": layer.name, "shape": [layer.O, layer.I], "block": layer.block, "kind": layer.kind, "A_of": layer.A_of}
+    return {
+        "name": layer.name,
+        "shape": [layer.O, layer.I],
+        "block": layer.block,
+        "kind": layer.kind,
+        "A_of": layer.A_of,
+    }
 
 
 def read_moments(path: Path, layers: list[Layer] | list[Any], layer: Any) -> Moments:
@@ -287,10 +299,14 @@ class Factors:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not (self.path / "manifest.json").exists():
-            raise InputError(f"no finished factors in {self.path}; make them with: upriver fit MODEL CORPUS --out {self.path}")
+            raise InputError(
+                f"no finished factors in {self.path}; make them with: upriver fit MODEL CORPUS --out {self.path}"
+            )
         self.manifest = read_json(self.path / "manifest.json")
         if self.manifest.get("key", {}).get("stage") != "fit":
-            raise InputError(f"{self.path} is not a folder of factors; make one with: upriver fit MODEL CORPUS --out FACTORS")
+            raise InputError(
+                f"{self.path} is not a folder of factors; make one with: upriver fit MODEL CORPUS --out FACTORS"
+            )
         self.layers = [FactorLayer(**{**x, "shape": tuple(x["shape"])}) for x in self.manifest["layers"]]
 
     @property

@@ -98,7 +98,13 @@ def query_chunks(layers: list[Layer], n_queries: int, budget: int = QUERY_BYTES)
 
 
 def solve(
-    model: Model, layers: list[Layer], factors: Factors, queries: Measured, indices: list[int], kind: str, damping: Damping
+    model: Model,
+    layers: list[Layer],
+    factors: Factors,
+    queries: Measured,
+    indices: list[int],
+    kind: str,
+    damping: Damping,
 ) -> Grads:
     """``v = (G + lambda I)^-1 grad f`` at full rank, ``[len(indices), O, I]`` for every layer."""
     grads = query_gradients(model, layers, queries, indices)
@@ -109,7 +115,14 @@ def solve(
 
 
 def solve_low_rank(
-    model: Model, layers: list[Layer], factors: Factors, queries: Measured, indices: list[int], kind: str, damping: Damping, rank: int
+    model: Model,
+    layers: list[Layer],
+    factors: Factors,
+    queries: Measured,
+    indices: list[int],
+    kind: str,
+    damping: Damping,
+    rank: int,
 ) -> Tensors:
     """The solved queries at rank ``rank``: ``U:layer`` ``[Q, O, R]`` and ``V:layer`` ``[Q, R, I]``."""
     grads = query_gradients(model, layers, queries, indices)

@@ -50,7 +50,9 @@ def count(O: int, I: int, M: int, N: int, Q: int, R: int) -> Costs:
     return Costs(M * (O + I) * Q * R, gradient, gradient + Q * O * I * R)
 
 
-def choose_orders(layers: list[Layer], M: int, N: int, Q: int, R: int | None, budget: int = DENSE_BYTES) -> dict[str, Order]:
+def choose_orders(
+    layers: list[Layer], M: int, N: int, Q: int, R: int | None, budget: int = DENSE_BYTES
+) -> dict[str, Order]:
     """The cheapest order of each layer, as long as all dense queries together stay within ``budget`` bytes."""
     orders: dict[str, Order] = {}
     for x in layers:
@@ -80,7 +82,8 @@ def route(order: Order, solved: LowRank | Tensor, like: Tensor) -> Route:
 def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
     """``< v_q, sum_t g_t a_t^T >`` for each sequence and query, ``[N, Q]``."""
     if r.order == "tokens":
-        assert r.U_OP is not None and r.V_IP is not None
+        assert r.U_OP is not None
+        assert r.V_IP is not None
         product_NTP = (g_NTO @ r.U_OP).mul_(a_NTI @ r.V_IP)
         return product_NTP.unflatten(2, (r.Q, -1)).sum((1, 3), dtype=_sum_dtype(product_NTP))
     G_NP = sequence_gradients(a_NTI, g_NTO).flatten(1)

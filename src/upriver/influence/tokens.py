@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upriver.curvature.base import Grads
 from upriver.errors import ModelError
+from upriver.model.capture import frozen
 from upriver.model.layers import Layer, weight_gradient_as_stored
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel
-from upriver.model.capture import frozen
 from upriver.model.sweep import Labels, sweep
 from upriver.tensors import sequence_gradients
 from upriver.text.batch import Batch, Sequences

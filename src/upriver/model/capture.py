@@ -51,7 +51,9 @@ def capture(module: nn.Module, layers: list[Layer], consume: Consume) -> Iterato
     """
     run = Run(consume)
     hooks = [
-        m.register_forward_hook(partial(run.on_call, layer), with_kwargs=True) for layer in layers for m in layer.modules
+        m.register_forward_hook(partial(run.on_call, layer), with_kwargs=True)
+        for layer in layers
+        for m in layer.modules
     ]
     try:
         with frozen(module):
@@ -87,7 +89,9 @@ class Run:
         with torch.enable_grad():
             loss = forward()
         if not torch.isfinite(loss):
-            raise NumericalError(f"the loss of a batch is {float(loss)}; check the weights for NaN, or use --dtype float32")
+            raise NumericalError(
+                f"the loss of a batch is {float(loss)}; check the weights for NaN, or use --dtype float32"
+            )
         if not loss.requires_grad:
             raise ModelError("the loss does not depend on any tracked layer; choose other layers with --layers")
         self._backward = True

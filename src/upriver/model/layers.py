@@ -86,7 +86,7 @@ def _layer(name: str, modules: list[nn.Module]) -> Layer:
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """``(O, I)`` of a weight, also for GPT-2's transposed ``Conv1D``."""
-    rows, columns = module.weight.shape
+    rows, columns = module.get_parameter("weight").shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
@@ -193,7 +193,7 @@ def _why(name: str, parameter: nn.Parameter, linear: bool) -> str:
         return "expert or convolution weights of three axes cannot be tracked"
     if re.search(r"embed|wte|wpe", name, re.IGNORECASE):
         return "embedding"
-    if re.search(r"norm|ln_|layernorm", name, re.IGNORECASE) or parameter.ndim == 1 and not linear:
+    if re.search(r"norm|ln_|layernorm", name, re.IGNORECASE) or (parameter.ndim == 1 and not linear):
         return "norm or vector"
     if re.search(r"lm_head|embed_out", name):
         return "language-model head"

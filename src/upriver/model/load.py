@@ -139,12 +139,13 @@ def _load_tokenizer(place: str, options: dict[str, Any]) -> Any:
         raise ModelError(f"no tokenizer could be loaded from {place!r}: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"the tokenizer of {place!r} gives no character offsets (it is a slow one); save a fast tokenizer beside the model"
+            f"the tokenizer of {place!r} gives no character offsets (it is a slow one); "
+            "save a fast tokenizer beside the model"
         )
     return tokenizer
 
 
-def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attention: str) -> nn.Module:
+def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     def load(**extra: Any) -> Any:
@@ -165,8 +166,8 @@ def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attent
         if report[kind]:
             first = sorted(map(str, report[kind]))[0]
             raise ModelError(
-                f"the weights of {place!r} do not fit its configuration: {len(report[kind])} {kind.replace('_', ' ')}, the first is "
-                f"{first!r}; they would have been drawn at random"
+                f"the weights of {place!r} do not fit its configuration: {len(report[kind])} {kind.replace('_', ' ')}, "
+                f"the first is {first!r}; they would have been drawn at random"
             )
     return module
 
@@ -177,16 +178,16 @@ def _check_weights(module: nn.Module, place: str) -> None:
             raise ModelError(f"the weights hold NaN or infinity: {name!r} of {place!r}; get a sound copy of the model")
 
 
-def _check_vocabulary(module: nn.Module, tokenizer: Any) -> None:
+def _check_vocabulary(module: Any, tokenizer: Any) -> None:
     rows, highest = module.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ModelError(
-            f"the vocabulary does not fit the tokenizer: the model embeds {rows:,} tokens, the tokenizer numbers up to {highest:,}; "
-            "use the tokenizer that the model was trained with"
+            f"the vocabulary does not fit the tokenizer: the model embeds {rows:,} tokens, "
+            f"the tokenizer numbers up to {highest:,}; use the tokenizer that the model was trained with"
         )
 
 
-def _check_causal(module: nn.Module, T: int = 8) -> None:
+def _check_causal(module: Any, T: int = 8) -> None:
     """Change the last token: in a causal model nothing before it may move, and padding on the right is then harmless."""
     rows = module.get_input_embeddings().weight.shape[0]
     tokens = torch.arange(T, device=module.get_input_embeddings().weight.device)[None] % rows
@@ -197,13 +198,15 @@ def _check_causal(module: nn.Module, T: int = 8) -> None:
     if not torch.isfinite(first).all():
         raise ModelError("the model's predictions hold NaN or infinity; try --dtype float32")
     if not torch.allclose(first, second, rtol=1e-2, atol=1e-2 * float(first.abs().max())):
-        raise ModelError("the model is not causal: a later token changes the prediction before it; give a causal language model")
+        raise ModelError(
+            "the model is not causal: a later token changes the prediction before it; give a causal language model"
+        )
 
 
 def _tensor_hash(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return hashlib.blake2b(head + memoryview(flat.numpy()), digest_size=16).hexdigest()
+    return hashlib.blake2b(head + flat.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

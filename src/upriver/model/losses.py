@@ -23,14 +23,13 @@ class Sampler:
     """Counter-based uniform random numbers in (0, 1) for the sampled labels of one pass over one batch."""
 
     def __init__(self, seed: int, stream: int, keys_N: np.ndarray):
-        with np.errstate(over="ignore"):
-            self._keys_N = splitmix64(keys_N ^ splitmix64(np.uint64(seed) * np.uint64(1_000_003) + np.uint64(stream)))
+        salt_1 = np.array([seed], np.uint64) * np.uint64(1_000_003) + np.uint64(stream)
+        self._keys_N = splitmix64(keys_N ^ splitmix64(salt_1))
 
     def uniform(self, T: int, K: int = 1) -> Tensor:
         """Float64 ``[N, T, K]``: one number for each sequence, position and component."""
-        with np.errstate(over="ignore"):
-            counter = np.arange(T * K, dtype=np.uint64).reshape(1, T, K) * np.uint64(0x9E3779B97F4A7C15)
-            bits = splitmix64(self._keys_N[:, None, None] + counter)
+        counter = np.arange(T * K, dtype=np.uint64).reshape(1, T, K) * np.uint64(0x9E3779B97F4A7C15)
+        bits = splitmix64(self._keys_N[:, None, None] + counter)
         return torch.from_numpy(((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
 
 
@@ -82,12 +81,16 @@ class LanguageModel(Task):
             labels_NT = labels_NT.clone()
             at = labels_NT != IGNORE
             labels_NT[at] = sample(logits_NTV.detach()[at], u_NT[at])
-        return F.cross_entropy(_wide(logits_NTV).flatten(0, 1), labels_NT.flatten(), ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(
+            _wide(logits_NTV).flatten(0, 1), labels_NT.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
 
     def log_probs(self, module: nn.Module, batch: Batch) -> Tensor:
         """``log p(z_t | z_<t)`` at every loss token, 0 elsewhere: ``[N, T]``, at the position of the token itself."""
         logits_NTV, labels_NT = self.logits(module, batch), next_tokens(batch)
-        nll = F.cross_entropy(_wide(logits_NTV).flatten(0, 1), labels_NT.flatten(), ignore_index=IGNORE, reduction="none")
+        nll = F.cross_entropy(
+            _wide(logits_NTV).flatten(0, 1), labels_NT.flatten(), ignore_index=IGNORE, reduction="none"
+        )
         return -nll.view_as(labels_NT).roll(1, 1)
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:

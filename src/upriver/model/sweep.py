@@ -56,7 +56,9 @@ def sweep(
             advance(int(data.lengths_N[rows].sum()))
 
 
-def split_units(batches: list[np.ndarray], lengths_N: np.ndarray, unit_tokens: int = UNIT_TOKENS) -> list[list[np.ndarray]]:
+def split_units(
+    batches: list[np.ndarray], lengths_N: np.ndarray, unit_tokens: int = UNIT_TOKENS
+) -> list[list[np.ndarray]]:
     """Consecutive batches in units of about ``unit_tokens`` tokens."""
     units: list[list[np.ndarray]] = []
     room = 0

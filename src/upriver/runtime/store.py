@@ -96,9 +96,7 @@ def read_tensors(path: Path) -> Tensors:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"cannot read {path}: {error}; delete its folder and give the same command again"
-        ) from error
+        raise StorageError(f"cannot read {path}: {error}; delete its folder and give the same command again") from error
 
 
 class Stage:

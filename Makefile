@@ -1,0 +1,44 @@
+# make demo and make test need nothing but Python 3.11 and make.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= build/demo
+
+.PHONY: demo test test-fast check format bench clean
+
+demo: $(VENV)/.base            ## trace the embedded model and open-able report in build/demo
+	$(BIN)/upriver demo --out $(OUT)
+
+test: $(VENV)/.dev             ## all unit tests
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev        ## without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/.dev            ## style, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_house.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev            ## speed of the trace against plain training steps, in one run
+	$(BIN)/python benchmarks/scan.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,check,studies,gguf]"
+	touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,28 @@
+"""Upriver follows a language model's answer upriver, to the training text it came from.
+
+    import upriver as up
+    model   = up.load_model("path/or/name")
+    corpus  = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=512)
+    factors = up.fit(model, corpus, out="factors")
+    result  = up.trace(model, corpus, up.Queries.read("queries.jsonl", model.tokenizer), factors, out="scores")
+    result.top("q1", 10)
+"""
+
+from upriver.curvature.base import Curvature, Damping, Solution
+from upriver.curvature.fit import Factors, fit
+from upriver.errors import UpriverError
+from upriver.influence.gradients import Measurements
+from upriver.model.load import Model, load_model
+from upriver.model.losses import Classification, LanguageModel, Regression, Task
+from upriver.pipeline import complete, trace
+from upriver.show.report import write_report as report
+from upriver.show.scores import Scores
+from upriver.text.batch import Examples
+from upriver.text.corpus import Corpus
+from upriver.text.queries import Queries
+
+__all__ = [
+    "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "LanguageModel", "Measurements", "Model",
+    "Queries", "Regression", "Scores", "Solution", "Task", "UpriverError", "complete", "fit", "load_model", "report",
+    "trace",
+]  # fmt: skip

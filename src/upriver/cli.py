@@ -1,0 +1,256 @@
+"""The command line: parse, call the library, print.  An ordinary client of the public interface."""
+
+import os
+import sys
+import tomllib
+import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from upriver.text.corpus import Corpus
+
+from upriver.curvature.fit import Factors, fit
+from upriver.errors import ConfigError, QueryError, UpriverError
+from upriver.model.load import Model, load_model
+from upriver.pipeline import complete, trace
+from upriver.runtime.config import FitOptions, Options, RunOptions, TraceOptions, options
+from upriver.show.report import write_report
+from upriver.show.terminal import terminal_summary
+from upriver.text.queries import Queries
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ModelArg = Annotated[str, typer.Argument(help="A Hugging Face folder or name, or a .gguf file.", metavar="MODEL")]
+CorpusArg = Annotated[
+    str, typer.Argument(help="JSONL, Parquet, CSV, text file or folder, or a `datasets` folder or name.")
+]
+QueriesArg = Annotated[str, typer.Argument(help="JSONL with id, prompt, completion and optionally contrast.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the folder.")]
+
+
+@app.callback()
+def _upriver() -> None:
+    """Follow a language model's answer upriver, to the training text it came from.  (--debug shows tracebacks.)"""
+
+
+@app.command("fit")
+def fit_command(
+    model: ModelArg,
+    corpus: CorpusArg,
+    out: Annotated[Path, typer.Option(help="Folder for the factors.")],
+    layers: Annotated[str, typer.Option(help="mlp, attention, all, or globs separated by commas.")] = "mlp",
+    seq_len: Annotated[
+        int, typer.Option(help="Tokens of a sequence; longer documents are cut into windows.", min=2)
+    ] = 512,
+    pack: Annotated[bool, typer.Option("--pack", help="Join documents with the end token before cutting.")] = False,
+    fisher: Annotated[str, typer.Option(help="sampled or empirical labels.")] = "sampled",
+    max_tokens: Annotated[int, typer.Option(help="Tokens to fit on, from random sequences.", min=1)] = 1_000_000,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch, padding counted.", min=1)] = 4096,
+    seed: Annotated[int, typer.Option(help="Of the sampled labels and sequences.", min=0)] = 0,
+    device: Device = "auto",
+    on_bad_record: Annotated[str, typer.Option(help="error, or skip and list.")] = "error",
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit the EK-FAC factors of MODEL on CORPUS: once per model, for any number of questions."""
+    given: dict[str, Any] = {
+        "layers": layers, "fisher": fisher, "max_tokens": max_tokens, "dtype": dtype, "batch_tokens": batch_tokens,
+        "seed": seed,
+    }  # fmt: skip
+    options(FitOptions, given)
+    loaded = _load_model(model, device)
+    read = _read_corpus(corpus, loaded, seq_len, pack, on_bad_record)
+    factors = fit(loaded, read, out, overwrite=overwrite, progress=_bars, say=_say, **given)
+    _say(
+        f"factors written to {factors.path}; next: upriver trace {model} {corpus} QUERIES --factors {out} --out SCORES"
+    )
+
+
+@app.command("trace")
+def trace_command(
+    model: ModelArg,
+    corpus: CorpusArg,
+    queries: QueriesArg,
+    factors: Annotated[Path, typer.Option(help="Folder written by upriver fit.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    rank: Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")] = "32",
+    damping: Annotated[str, typer.Option(help="0.1x of the mean eigenvalue, or an absolute number.")] = "0.1x",
+    top: Annotated[int, typer.Option(help="Passages a side that are looked at again and shown.", min=1)] = 100,
+    candidates: Annotated[int | None, typer.Option(help="Score only the best N by TF-IDF, per query.", min=1)] = None,
+    curvature: Annotated[str, typer.Option(help="ekfac, kfac, diagonal or identity.")] = "ekfac",
+    layer_scores: Annotated[bool, typer.Option("--layer-scores", help="Write layers.npy as well.")] = False,
+    complete: Annotated[
+        int | None, typer.Option(help="Let the model answer queries without completion, in N tokens.")
+    ] = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Score every passage of CORPUS by its influence on each answer in QUERIES."""
+    given: dict[str, Any] = {
+        "rank": rank, "damping": damping, "top": top, "candidates": candidates, "curvature": curvature,
+        "layer_scores": layer_scores,
+    }  # fmt: skip
+    options(TraceOptions, given)
+    fitted = Factors(factors)
+    _check_queries(queries, complete)
+    loaded = _load_model(model, device)
+    how = fitted.manifest["data"]
+    read = _read_corpus(corpus, loaded, how["seq_len"], how["pack"], how["on_bad_record"])
+    asked = _read_queries(queries, loaded, complete)
+    given["batch_tokens"] = fitted.options.batch_tokens
+    result = trace(loaded, read, asked, fitted, out, overwrite=overwrite, progress=_bars, say=_say, **given)
+    terminal_summary(result.path, console=globals()["out"])
+    _say(f"next: upriver report {out} --open")
+
+
+@app.command("report")
+def report_command(
+    scores: Annotated[Path, typer.Argument(help="Folder written by upriver trace.", metavar="SCORES")],
+    out: Annotated[Path | None, typer.Option(help="Folder or .html file; the results' own folder by default.")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> None:
+    """Write the report of SCORES: one self-contained HTML file, and the same as JSON, JSONL and CSV."""
+    page = write_report(scores, out)
+    _say(f"report: {page}")
+    if open_page:
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command("run")
+def run_command(
+    file: Annotated[Path, typer.Argument(help="Run file: the flags of fit and trace as keys.", metavar="RUN.toml")],
+    overwrite: Overwrite = False,
+) -> None:
+    """fit + trace + report from one file."""
+    _run(_read_run_file(file), overwrite)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("upriver-demo"),
+    overwrite: Overwrite = False,
+) -> None:
+    """The whole thing on the embedded model and corpus: State of the Union speeches, and what they taught a small model."""
+    with resources.as_file(resources.files("upriver") / "demo") as folder:
+        values = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
+        places = {name: str(folder / values[name]) for name in ("model", "corpus", "queries")}
+        page = _run(options(RunOptions, {**values, **places, "out": str(out)}, "demo: "), overwrite)
+    _say(f"done: open {page.resolve()}")
+
+
+def _run(opts: RunOptions, overwrite: bool) -> Path:
+    folder = Path(opts.out)
+    _check_queries(opts.queries, opts.complete)
+    model = _load_model(opts.model, opts.device)
+    corpus = _read_corpus(opts.corpus, model, opts.seq_len, opts.pack, opts.on_bad_record)
+    queries = _read_queries(opts.queries, model, opts.complete)
+    common: dict[str, Any] = {"overwrite": overwrite, "progress": _bars, "say": _say}
+    factors = fit(model, corpus, folder / "factors", **common, **_subset(opts, FitOptions))
+    result = trace(model, corpus, queries, factors, folder / "scores", **common, **_subset(opts, TraceOptions))
+    terminal_summary(result.path, console=out)
+    page = write_report(result.path, folder / "report.html")
+    _say(f"report: {page}")
+    return page
+
+
+def _subset(opts: RunOptions, kind: type[Options]) -> dict[str, Any]:
+    return {name: getattr(opts, name) for name in kind.model_fields}
+
+
+def _read_run_file(file: Path) -> RunOptions:
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the run file {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    return options(RunOptions, values, f"{file}: ")
+
+
+def _load_model(name: str, device: str) -> Model:
+    model = load_model(name, device=device)
+    parameters = sum(p.numel() for p in model.module.parameters())
+    _say(f"model: {name}, {model.info['architecture']}, {parameters:,} parameters, {model.info['attention']} attention")
+    return model
+
+
+def _read_corpus(path: str, model: Model, seq_len: int, pack: bool, on_bad_record: str) -> Corpus:
+    if on_bad_record not in ("error", "skip"):
+        raise ConfigError(f"bad value for --on-bad-record: got {on_bad_record!r}; error or skip")
+    positions = model.info.get("positions")
+    if positions and seq_len > positions:
+        raise ConfigError(f"bad value for --seq-len: got {seq_len}; the model takes at most {positions} tokens")
+    corpus = Corpus.read(path, model.tokenizer, seq_len=seq_len, pack=pack, on_bad_record=on_bad_record, progress=_bars)
+    _say(f"corpus: {path}, {corpus.n_documents:,} documents, {len(corpus):,} sequences, {corpus.n_tokens:,} tokens")
+    for line in corpus.info.get("skipped_lines", []):
+        _say(f"  skipped {line}")
+    return corpus
+
+
+def _check_queries(path: str, most: int | None) -> None:
+    """Read the queries once without a tokenizer, so that a mistake in them is known before a model is loaded."""
+    Queries.read(path, complete=most)
+
+
+def _read_queries(path: str, model: Model, most: int | None) -> Queries:
+    queries = Queries.read(path, model.tokenizer, seq_len=model.info.get("positions"), complete=most)
+    if not queries.needs_completion:
+        return queries
+    if most is None:
+        raise QueryError(f"{path}: a query has no completion; add --complete N")
+    return complete(model, queries, most)
+
+
+def _say(line: str) -> None:
+    err.print(line, markup=False)
+
+
+@contextmanager
+def _bars(name: str, total: int) -> Iterator[Any]:
+    """A progress bar on standard error with rate and remaining time; one line at the end where that is no terminal."""
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.speed:,.0f}/s"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda done: progress.advance(task, done)
+        seconds = progress.tasks[0].elapsed or 0.0
+        rate = total / seconds if seconds else 0.0
+    _say(f"{name}: {total:,} in {seconds:.1f} s ({rate:,.0f}/s)")
+
+
+def main() -> None:
+    """Run the command line; errors are one sentence on standard error, the exit status says whose fault it was."""
+    debug = "--debug" in sys.argv
+    sys.argv = [arg for arg in sys.argv if arg != "--debug"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except UpriverError as error:
+        _fail(error, str(error), error.exit_status, debug)
+    except KeyboardInterrupt as error:
+        _fail(error, "interrupted; what was finished is kept, and the same command goes on from there", 1, debug)
+    except Exception as error:
+        text = f"unexpected {type(error).__name__}: {error}; give the command again with --debug to see where"
+        _fail(error, text, 1, debug)
+
+
+def _fail(error: BaseException, text: str, status: int, debug: bool) -> None:
+    if debug:
+        raise error
+    err.print(f"error: {text}", markup=False)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""From rescored pairs to what is shown: passages with text, tokens and lexical comparison; answers with log-probabilities."""
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from upriver.text.candidates import tfidf_scores
+from upriver.text.corpus import Corpus
+
+from upriver.influence.gradients import Measured, measurements
+from upriver.influence.results import Sides, TopRow, is_spurious, sides, token_scores
+from upriver.influence.stages import Job, Scanned
+from upriver.influence.tokens import Rescored
+from upriver.model.capture import frozen
+from upriver.model.load import Model
+from upriver.model.losses import LanguageModel
+from upriver.text.queries import Queries
+
+
+def top_rows(job: Job, scanned: Scanned, extremes: list[np.ndarray], found: Rescored) -> list[TopRow]:
+    """The rows of ``top.parquet``: for each query its most positive and its most negative sequences."""
+    lexical = Lexical(job)
+    out: list[TopRow] = []
+    for q in range(len(job.queries)):
+        keep = np.isin(found.rows_P, extremes[q])
+        ranked: Sides = sides(found, q, keep, job.opts.top)
+        for side, pairs in zip(Sides._fields, ranked, strict=True):
+            out += [_row(job, scanned, lexical, found, q, side, rank, int(p)) for rank, p in enumerate(pairs, 1)]
+    return out
+
+
+def _row(
+    job: Job, scanned: Scanned, lexical: "Lexical", found: Rescored, q: int, side: str, rank: int, pair: int
+) -> TopRow:
+    data, row = job.data, int(found.rows_P[pair])
+    score = float(found.layers_PL[pair].double().sum())
+    text = isinstance(data, Corpus)
+    start, end = (int(x) for x in data.span_N2[row]) if isinstance(data, Corpus) else (0, 0)
+    document = int(data.document_of_N[row]) if isinstance(data, Corpus) else row
+    return TopRow(
+        query=job.queries.ids[q], side=side, rank=rank, sequence=row, start=start, end=end,
+        document=data.document_id(document) if isinstance(data, Corpus) else str(row),
+        score=score, score_nats=score / len(data),
+        scan_score=float(scanned.scores_NQ[np.searchsorted(scanned.rows_N, row), q]),
+        rescored=True, spurious=text and is_spurious(found, pair), layers=found.layers_PL[pair].numpy(),
+        tokens=data.pieces(row) if isinstance(data, Corpus) else [],
+        token_scores=token_scores(found, pair, int(data.lengths_N[row])) if text else np.empty(0, np.float32),
+        text=data.text(row) if isinstance(data, Corpus) else "",
+        metadata=json.dumps(data.metadata(document), ensure_ascii=False) if isinstance(data, Corpus) else "{}",
+        **lexical.compare(q, row),
+    )  # fmt: skip
+
+
+class Lexical:
+    """What words alone would have found: the TF-IDF rank of a passage, and the query tokens that it holds."""
+
+    def __init__(self, job: Job):
+        self.data, self.queries = job.data, job.queries
+        self.scores_QN = None
+        if isinstance(job.data, Corpus) and isinstance(job.queries, Queries):
+            self.scores_QN = tfidf_scores(job.data, job.queries)
+            self.tokens = [set(job.queries.token_ids(q).tolist()) for q in range(len(job.queries))]
+
+    def compare(self, q: int, row: int) -> dict[str, Any]:
+        if self.scores_QN is None or not isinstance(self.data, Corpus):
+            return {"tfidf_rank": None, "tfidf_score": None, "overlap": None}
+        score_N = self.scores_QN[q]
+        shared = self.tokens[q] & set(self.data.token_ids(row).tolist())
+        return {
+            "tfidf_rank": 1 + int((score_N > score_N[row]).sum()),
+            "tfidf_score": float(score_N[row]),
+            "overlap": len(shared) / len(self.tokens[q]),
+        }
+
+
+def answers(model: Model, queries: Measured, rank_error: list[float | None]) -> list[dict[str, Any]]:
+    """``queries.json``: each query with the log-probability of every token of its answer."""
+    f_Q = measurements(model, queries)
+    out = []
+    for q, name in enumerate(queries.ids):
+        entry: dict[str, Any] = {"id": name, "measurement": float(f_Q[q]), "rank_correlation": rank_error[q]}
+        if isinstance(queries, Queries):
+            entry |= _answer(model, queries, q)
+        out.append(entry)
+    return out
+
+
+def _answer(model: Model, queries: Queries, q: int) -> dict[str, Any]:
+    record = queries.records[q]
+    batch = queries.batch([q]).to(model.device)
+    assert isinstance(model.task, LanguageModel)
+    with frozen(model.module), torch.no_grad():
+        log_probs_NT = model.task.log_probs(model.module, batch)
+    parts = [log_probs_NT[n][batch.inputs["loss"][n]].tolist() for n in range(len(log_probs_NT))]
+    tokens = [
+        [{"text": t, "log_prob": x} for t, x in zip(queries.completion_pieces(q, bool(n)), part, strict=True)]
+        for n, part in enumerate(parts)
+    ]
+    return {
+        "prompt": record.prompt, "completion": record.completion, "contrast": record.contrast,
+        "generated": record.generated, "log_prob": sum(parts[0]) - sum(sum(p) for p in parts[1:]),
+        "completion_tokens": tokens[0], "contrast_tokens": tokens[1] if len(tokens) > 1 else None,
+    }  # fmt: skip
+
+
+def rank_correlation(scanned: Scanned, found: Rescored, sample: np.ndarray) -> list[float | None]:
+    """Per query, the correlation of scan scores with full-rank scores over the random sample."""
+    full_P = found.layers_PL.sum(1).double().numpy()
+    out: list[float | None] = []
+    for q in range(scanned.scores_NQ.shape[1]):
+        pairs = np.flatnonzero((found.queries_P == q) & np.isin(found.rows_P, sample))
+        scan = scanned.scores_NQ[np.searchsorted(scanned.rows_N, found.rows_P[pairs]), q]
+        ok = len(pairs) > 2 and scan.std() > 0 and full_P[pairs].std() > 0
+        out.append(float(np.corrcoef(scan, full_P[pairs])[0, 1]) if ok else None)
+    return out

@@ -1,0 +1,195 @@
+"""The main path: fit the curvature, solve the queries, stream the corpus past them, look again at the top, write it down."""
+
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from upriver.text.candidates import candidates
+from upriver.text.corpus import Corpus
+
+from upriver.curvature.fit import Factors, fit_diagonal
+from upriver.errors import ModelError, QueryError
+from upriver.influence.gradients import Measured
+from upriver.influence.passages import answers, rank_correlation, top_rows
+from upriver.influence.results import write_scores, write_top
+from upriver.influence.stages import Job, Scanned, extremes, random_rows, rescore_stage, scan_stage, solve_stage
+from upriver.influence.tokens import Rescored
+from upriver.model.generate import greedy
+from upriver.model.load import Model
+from upriver.model.sweep import tracked_layers
+from upriver.runtime import dist
+from upriver.runtime.config import CONVENTIONS, POSITIVE, TraceOptions, options
+from upriver.runtime.progress import Progress, Say, mute, silent
+from upriver.runtime.store import Stage, digest, locked, write_json
+from upriver.show.scores import Scores
+from upriver.text.batch import Sequences
+from upriver.text.queries import Queries
+
+
+def trace(
+    model: Model,
+    corpus: Sequences,
+    queries: Measured,
+    factors: Factors,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    say: Say = mute,
+    **given: Any,
+) -> Scores:
+    """Score every sequence of ``corpus`` by its influence on every query, and look again at the most influential.
+
+    Args:
+        given: ``rank``, ``damping``, ``top``, ``candidates``, ``curvature``, ``layer_scores``, ``batch_tokens``; see
+            :class:`TraceOptions`.
+
+    Returns:
+        The results in ``out``: raw scores are ``I_f`` (eq. 25); divided by the number of training sequences they are nats.
+
+    Raises:
+        InputError: an option, a query, or the folder cannot be used; the factors belong to another model.
+        NumericalError: a NaN or an infinity on the way.
+
+    Example:
+        >>> result = up.trace(model, corpus, up.Queries.read("queries.jsonl", model.tokenizer), factors, out="scores")
+        >>> result.top("q1", 10)
+    """
+    opts, out = options(TraceOptions, given), Path(out)
+    factors.check(model)
+    _check_lengths(model, corpus)
+    key = {
+        "model": model.fingerprint,
+        "corpus": corpus.fingerprint,
+        "queries": queries.fingerprint,
+        "factors": digest(factors.manifest["key"]),
+        "options": opts.model_dump(),
+        "conventions": CONVENTIONS,
+    }
+    with locked(out):
+        stage = Stage.open(out, "trace", key, overwrite)
+        if stage.done:
+            say(f"scores: {out} is complete and was made from the same inputs; used as it is")
+        else:
+            _run(stage, model, corpus, queries, factors, opts, progress, say)
+    return Scores(out)
+
+
+def _run(
+    stage: Stage,
+    model: Model,
+    corpus: Sequences,
+    queries: Measured,
+    factors: Factors,
+    opts: TraceOptions,
+    progress: Progress,
+    say: Say,
+) -> None:
+    times = Times()
+    fitted = factors.options
+    if opts.curvature == "diagonal":
+        fit_diagonal(model, corpus, factors, progress)
+    rows, kept = _candidates(corpus, queries, opts.candidates)
+    with model.computing_in("float64" if fitted.dtype == "float64" else "float32") as exact:
+        layers = tracked_layers(exact, corpus, fitted.layers)
+        job = Job(stage, exact, layers, corpus, queries, factors, rows, opts, progress)
+        solved = times("queries", lambda: solve_stage(job))
+        with exact.computing_in(fitted.dtype) as computing:
+            scanning = job._replace(model=computing, layers=tracked_layers(computing, corpus, fitted.layers))
+            scanned = times("scan", lambda: scan_stage(scanning, solved, say))
+        ends, sample = extremes(scanned, opts.top), random_rows(scanned, fitted.seed)
+        wanted = [np.union1d(rows_q, sample) for rows_q in ends]
+        found = times("rescore", lambda: rescore_stage(job, wanted))
+        if dist.rank() == 0:
+            agreement = rank_correlation(scanned, found, sample)
+            write_scores(stage.path, corpus, queries.ids, scanned)
+            write_top(stage.path, top_rows(job, scanned, ends, found))
+            write_json(stage.path / "queries.json", answers(exact, queries, agreement))
+            stage.finish(_manifest(job, scanned, found, agreement, kept, times))
+    dist.barrier()
+
+
+class Times(dict[str, float]):
+    """Seconds by stage."""
+
+    def __call__(self, name: str, work: Any) -> Any:
+        start = time.perf_counter()
+        result = work()
+        self[name] = time.perf_counter() - start
+        return result
+
+
+def _check_lengths(model: Model, corpus: Sequences) -> None:
+    longest, positions = int(np.max(corpus.lengths_N)), model.info.get("positions")
+    if positions and longest > positions:
+        raise ModelError(
+            f"the corpus has sequences of {longest} tokens and the model takes {positions}; read it with --seq-len {positions}"
+        )
+
+
+def _candidates(
+    corpus: Sequences, queries: Measured, per_query: int | None
+) -> tuple[np.ndarray, dict[str, Any] | None]:
+    if per_query is None:
+        return np.arange(len(corpus)), None
+    if not isinstance(corpus, Corpus) or not isinstance(queries, Queries):
+        raise QueryError("candidates are chosen by words: leave out --candidates for a task that has no text")
+    return candidates(corpus, queries, per_query)
+
+
+def complete(model: Model, queries: Queries, most: int) -> Queries:
+    """Queries without a completion get the model's own greedy answer of at most ``most`` tokens, marked as such."""
+    missing = queries.needs_completion
+    return queries.completed({queries.ids[i]: greedy(model, queries.prompt_tokens(i), most) for i in missing})
+
+
+def _manifest(
+    job: Job,
+    scanned: Scanned,
+    found: Rescored,
+    agreement: list[float | None],
+    kept: dict[str, Any] | None,
+    times: Times,
+) -> dict[str, Any]:
+    factors, opts, model = job.factors.manifest, job.opts, job.model
+    fitted, known = job.factors.options, [x for x in agreement if x is not None]
+    by_layer, by_token = found.layers_PL.double().sum(1), found.tokens_PT.double().sum(1)
+    tokens = int(job.data.lengths_N[job.rows].sum())
+    return {
+        "upriver": version("upriver"),
+        "stage": "trace",
+        "model": {
+            "name": model.name,
+            "fingerprint": job.stage.key["model"],
+            "parameters": factors["coverage"]["total"],
+            "dtype": fitted.dtype,
+            **model.info,
+        },
+        "corpus": getattr(job.data, "info", {"sequences": len(job.data), "fingerprint": job.data.fingerprint}),
+        "n_train": len(job.data),
+        "scored_sequences": len(job.rows),
+        "candidates": kept,
+        "coverage": factors["coverage"],
+        "layers": factors["layers"],
+        "curvature": opts.curvature,
+        "damping": "none" if opts.curvature == "identity" else opts.damping,
+        "fisher": {"labels": fitted.fisher, "seed": fitted.seed},
+        "fit": factors["fit"],
+        "rank": opts.rank,
+        "rank_error": {
+            "mean": sum(known) / len(known) if known else None,
+            "worst": min(known) if known else None,
+            "what": "correlation of the scan's scores with full-rank scores on random sequences, over queries",
+        },
+        "top": opts.top,
+        "kernel": model.info.get("attention"),
+        "checks": {"token_sum": float((by_layer - by_token).abs().max() / by_layer.abs().max().clamp(min=1e-30))},
+        "conventions": CONVENTIONS,
+        "sign": POSITIVE,
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")}
+        | {"python": sys.version.split()[0]},
+        "timings": dict(times) | {"scan_tokens": tokens, "scan_tokens_per_second": tokens / max(times["scan"], 1e-9)},
+    }

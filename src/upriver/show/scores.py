@@ -1,0 +1,56 @@
+"""The finished results of a trace, read back."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from upriver.errors import InputError, QueryError
+from upriver.runtime.store import read_json
+from upriver.show.report import write_report
+
+
+class Scores:
+    """The finished results of a folder.
+
+    Example:
+        >>> result = up.Scores("scores")
+        >>> result.top("q1", 10)  # a pandas frame, most positive first
+
+    Raises:
+        InputError: the folder holds no finished trace.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not (self.path / "manifest.json").exists() or not (self.path / "top.parquet").exists():
+            raise InputError(
+                f"no finished trace in {self.path}; make one with: upriver trace MODEL CORPUS QUERIES --out ..."
+            )
+        self.manifest: dict[str, Any] = read_json(self.path / "manifest.json")
+        self.queries: list[dict[str, Any]] = read_json(self.path / "queries.json")
+
+    def top(self, query: str, k: int = 10, side: str = "positive") -> pd.DataFrame:
+        """The ``k`` most ``positive`` or ``negative`` sequences of a query, by their full-rank scores.
+
+        Raises:
+            QueryError: no such query.
+        """
+        known = [q["id"] for q in self.queries]
+        if query not in known:
+            raise QueryError(f"no such query: got {query!r}; the results have {', '.join(known)}")
+        table = pq.read_table(self.path / "top.parquet", filters=[("query", "=", query), ("side", "=", side)])
+        return table.to_pandas().sort_values("rank").head(k).reset_index(drop=True)
+
+    def frame(self) -> pd.DataFrame:
+        """Every scored sequence, a column of raw scores per query."""
+        return pd.read_parquet(self.path / "scores.parquet")
+
+    def documents(self) -> pd.DataFrame:
+        """Every document, a column of summed scores per query."""
+        return pd.read_parquet(self.path / "documents.parquet")
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the report page (and its JSON, JSONL and CSV beside it); returns the page's path."""
+        return write_report(self.path, None if out is None else Path(out))
