@@ -1,0 +1,61 @@
+"""The report's content for other programs: JSON, JSONL for the public viewer of the TrackStar paper (PAIR), CSV."""
+
+import csv
+import io
+import json
+from typing import Any
+
+Json = dict[str, Any]
+CSV_COLUMNS = (
+    "query",
+    "side",
+    "rank",
+    "sequence",
+    "document",
+    "start",
+    "end",
+    "score",
+    "score_nats",
+    "rescored",
+    "spurious",
+    "tfidf_rank",
+    "overlap",
+    "duplicate_of",
+)
+
+
+def json_text(report: Json) -> str:
+    return json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def jsonl_text(report: Json) -> str:
+    """A line per query in the schema of PAIR's ``pretraining-tda``; scores in nats where they are known."""
+    return "".join(json.dumps(_example(query), ensure_ascii=False) + "\n" for query in report["queries"])
+
+
+def _example(query: Json) -> Json:
+    example = {
+        "example_id": str(query["id"]),
+        "query_set": "upriver",
+        "inputs_plaintext": query["prompt"] or "",
+        "targets_plaintext": query["completion"] or "",
+    }
+    for side, name in (("positive", "proponent"), ("negative", "opponent")):
+        passages = [p for p in query["passages"] if p["side"] == side]
+        example[f"{name}s"] = [p["text"] for p in passages]
+        example[f"{name}_ids"] = [f"{p['document']}:{p['start']}-{p['end']}" for p in passages]
+        example[f"{name}_scores"] = [p["score"] if p["score_nats"] is None else p["score_nats"] for p in passages]
+    return example
+
+
+def csv_text(report: Json) -> str:
+    """A row per passage and query: what ``top.parquet`` holds, without the lists."""
+    sink = io.StringIO()
+    writer = csv.writer(sink, lineterminator="\n")
+    writer.writerow([*CSV_COLUMNS, "metadata", "text"])
+    for query in report["queries"]:
+        for passage in query["passages"]:
+            row = {**passage, "query": query["id"]}
+            metadata = json.dumps(passage["metadata"], ensure_ascii=False)
+            writer.writerow([*(row[column] for column in CSV_COLUMNS), metadata, passage["text"]])
+    return sink.getvalue()

@@ -1,0 +1,97 @@
+"""What can be said about passages from their text: sentences, near-duplicates, words shared with the query."""
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+SHINGLE = 5  # words
+JACCARD, CONTAINED = 0.5, 0.9  # near-duplicates: share of common shingles, or share of the shorter one's
+
+WORD = re.compile(r"\w+")
+# A full stop, question or exclamation mark with closing quotes, or a full-width one, or an empty line.
+SENTENCE_END = re.compile(r"[.!?…؟۔।]+[\"'”’»)\]]*(?=\s)|[。！？]+[」』”’]*|\n\s*\n|(?<=[^\s])\n(?=\s*[-*•\d])")
+ABBREVIATION = re.compile(r"(?:^|[\s(\"“‘])(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|No|vs|etc|e\.g|i\.e|[A-Z]|(?:[A-Z]\.)+[A-Z])\.$")
+# Words so common that sharing them with a query says nothing.
+_COMMON = (
+    "a about an and are as at be been but by can did do does for from had has have he her his how i if in into is it "
+    "its me my no not of on or our she so than that the their them then there these they this to was we were what when "
+    "where which who will with would you your"
+)
+COMMON = frozenset(_COMMON.split())
+
+
+def sentences(tokens: Sequence[str], limit: int = 400) -> list[tuple[int, int]]:
+    """Token spans ``[start, end)`` of the sentences of a passage; together they cover every token once."""
+    text = "".join(tokens)
+    ends = [
+        m.end() for m in SENTENCE_END.finditer(text) if not ABBREVIATION.search(text[max(0, m.end() - 12) : m.end()])
+    ]
+    starts = np.cumsum([0, *map(len, tokens)])[:-1]
+    first = [start + _lead(token) for start, token in zip(starts, tokens, strict=True)]
+    number = np.searchsorted(ends, first, side="right")
+    breaks = [0, *(np.flatnonzero(np.diff(number) > 0) + 1).tolist(), len(tokens)]
+    spans = [(a, b) for a, b in pairwise(breaks) if a < b]
+    return spans[: limit - 1] + ([(spans[limit - 1][0], len(tokens))] if len(spans) >= limit else [])
+
+
+def _lead(token: str) -> int:
+    """Where a token's first visible character stands; white space alone belongs to the sentence before it."""
+    visible = len(token.lstrip())
+    return len(token) - visible if visible else -1
+
+
+def shingles(text: str) -> frozenset[str]:
+    """The runs of five words of a text; of eight characters where it has no words to speak of."""
+    words = [word.casefold() for word in WORD.findall(text)]
+    if len(words) < SHINGLE:
+        joined = "".join(words)
+        return frozenset(joined[i : i + 8] for i in range(max(1, len(joined) - 7)))
+    return frozenset(" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1))
+
+
+def near_duplicates(texts: Sequence[str]) -> list[int]:
+    """For each text the index of the first text that it nearly repeats (its own, when there is none).
+
+    Two texts are near-duplicates when the Jaccard index of their word 5-shingles is at least 0.5, or when 90 % of the
+    shorter one's are in the longer one.
+    """
+    sets = [shingles(text) for text in texts]
+    leaders: list[int] = []
+    group = []
+    for i, own in enumerate(sets):
+        leader = next((j for j in leaders if _similar(own, sets[j])), i)
+        if leader == i:
+            leaders.append(i)
+        group.append(leader)
+    return group
+
+
+def _similar(a: frozenset[str], b: frozenset[str]) -> bool:
+    common = len(a & b)
+    return common >= JACCARD * len(a | b) or common >= CONTAINED * max(1, min(len(a), len(b)))
+
+
+def query_words(query: str) -> frozenset[str]:
+    """The words of a query that say something when a passage shares them."""
+    words = {word.casefold() for word in WORD.findall(query)}
+    return frozenset(word for word in words - COMMON if len(word) > 2 or not word.isascii())
+
+
+def matches(tokens: Sequence[str], words: frozenset[str]) -> list[int]:
+    """Indices of the tokens that belong to a word of the query."""
+    text = "".join(tokens)
+    starts = np.cumsum([0, *map(len, tokens)])
+    found: set[int] = set()
+    for match in WORD.finditer(text):
+        if match.group().casefold() in words:
+            first, last = np.searchsorted(starts, [match.start() + 1, match.end()], side="left")
+            found.update(i for i in range(int(first) - 1, int(last)) if tokens[i].strip())
+    return sorted(found)
+
+
+def concentration(token_scores: np.ndarray) -> float | None:
+    """``||tok||_2 / ||tok||_1``: 1 when a single token holds all; above 2/3 the passage is called spurious."""
+    total = float(np.abs(token_scores).sum())
+    return float(np.linalg.norm(token_scores)) / total if total > 0 else None
