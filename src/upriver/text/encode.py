@@ -24,7 +24,8 @@ class Encoded(NamedTuple):
 
     tokens_T: np.ndarray  # int64
     cuts_C: np.ndarray  # int64 [T + 1]
-    ends_T: np.ndarray  # int64: where the tokenizer says the token ends; 0 for special tokens added by itself
+    starts_T: np.ndarray  # int64: where the tokenizer says the token starts; 0 for special tokens added by itself
+    ends_T: np.ndarray  # int64: and ends
     special_T: np.ndarray  # bool: added by the tokenizer, not read from the text
 
     def pieces(self, text: str) -> list[str]:
@@ -58,14 +59,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special
 
 
 def _encoded(text: str, tokens: list[int], offsets: list[tuple[int, int]], special: list[int]) -> Encoded:
-    ends_T = np.array(offsets, np.int64).reshape(-1, 2)[:, 1]
+    starts_T, ends_T = np.array(offsets, np.int64).reshape(-1, 2).T
     special_T = np.array(special, bool)
     cuts_C = np.zeros(len(tokens) + 1, np.int64)
     cuts_C[1:] = np.maximum.accumulate(ends_T)
     from_text = np.flatnonzero(~special_T)
     if len(from_text):
         cuts_C[from_text[-1] + 1 :] = len(text)
-    return Encoded(np.array(tokens, np.int64), cuts_C, ends_T, special_T)
+    return Encoded(np.array(tokens, np.int64), cuts_C, starts_T, ends_T, special_T)
 
 
 def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:

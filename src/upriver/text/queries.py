@@ -222,7 +222,7 @@ class Queries:
         return dataclasses.replace(batch, weight_N=weights, query_N=np.array([row.query for row in picked], np.int64))
 
     def batches(self, batch_tokens: int) -> list[Batch]:
-        """All queries, in order, in batches of at most ``batch_tokens`` positions, padding counted; at least one query."""
+        """All queries, in order, in batches of at most ``batch_tokens`` positions (padding counted), one query at least."""
         groups: list[list[int]] = []
         n_rows = longest = 0
         for q, rows in enumerate(self._rows_of_query):

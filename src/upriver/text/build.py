@@ -1,0 +1,239 @@
+"""The artifact of a corpus: tokenised once, then only mapped into memory.
+
+    tokens.bin      all tokens, document after document          loss.bin        a byte each: carries loss
+    text.bin        all text as UTF-8                            documents.bin   a line of JSON per document
+    starts.npy      [D + 1, 3] where each document begins in tokens.bin, text.bin and documents.bin
+    offset.npy, length.npy, document.npy, span.npy, key.npy      a row per sequence: where it begins in tokens.bin, its
+                    tokens, its document, its characters in that document, its counter key
+    info.json       what was counted; written last
+
+Axes: D documents, N sequences, T tokens of a document, W windows.  It is built in a temporary folder and renamed, so a
+kill leaves nothing half-made.  Only the tables of numbers are held in memory, never the text or the tokens.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from upriver.errors import ConfigError, CorpusError, ModelError, StorageError
+from upriver.runtime.store import write_array, write_json
+from upriver.text.batch import sequence_keys, tokens_hash
+from upriver.text.encode import largest_token
+from upriver.text.records import BadRecords, dump, read_records
+from upriver.text.sources import Source
+from upriver.text.tokenise import Document, documents
+
+STREAMS = ("tokens", "loss", "text", "documents")
+TABLES = ("offset", "length", "document", "span", "key")
+Progress = Callable[[int, int], None]  # done, total
+
+
+class Settings(NamedTuple):
+    """What, besides the files and the tokenizer, decides the sequences of a corpus."""
+
+    seq_len: int
+    pack: bool
+    on_bad_record: str
+
+
+@dataclass
+class _Windows:
+    """The sequences so far: one array of rows per document."""
+
+    offset: list[np.ndarray] = field(default_factory=list)
+    document: list[np.ndarray] = field(default_factory=list)
+    span: list[np.ndarray] = field(default_factory=list)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Wait until no other process builds here, so that each corpus is tokenised by one of them.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")  # noqa: SIM115 - held until the end of the block
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"the disk is full: {path} could not be written; free some space and try again"
+            ) from error
+        raise ConfigError(
+            f"the cache cannot be written: got {path} ({error}); set UPRIVER_CACHE to a folder that you may write to"
+        ) from error
+
+
+def build(
+    folder: Path,
+    sources: list[Source],
+    bad: BadRecords,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    progress: Progress | None = None,
+) -> None:
+    """Tokenise ``sources`` into ``folder``, which appears when it is complete.
+
+    Raises:
+        CorpusError: a record that cannot be used, or no sequence at all.
+        ConfigError, StorageError: the folder cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with _writing(folder):
+            partial.mkdir(parents=True)
+            info = _fill(partial, sources, bad, tokenizer, settings, progress or (lambda done, total: None))
+            write_json(partial / "info.json", info)
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill(
+    folder: Path,
+    sources: list[Source],
+    bad: BadRecords,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    progress: Progress,
+) -> dict[str, Any]:
+    end = _end_token(tokenizer) if settings.pack else None
+    dtype = "<u2" if largest_token(tokenizer) < 2**16 else "<u4"
+    total = sum(source.size for source in sources)
+    windows = _Windows()
+    with _Streams(folder, dtype) as streams:
+        for chunk in documents(read_records(sources, bad), tokenizer, bad):
+            for document in chunk:
+                _append(document, streams, windows, settings, end)
+            progress(sum(source.read_bytes for source in sources), total)
+    starts = np.array(streams.starts, np.int64)
+    if len(starts) == 1:
+        raise CorpusError(f"the corpus is empty: got {_names(sources)} with {bad.count} bad records and no good one")
+    write_array(folder / "starts.npy", starts)
+    return {
+        "documents": len(starts) - 1,
+        **_finish(folder, windows, settings, dtype),
+        "seq_len": settings.seq_len,
+        "pack": settings.pack,
+        "skipped": {"count": bad.count, "first": bad.listed},
+        "dtype": dtype,
+    }
+
+
+def _names(sources: list[Source]) -> str:
+    return str(sources[0].path) if len(sources) == 1 else f"{len(sources)} files"
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ModelError(
+            "packing puts the end token between documents, and the tokenizer has none: got eos_token=None; "
+            "set its eos_token, or do without --pack"
+        )
+    return tokenizer.eos_token_id
+
+
+class _Streams:
+    """The files that grow with every document, and where each document begins in them."""
+
+    def __init__(self, folder: Path, dtype: str):
+        self.folder = folder
+        self.dtype = dtype
+        self.starts = [(0, 0, 0)]
+        self.last_token = -1
+        self._open = ExitStack()
+
+    def __enter__(self) -> "_Streams":
+        self._files = [self._open.enter_context((self.folder / f"{name}.bin").open("wb")) for name in STREAMS]
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            for file in self._files:
+                file.flush()
+                os.fsync(file.fileno())
+        self._open.close()
+
+    @property
+    def n_tokens(self) -> int:
+        return self.starts[-1][0]
+
+    def write(self, tokens_T: np.ndarray, loss_T: np.ndarray, text: bytes, line: bytes) -> None:
+        contents = tokens_T.astype(self.dtype).tobytes(), loss_T.astype(np.uint8).tobytes(), text, line
+        for file, content in zip(self._files, contents, strict=True):
+            file.write(content)
+        n_tokens, n_text, n_lines = self.starts[-1]
+        self.starts.append((n_tokens + len(tokens_T), n_text + len(text), n_lines + len(line)))
+        self.last_token = int(tokens_T[-1])
+
+
+def _append(document: Document, streams: _Streams, windows: _Windows, settings: Settings, end: int | None) -> None:
+    """Write one document and cut it into windows; a packed one begins with the end token of the document before it."""
+    record, encoded = document.record, document.encoded
+    tokens_T, cuts_C, loss_T = encoded.tokens_T, encoded.cuts_C, document.loss_T
+    first = streams.n_tokens
+    if end is not None and first and streams.last_token != end:
+        tokens_T, cuts_C = np.insert(tokens_T, 0, end), np.insert(cuts_C, 0, 0)
+        loss_T = np.insert(loss_T, 0, "text" in record.parts)
+    last = first + len(tokens_T)
+    begin = -(-first // settings.seq_len) * settings.seq_len if settings.pack else first
+    offset_W = np.arange(begin, last, settings.seq_len)
+    ends_W = np.minimum(offset_W + settings.seq_len, last)
+    windows.offset.append(offset_W)
+    windows.document.append(np.full(len(offset_W), len(streams.starts) - 1, np.int32))
+    windows.span.append(np.stack([cuts_C[offset_W - first], cuts_C[ends_W - first]], axis=1))
+    line = {"id": record.id, "metadata": record.metadata, "special": document.special}
+    streams.write(tokens_T, loss_T, document.text.encode(), dump(line))
+
+
+def _finish(folder: Path, windows: _Windows, settings: Settings, dtype: str) -> dict[str, Any]:
+    """Drop the windows in which nothing is predicted, and write the table of the others."""
+    tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
+    loss = np.memmap(folder / "loss.bin", bool, mode="r")
+    offset_N = np.concatenate(windows.offset)
+    length_N = np.minimum(settings.seq_len, (len(tokens) if settings.pack else _ends(windows, folder)) - offset_N)
+    hash_N, kept_N = np.zeros(len(offset_N), np.uint64), np.zeros(len(offset_N), bool)
+    for n, (start, length) in enumerate(zip(offset_N.tolist(), length_N.tolist(), strict=True)):
+        kept_N[n] = loss[start + 1 : start + length].any()
+        hash_N[n] = tokens_hash(tokens[start : start + length])
+    if not kept_N.any():
+        raise CorpusError(
+            f"no sequence has a token to predict: got {len(kept_N)} of one token, or without an answer in them; "
+            "give longer texts or a larger sequence length"
+        )
+    write_array(folder / "offset.npy", offset_N[kept_N])
+    write_array(folder / "length.npy", length_N[kept_N].astype(np.int32))
+    write_array(folder / "document.npy", np.concatenate(windows.document)[kept_N])
+    write_array(folder / "span.npy", np.concatenate(windows.span)[kept_N])
+    write_array(folder / "key.npy", sequence_keys(hash_N[kept_N]))
+    return {
+        "sequences": int(kept_N.sum()),
+        "tokens": int(length_N[kept_N].sum()),
+        "windows_without_loss": int((~kept_N).sum()),
+        "max_token": int(max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))),
+    }
+
+
+def _ends(windows: _Windows, folder: Path) -> np.ndarray:
+    """Where the document of each window ends in the tokens."""
+    return np.load(folder / "starts.npy", mmap_mode="r")[:, 0][np.concatenate(windows.document) + 1]

@@ -1,0 +1,186 @@
+"""A corpus of text: sequences of tokens, each of which knows its document and its characters there.
+
+Axes: N sequences.
+"""
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from upriver.errors import ConfigError, StorageError
+from upriver.runtime.store import digest, read_json
+from upriver.text import batch as batches
+from upriver.text.batch import Batch
+from upriver.text.build import TABLES, Progress, Settings, build, exclusive
+from upriver.text.encode import encode, tokenizer_fingerprint
+from upriver.text.records import BadRecords, open_corpus
+
+SCHEMA = 1  # raise it when the same files would give other sequences, or the artifact another layout
+
+
+class Corpus:
+    """Sequences of tokens, mapped into memory from an artifact that is made once (`Corpus.read`).
+
+    A document of at most ``seq_len`` tokens is one sequence; a longer one is cut into windows, and the windows partition
+    its characters exactly.  Windows in which no token is predicted are left out (``info["windows_without_loss"]``).
+    With ``pack`` documents follow each other, the end token between them: a sequence then belongs to the document that
+    it starts in, ``span_N2`` ends with that document, and `text` goes on into the next ones.
+
+    Attributes:
+        lengths_N: int32, tokens of each sequence.
+        document_of_N: int32, the document of each sequence.
+        span_N2: int64, its first character in the document, and the one after its last.
+        keys_N: uint64, its counter key: a hash of its content, whatever its place.
+        fingerprint: a hash of files, tokenizer and settings.
+        reused: the artifact was there already.
+    """
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, path: str, reused: bool):
+        stored = read_json(folder / "info.json")
+        self.tokenizer = tokenizer
+        self.fingerprint = folder.name
+        self.reused = reused
+        self.info: dict[str, Any] = {"path": path, "fingerprint": folder.name, **stored}
+        self.seq_len, self.pack = int(stored["seq_len"]), bool(stored["pack"])
+        self.n_documents, self.n_tokens = int(stored["documents"]), int(stored["tokens"])
+        self.max_token = int(stored["max_token"])
+        try:
+            self._tokens, self._loss, self._text, self._documents = (
+                np.memmap(folder / f"{name}.bin", dtype, mode="r")
+                for name, dtype in (("tokens", stored["dtype"]), ("loss", bool), ("text", "u1"), ("documents", "u1"))
+            )
+            self._starts_D3 = np.load(folder / "starts.npy", mmap_mode="r")
+            self._offset_N, self.lengths_N, self.document_of_N, self.span_N2, self.keys_N = (
+                np.load(folder / f"{name}.npy", mmap_mode="r") for name in TABLES
+            )
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"cannot read the corpus in {folder}: {error}; delete that folder and try again"
+            ) from error
+        self._cached_text = lru_cache(16)(self._read_text)
+        self._cached_pieces = lru_cache(16)(self._cut)
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int = 512,
+        pack: bool = False,
+        on_bad_record: str = "error",
+        cache: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> "Corpus":
+        """Read JSON lines, Parquet, CSV, a text file, a folder of these, or a `datasets` folder or name.
+
+        Records have ``text``, or ``prompt`` and ``completion``, or ``messages`` (loss on the answers only), an optional
+        ``id``, and further fields, kept as metadata.  The tokens are kept under ``cache`` (default: ``$UPRIVER_CACHE``,
+        else ``~/.cache/upriver``) by content, and found there the next time.
+
+        Args:
+            on_bad_record: ``error``, or ``skip``: count and list them in ``info["skipped"]``.
+            progress: called with the bytes read so far and their total (rows, for `datasets` data).
+
+        Raises:
+            CorpusError: a file or record that cannot be used; the message names file and line.
+            ModelError: the tokenizer does not tell character offsets.
+
+        Example:
+            >>> corpus = Corpus.read("corpus.jsonl", tokenizer, seq_len=512)
+            >>> corpus.text(0)
+        """
+        if seq_len < 2:
+            raise ConfigError(
+                f"a sequence needs at least 2 tokens, one to predict from the other: got seq-len {seq_len}"
+            )
+        settings, bad = Settings(seq_len, pack, on_bad_record), BadRecords(on_bad_record)
+        sources = open_corpus(Path(path), bad)
+        key = {"schema": SCHEMA, "sources": [source.fingerprint for source in sources]}
+        key |= {"tokenizer": tokenizer_fingerprint(tokenizer), "settings": settings._asdict()}
+        folder = _cache_folder(cache) / "corpus" / digest(key)
+        reused = folder.exists()
+        if not reused:
+            with exclusive(folder.with_name(f".{folder.name}.lock")):
+                reused = folder.exists()
+                if not reused:
+                    build(folder, sources, bad, tokenizer, settings, progress)
+        return cls(folder, tokenizer, str(path), reused)
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
+        """Rows in batches of at most ``batch_tokens`` positions, padding counted, longest first."""
+        return batches.plan(self.lengths_N, batch_tokens, rows)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The sequences ``rows`` as one right-padded batch."""
+        rows = np.asarray(rows, np.int64)
+        slices = [self._slice(row) for row in rows]
+        return batches.pad(rows, self.keys_N[rows], [self._tokens[s] for s in slices], [self._loss[s] for s in slices])
+
+    def sample(self, max_tokens: int, seed: int) -> np.ndarray:
+        """A seeded random selection of at most ``max_tokens`` tokens, at least one sequence: sorted rows."""
+        return batches.sample(self.lengths_N, self.keys_N, max_tokens, seed)
+
+    def _slice(self, row: int) -> slice:
+        start = int(self._offset_N[row])
+        return slice(start, start + int(self.lengths_N[row]))
+
+    def token_ids(self, row: int) -> np.ndarray:
+        """The tokens of a sequence, int64."""
+        return self._tokens[self._slice(row)].astype(np.int64)
+
+    def text(self, row: int) -> str:
+        """The characters of a sequence, exactly as they are in its document."""
+        if self.pack:
+            return "".join(self.pieces(row))
+        start, end = self.span_N2[row]
+        return self.document_text(int(self.document_of_N[row]))[start:end]
+
+    def pieces(self, row: int) -> list[str]:
+        """The text of each token of a sequence; joined they are `text`.
+
+        A token that continues a character of several bytes, or that the tokenizer added, has none.
+        """
+        span, document = self._slice(row), int(self.document_of_N[row])
+        pieces, start = [], span.start
+        while start < span.stop:
+            first, after = int(self._starts_D3[document, 0]), int(self._starts_D3[document + 1, 0])
+            pieces += self._cached_pieces(document)[start - first : span.stop - first]
+            start, document = after, document + 1
+        return pieces
+
+    def _cut(self, document: int) -> list[str]:
+        text = self.document_text(document)
+        pieces = encode(self.tokenizer, [text], self._line(document)["special"])[0].pieces(text)
+        n_tokens = int(self._starts_D3[document + 1, 0] - self._starts_D3[document, 0])
+        return [""] * (n_tokens - len(pieces)) + pieces  # a packed document begins with the end token of the one before
+
+    def document_text(self, document: int) -> str:
+        """A document as it was tokenised: prompt and completion joined, messages as the chat template renders them."""
+        return self._cached_text(int(document))
+
+    def _read_text(self, document: int) -> str:
+        start, end = self._starts_D3[document : document + 2, 1]
+        return self._text[start:end].tobytes().decode()
+
+    def _line(self, document: int) -> dict[str, Any]:
+        start, end = self._starts_D3[document : document + 2, 2]
+        return json.loads(self._documents[start:end].tobytes())
+
+    def document_id(self, document: int) -> str:
+        return self._line(document)["id"]
+
+    def metadata(self, document: int) -> dict[str, Any]:
+        """The further fields of a document's record."""
+        return self._line(document)["metadata"]
+
+
+def _cache_folder(given: str | Path | None) -> Path:
+    return Path(given or os.environ.get("UPRIVER_CACHE") or "~/.cache/upriver").expanduser()
