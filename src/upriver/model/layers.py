@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from upriver.errors import ModelError
 
 ATTENTION = re.compile(r"attn|attention|^wqkv$", re.IGNORECASE)
-MIXER = re.compile(r"mamba|mixer|ssm|rwkv|recurrent|rglru|conv", re.IGNORECASE)
+MIXER = re.compile(r"mamba|mixer|ssm|recurrent|rglru|conv", re.IGNORECASE)  # of a place in the block
+MIXER_CLASS = re.compile(r"(Mixer|Recurrent\w*Block|RgLru|Conv\w*|DeltaNet)$")  # of a module around the layer
 ROUTER = re.compile(r"^(gate|router|.*_gate)$|router", re.IGNORECASE)
 
 
@@ -70,7 +71,17 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
     chosen = {name: m for name, m in linear.items() if _matches(module, name, spec)}
     if not chosen:
         have = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})) or "no linear layer at all"
-        raise ModelError(f"no layer to track: --layers {spec!r} matches nothing; this model has: {have}")
+        experts = sum(p.numel() for p in module.parameters() if p.ndim >= 3)
+        share = experts / max(1, sum(p.numel() for p in module.parameters()))
+        note = (
+            f"; {share:.0%} of its parameters are expert weights of three axes, which cannot be tracked"
+            if experts
+            else ""
+        )
+        raise ModelError(
+            f"no layer to track: --layers {spec!r} matches nothing; this model has linear layers at {have}{note}; "
+            "choose among them with --layers"
+        )
     by_weight: dict[int, list[str]] = {}
     for name, m in chosen.items():
         by_weight.setdefault(id(m.weight), []).append(name)
@@ -118,11 +129,11 @@ def layer_kind(module: nn.Module, name: str) -> str | None:
     if prefix is None:
         return None
     inside = name[len(prefix) :].split(".")
-    path = [(part, type(module.get_submodule(prefix + ".".join(inside[: i + 1])))) for i, part in enumerate(inside)]
-    labels = [part for part, _ in path] + [kind.__name__ for _, kind in path[:-1]]
-    if any(ATTENTION.search(label) for label in labels):
+    around = [module.get_submodule(prefix + ".".join(inside[:i])) for i in range(1, len(inside))]
+    classes = [type(m).__name__ for m in around]
+    if any(ATTENTION.search(label) for label in inside + classes):
         return "attention"
-    if any(MIXER.search(label) for label in labels[:-1] + inside) or ROUTER.search(inside[-1]):
+    if any(map(MIXER.search, inside)) or any(map(MIXER_CLASS.search, classes)) or ROUTER.search(inside[-1]):
         return "other"
     return "mlp"
 
