@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SINCE, HOLD_OUT_EVERY, SEQ_LEN, BATCH = 1933, 15, 128, 24
 PEAK_LR, WARMUP, WEIGHT_DECAY = 2e-3, 200, 0.6
-CONFIG = dict(
+CONFIG = dict(  # noqa: C408
     vocab_size=4096, hidden_size=160, intermediate_size=448, num_hidden_layers=6, num_attention_heads=5,
     num_key_value_heads=5, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
 )  # fmt: skip

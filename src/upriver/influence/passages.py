@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from upriver.text.candidates import tfidf_scores
-from upriver.text.corpus import Corpus
 
 from upriver.influence.gradients import Measured, measurements
 from upriver.influence.results import Sides, TopRow, is_spurious, sides, token_scores
@@ -15,6 +13,8 @@ from upriver.influence.tokens import Rescored
 from upriver.model.capture import frozen
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel
+from upriver.text.candidates import tfidf_scores
+from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from upriver.text.corpus import Corpus
 
 from upriver.influence.stages import Scanned
 from upriver.influence.tokens import Rescored, spurious
 from upriver.runtime.store import atomic
 from upriver.text.batch import Sequences
+from upriver.text.corpus import Corpus
 
 ROW_GROUP = 100_000
 
