@@ -181,10 +181,10 @@ def _query(rng: np.random.Generator, query: dict[str, Any]) -> dict[str, Any]:
         "contrast": query.get("contrast"),
         "generated": False,
         "log_prob": log_prob,
-        "measurement": "log p(completion | prompt)" + (" - log p(contrast | prompt)" if contrast else ""),
+        "measurement": log_prob,
         "completion_tokens": completion,
         "contrast_tokens": contrast,
-        "rank_error": {"correlation": 0.9961},
+        "rank_correlation": 0.9961,
     }
 
 

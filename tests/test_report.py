@@ -307,3 +307,20 @@ def test_the_browser_draws_every_card_and_runs_nothing_else(
     assert dom.count('"t pos" style') + dom.count('"t neg" style') >= len(opened["tokens"])
     assert "✓ sum over 18 layers" in dom
     assert "✓ sum over" in dom
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+def test_the_browser_draws_documents_and_sentences(tmp_path: Path) -> None:
+    path = write_scores(tmp_path / "scores", queries=1, per_side=4, tokens=44, documents=9, blocks=12)
+    page = write_report(path)
+    report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    documents = report["queries"][0]["documents"]
+    dom = rendered(page, tmp_path / "a", "#query=blessing&by=documents")
+    assert dom.count('class="card ') == len(documents["positive"]) + len(documents["negative"])
+    assert "The sum over" in dom
+    best = report["queries"][0]["passages"][0]
+    dom = rendered(page, tmp_path / "b", "#query=blessing&mode=sentences&side=positive&rank=1")
+    assert dom.count('class="sum ') == len(best["sentences"])
+    assert len(report["depth"]) == 9
+    assert dom.count('class="cell ') == 36

@@ -92,7 +92,8 @@ def _query(folder: Folder, query: Json) -> Json:
     raw = folder.scores(str(query["id"]))
     keys = ("id", "prompt", "completion", "contrast", "generated", "log_prob", "measurement", "completion_tokens")
     return {
-        **{key: query.get(key) for key in (*keys, "contrast_tokens", "rank_error")},
+        **{key: query.get(key) for key in (*keys, "contrast_tokens")},
+        "rank_correlation": query.get("rank_correlation"),
         "words": sorted(words),
         "spread": spread(raw, folder.n_train),
         "passages": passages,

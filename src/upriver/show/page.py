@@ -12,9 +12,9 @@ import jinja2
 import numpy as np
 
 Json = dict[str, Any]
-SCRIPTS = ("charts.js", "viewer.js")
+SCRIPTS = ("charts.js", "detail.js", "viewer.js")
 COMPRESS_ABOVE = 300_000  # characters of JSON: above it the data is gzipped
-QUANTISE_ABOVE = 2_000_000  # above it token scores are stored in 8 bits
+QUANTISE_ABOVE = 3_000_000  # bytes of the page: above it token scores are stored in 8 bits
 WARN_ABOVE = 5_000_000  # bytes of the page
 DIGITS = 4  # of a token score in the page
 
@@ -31,21 +31,25 @@ def render(report: Json, title: str = "Upriver") -> Page:
     Corpus text reaches the browser only as JSON in a data block, where ``<`` is written ``\\u003c``; the script puts it
     on the page as text.  The content-security policy admits this one script, by its hash, and no network.
     """
-    data = dumps(_payload(report, quantise=False))
-    quantised = len(data) > QUANTISE_ABOVE
-    if quantised:
-        data = dumps(_payload(report, quantise=True))
+    page = _page(report, title, quantise=False)
+    if page.size > QUANTISE_ABOVE:
+        page = _page(report, f"{title} (token scores quantised to 8 bits)", quantise=True)
+    return page
+
+
+def _page(report: Json, title: str, quantise: bool) -> Page:
+    data = dumps(_payload(report, quantise))
     packed = len(data) > COMPRESS_ABOVE
     script = code(*SCRIPTS)
     html = _template().render(
-        title=f"{title} (token scores quantised to 8 bits)" if quantised else title,
+        title=title,
         style=code("viewer.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         encoding="gzip" if packed else "plain",
         data=base64.b64encode(gzip.compress(data.encode(), 9, mtime=0)).decode() if packed else data,
     )
-    return Page(html, quantised, len(html.encode()))
+    return Page(html, quantise, len(html.encode()))
 
 
 def code(*names: str) -> str:

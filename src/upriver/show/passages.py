@@ -61,7 +61,7 @@ def near_duplicates(texts: Sequence[str]) -> list[int]:
     leaders: list[int] = []
     group = []
     for i, own in enumerate(sets):
-        leader = next((j for j in leaders if _similar(own, sets[j])), i)
+        leader = next((j for j in leaders if texts[i].strip() and _similar(own, sets[j])), i)
         if leader == i:
             leaders.append(i)
         group.append(leader)

@@ -44,7 +44,9 @@ def _checks(manifest: Json, queries: list[Json]) -> Iterator[Json]:
         yield _graded("Convergence of the factors", halves, "correlation between the two halves of the fitting sample")
     if manifest.get("rank_error") is not None:
         note = "correlation of the compressed scan with the full-rank scores"
-        yield _graded(f"Rank {manifest.get('rank', '')} against full rank", manifest["rank_error"], note)
+        full = manifest.get("rank") == "full"
+        name = "Scan against rescoring" if full else f"Rank {manifest.get('rank', '')} against full rank"
+        yield _graded(name, manifest["rank_error"], note)
     for name, what in (("tokens", "Sum over tokens"), ("layers", "Sum over layers")):
         error = _largest_difference(queries, name)
         if error is not None:

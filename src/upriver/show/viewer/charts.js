@@ -94,8 +94,8 @@ function survivalPlot(spread, unitName, mark) {
 
 // Bars up and down from zero, one per depth group.
 function depthStrip(depth, sums, unit) {
-  const W = 360, H = 112, T = 16, B = 30, L = 4;
   const high = Math.max(0, ...sums), low = Math.min(0, ...sums), span = high - low || 1;
+  const W = 360, L = 4, T = 14, B = 30 + (low < 0 ? 12 : 0), H = 84 + B;
   const y = (v) => T + ((H - T - B) * (high - v)) / span;
   const width = (W - 2 * L) / sums.length;
   const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, class: "plot strip", role: "img", "aria-label": "Influence by depth: " +
@@ -104,14 +104,15 @@ function depthStrip(depth, sums, unit) {
     const left = L + i * width, top = Math.min(y(v), y(0)), tall = Math.max(1, Math.abs(y(v) - y(0)));
     const middle = left + width / 2;
     svg.append(
-      s("rect", { class: `bar ${side(v)}`, x: left + width * 0.12, y: top, width: width * 0.76, height: tall, rx: 1.5,
+      s("rect", { class: `bar ${side(v)}`, x: left + width * 0.14, y: top, width: width * 0.72, height: tall, rx: 1.5,
         tip: () => `${depthName(depth[i])}: ${unit.exact(v)}` }),
-      s("text", { x: middle, y: v < 0 ? top + tall + 10 : top - 4, "text-anchor": "middle", class: "value" }, unit.short(v)),
-      s("text", { x: middle, y: H - 14, "text-anchor": "middle" },
+      s("text", { x: middle, y: v < 0 ? top + tall + 10 : top - 4, "text-anchor": "middle", class: "value" },
+        Math.abs(v) < 0.01 * span ? "≈0" : unit.short(v)),
+      s("text", { x: middle, y: H - 16, "text-anchor": "middle" },
         depth[i].first === depth[i].last ? String(depth[i].first) : `${depth[i].first}–${depth[i].last}`));
   });
   svg.append(s("line", { class: "zero", x1: L, x2: W - L, y1: y(0), y2: y(0) }),
-    s("text", { x: W / 2, y: H - 1, "text-anchor": "middle", class: "axis" }, "block, first to last"));
+    s("text", { x: W / 2, y: H - 2, "text-anchor": "middle", class: "axis" }, "block, first to last"));
   return svg;
 }
 const depthName = (group) => (group.first === group.last ? `block ${group.first}` : `blocks ${group.first}–${group.last}`);

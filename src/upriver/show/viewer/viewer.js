@@ -3,7 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const state = {
   query: 0, by: "passages", side: "all", open: null, mode: "tokens", align: "carried", scale: "passage", whole: false,
-  text: "", least: 0, document: "", overlap: 100, spurious: false, fold: true, filters: false,
+  text: "", least: 0, document: "", overlap: 100, spurious: false, fold: true, filters: false, spread: true,
 };
 const narrow = matchMedia("(max-width: 900px)");
 let D, Q, unit;
@@ -47,6 +47,7 @@ function unpack(data) {
 
 function start(data) {
   D = unpack(data);
+  state.spread = !narrow.matches;
   $("message").remove();
   const run = D.run;
   $("run").append(...[run.model, run.corpus, run.sequences && plural(run.sequences, "sequence")]
@@ -56,6 +57,8 @@ function start(data) {
   $("trust-open").addEventListener("click", () => { close(); $("trust").scrollIntoView({ behavior: "smooth" }); $("trust").focus({ preventScroll: true }); });
   $("help-open").addEventListener("click", () => $("help").showModal());
   const wanted = new URLSearchParams(location.hash.slice(1));
+  if (wanted.get("by") === "documents") state.by = "documents";
+  if (wanted.get("mode") === "sentences") state.mode = "sentences";
   const at = D.queries.findIndex((q) => String(q.id) === wanted.get("query"));
   ask(Math.max(0, at), wanted.get("rank"), wanted.get("side"));
 }
@@ -72,6 +75,7 @@ function ask(index, rank, wantedSide) {
   const items = visible();
   const found = items.find((item) => String(item.rank) === rank && item.side === wantedSide) ?? (narrow.matches ? null : items[0]);
   open(found ?? null, false);
+  if (rank && found && found !== items[0]) cardOf(found).scrollIntoView({ block: "center" });
 }
 
 // ---- left: the questions
@@ -84,15 +88,25 @@ function drawQueries() {
       h("small", {}, q.log_prob === null ? "" : `${q.contrast ? "Δ log p" : "log p"} ${number(q.log_prob)}`))));
   $("queries").replaceChildren(h("h2", {}, plural(D.queries.length, "question")), h("ol", {}, items));
 }
+// White space before a word stays outside its colour.
+const lead = (text) => (text.trim() ? text.match(/^\s*/)[0] : "");
 const tail = (text, length) => (text.length > length ? "…" + text.slice(-length).replace(/^\S*\s/, "") : text);
 
 // ---- the question, its answer, and how its influence is spread
 
+// Labels of short pieces alternate between two rows, so that the answer keeps its spacing.
 function answerTokens(tokens, text) {
   if (!tokens?.length) return h("b", {}, text);
-  return tokens.map((t) => h("span", { class: "answer", "--p": Math.exp(t.log_prob).toFixed(3), tip: () =>
-    `${visibleSpace(t.text)}\nlog p ${number(t.log_prob)} nats, p = ${number(Math.exp(t.log_prob))}` },
-  h("b", {}, t.text || "·"), h("small", {}, Math.abs(t.log_prob) < 0.005 ? "0" : `−${Math.abs(t.log_prob).toFixed(2).replace(/^0/, "")}`)));
+  let low = false, short = false;
+  return tokens.map((t) => {
+    const before = short;
+    short = t.text.length < 3;
+    low = !low && (before || short) && t !== tokens[0];
+    const size = Math.abs(t.log_prob), label = size < 0.005 ? "0" : `−${size.toFixed(size < 10 ? 2 : 1).replace(/^0/, "")}`;
+    return [t.text.match(/^\s*/)[0], h("span", { class: low ? "answer low" : "answer", "--p": Math.exp(t.log_prob).toFixed(3), tip: () =>
+      `${visibleSpace(t.text)}\nlog p ${number(t.log_prob)} nats, p = ${number(Math.exp(t.log_prob))}` },
+    h("b", {}, t.text.trimStart() || "·"), h("small", {}, label))];
+  });
 }
 
 function drawQuestion() {
@@ -101,7 +115,8 @@ function drawQuestion() {
     Q.log_prob !== null && [Q.contrast ? "difference of log-probabilities" : "log-probability of the answer", `${number(Q.log_prob, 4)} nats`],
     Q.log_prob !== null && !Q.contrast && ["probability", number(Math.exp(Math.min(0, Q.log_prob)))],
     Q.generated && ["answer", "the model's own, greedy"],
-    Q.rank_error?.correlation != null && ["scan against full rank", `r = ${Q.rank_error.correlation.toFixed(3)}`],
+    Q.log_prob === null && Q.measurement !== null && ["measurement", number(Q.measurement, 4)],
+    Q.rank_correlation !== null && ["scan against full rank", `r = ${Q.rank_correlation.toFixed(3)}`],
   ].filter(Boolean);
   const words = h("div", { class: "words" },
     h("p", { class: "label" }, `Question ${state.query + 1} of ${D.queries.length} · ${clip(String(Q.id), 60)}`),
@@ -117,21 +132,24 @@ function spreadFigure() {
   const share = spread.top_share === null ? "No sequence raises this answer." : [
     `The top ${spread.top_percent} % (`, plural(spread.top_sequences, "sequence"), ") hold ",
     h("b", {}, percent(spread.top_share)), " of all positive influence."];
-  return h("figure", {}, survivalPlot(spread, unitName(), item && { value: value(item), rank: item.rank }),
+  return h("details", { class: "spread", open: state.spread, ontoggle: (e) => { state.spread = e.target.open; } },
+    h("summary", {}, "How the influence is spread"),
+    h("figure", {}, survivalPlot(spread, unitName(), item && { value: value(item), rank: item.rank }),
     h("figcaption", {}, share, " ", h("span", { class: "muted" },
       `Share of ${count(spread.sequences)} sequences with at least this score, `,
-      h("i", { class: "pos" }, "raising"), " and ", h("i", { class: "neg" }, "lowering"), "; the ring marks the open passage.")));
+      h("i", { class: "pos" }, "raising"), " and ", h("i", { class: "neg" }, "lowering"), "; the ring marks the open passage."))));
 }
 
 // ---- the tool bar
 
-function choice(name, key, options, draw) {
-  return h("div", { class: "choice", role: "group", "aria-label": name }, options.map(([id, label, title]) =>
+function choice(name, key, options, draw, named) {
+  const group = h("div", { class: "choice", role: "group", "aria-label": name }, options.map(([id, label, title]) =>
     h("button", { type: "button", "data-id": id, title, "aria-pressed": String(state[key] === id), onclick: (event) => {
       state[key] = id;
       for (const button of event.currentTarget.parentNode.children) button.setAttribute("aria-pressed", String(button === event.currentTarget));
       draw();
     } }, label)));
+  return named ? h("div", { class: "named" }, h("span", {}, name), group) : group;
 }
 
 function drawTools() {
@@ -232,7 +250,8 @@ const SPURIOUS = "A few tokens hold nearly all of the influence of this passage 
 function passageCard(p) {
   const facts = Object.values(p.metadata).filter((v) => ["string", "number"].includes(typeof v)).slice(0, 2).map((v) => clip(String(v), 40));
   return cardShell(p, [cardHead(p), h("p", { class: "excerpt", dir: "auto" }, excerpt(p)),
-    h("div", { class: "chips" }, facts.length ? h("span", { class: "meta" }, facts.join(" · ")) : "", chips(p))]);
+    h("div", { class: "chips" }, facts.length ? h("span", { class: "meta" }, facts.join(" · ")) : "", chips(p),
+      D.n_train ? h("span", { class: "raw" }, `raw ${signed(p.score)}`) : "")]);
 }
 
 // About 200 characters from the start of the sentence that counts most on the passage's own side.
@@ -246,7 +265,8 @@ function excerpt(p) {
   for (; i < p.tokens.length && length < 200; i++) {
     const text = clip(i === best.start ? p.tokens[i].trimStart() : p.tokens[i], 120).replace(/\s+/g, " ");
     const a = strength(p.token_scores[i], largest);
-    nodes.push(a < 0.06 ? text : h("span", { class: `t ${side(p.token_scores[i])}`, "--a": (0.8 * a).toFixed(3) }, text));
+    if (a < 0.06) nodes.push(text);
+    else nodes.push(lead(text), h("span", { class: `t ${side(p.token_scores[i])}`, "--a": (0.8 * a).toFixed(3) }, text.slice(lead(text).length)));
     length += text.length;
   }
   return i < p.tokens.length ? [...nodes, " …"] : nodes;
@@ -260,183 +280,13 @@ function documentCard(d) {
       d.best.map((b) => chip(`best ${unit.fixed(value(b))}`)).slice(0, 1))]);
 }
 
-// ---- the detail
-
-function open(item, byHand) {
-  state.open = item;
-  state.whole = false;
-  for (const card of document.querySelectorAll(".card")) card.setAttribute("aria-selected", String(card.item === item));
-  drawDetail();
-  drawQuestion();
-  document.body.classList.toggle("reading", Boolean(item && byHand && narrow.matches));
-  if (byHand) $("detail").scrollTop = 0;
-  if (byHand && narrow.matches) $("detail").focus({ preventScroll: true });
-  const place = new URLSearchParams({ query: Q.id, ...(item && state.by === "passages" ? { side: item.side, rank: item.rank } : {}) });
-  try { history.replaceState(null, "", `#${place}`); } catch { /* a page without a place of its own */ }
-}
-const close = () => document.body.classList.remove("reading");
-
-function drawDetail() {
-  const item = state.open;
-  $("detail").hidden = !item;
-  if (!item) return;
-  $("detail").replaceChildren(...(state.by === "documents" ? documentDetail(item) : passageDetail(item)).flat().filter(Boolean));
-}
-
-function title(item, label) {
-  return h("header", { class: sideName(item) },
-    h("button", { class: "back", type: "button", onclick: close, "aria-label": "Back to the list" }, "‹ Back"),
-    h("p", { class: "label" }, `${arrow(item)} ${label} ${item.rank} · ${item.side === "positive" ? "raises" : "lowers"} the answer`),
-    h("h2", { dir: "auto" }, clip(String(item.document ?? "passage"), 200)),
-    h("p", { class: "big" }, h("b", {}, unit.fixed(value(item))), h("span", {}, ` ${unit.label}`),
-      D.n_train ? h("span", { class: "muted" }, `raw ${signed(item.score, 4)}`) : ""));
-}
-
-function meaning(item) {
-  if (!D.n_train || item.score_nats === null) return null;
-  const what = Q.contrast ? "the odds of the answer against the contrast" : "the probability of the answer";
-  const factor = Math.exp(item.score_nats);
-  const change = Math.abs(item.score_nats) < 0.05 ? `change ${what} by ${signed(100 * (factor - 1))} %` : `multiply ${what} by ${number(factor)}`;
-  const thing = state.by === "documents" ? "document" : "passage";
-  return h("p", { class: "muted" }, `To first order, one more copy of this ${thing} in the training set would ${change}.`);
-}
-
-function passageDetail(p) {
-  const facts = [
-    ["position", p.start !== null && p.end !== null ? `characters ${count(p.start)}–${count(p.end)} of the document` : null],
-    ...Object.entries(p.metadata).map(([key, v]) => [key, typeof v === "object" ? JSON.stringify(v) : String(v)]),
-    ["sequence", String(p.sequence ?? "–")],
-    ["concentration", p.concentration !== null ? `${number(p.concentration)}${p.spurious ? " (spurious)" : ""}` : null],
-    ["compressed scan", p.scan_score !== null && p.rescored ? `${signed(p.scan_score, 4)} raw, before rescoring` : null],
-  ].filter(([, text]) => text);
-  return [title(p, "Passage"), meaning(p), h("div", { class: "chips" }, chips(p)),
-    p.spurious && h("p", { class: "notice" }, SPURIOUS),
-    p.tokens.length ? reader(p) : h("div", { class: "passage", dir: "auto" }, p.text),
-    duplicates(p), layersOf(p),
-    h("dl", { class: "facts wide" }, facts.map(([name, text]) => h("div", {}, h("dt", {}, clip(name, 40)), h("dd", { dir: "auto" }, clip(text, 300)))))];
-}
-
-function duplicates(p) {
-  if (!p.copies.length) return null;
-  return h("details", { class: "copies" }, h("summary", {}, `${plural(p.copies.length, "near-duplicate")} folded into this passage`),
-    h("ol", {}, p.copies.map((c) => h("li", {}, `${arrow(c)} ${c.rank}  ${unit.fixed(value(c))}  ${clip(String(c.document), 80)}: `,
-      h("span", { dir: "auto", class: "muted" }, clip(c.text, 160))))));
-}
-
-// ---- the passage, token by token or sentence by sentence
-
-function reader(p) {
-  const draw = () => box.replaceWith((box = readerBox(p)));
-  let box = readerBox(p);
-  return h("div", { class: "reader" },
-    h("div", { class: "switches" },
-      choice("Colour by", "mode", [["tokens", "Tokens"], ["sentences", "Sentences"]], draw),
-      choice("Place the value", "align", [["carried", "on the token that carries it", "At position t, whose gradient it is"],
-        ["predicted", "on the token it predicts", "At position t + 1, the token that position t predicts"]], draw),
-      choice("Colour scale", "scale", [["passage", "this passage", "Full colour at this passage's largest value"],
-        ["query", "all passages", "Full colour at the largest value in any passage of this question"]], draw)),
-    box);
-}
-
-// Values with their token spans, in the mode and alignment chosen.
-function parts(p) {
-  if (state.mode === "sentences") return p.sentences.map((t) => [t.start, t.end, scaled(t[state.align])]);
-  const shift = state.align === "predicted" ? 1 : 0;
-  return p.tokens.map((_, i) => [i, i + 1, i >= shift ? scaled(p.token_scores[i - shift]) : 0]);
-}
-
-function readerBox(p) {
-  const own = parts(p), within = state.scale === "query" ? Q.passages.flatMap(parts) : own;
-  const largest = within.reduce((most, [, , v]) => Math.max(most, Math.abs(v)), 0);
-  const marked = new Set(p.matches);
-  const word = (i) => {
-    const text = state.whole ? p.tokens[i] : clip(p.tokens[i], 300);
-    return marked.has(i) ? h("u", {}, text) : text;
-  };
-  const nodes = own.map(([a, b, v], k) => {
-    const share = strength(v, largest);
-    const node = h("span", { class: `t ${side(v)}`, "--a": share.toFixed(3), "--w": share < 0.12 ? "0px" : `${(3.5 * share).toFixed(1)}px`, tip: () => explain(p, a, b, v) },
-      Array.from({ length: b - a }, (_, i) => word(a + i)));
-    return state.mode === "sentences" ? [node, h("span", { class: `sum ${side(v)}` }, unit.short(v)), " "] : node;
-  });
-  const lost = state.align === "predicted" ? scaled(p.token_scores.at(-1)) : 0;
-  const cut = !state.whole && p.tokens.some((text) => text.length > 300);
-  return h("div", {}, legend(largest),
-    h("div", { class: "passage", dir: "auto", tabindex: 0, onkeydown: stepTokens, "aria-label": "Passage; arrow keys go from token to token" }, nodes),
-    cut && h("button", { type: "button", onclick: () => { state.whole = true; drawDetail(); } }, "Show the long tokens in full"),
-    Math.abs(lost) > 1e-3 * largest && h("p", { class: "muted" }, `${unit.exact(lost)} sits on the last position, whose prediction lies outside the passage.`),
-    h("p", { class: "muted hint" }, state.mode === "tokens"
-      ? "Single tokens mislead: a token's gradient carries everything that is predicted after it, and neighbours often cancel. Read the sentences, then the documents."
-      : "Each sentence is coloured by the sum over its tokens, which is what can be read; the number after it is that sum."));
-}
-
-function legend(largest) {
-  return h("div", { class: "legend" }, h("span", {}, unit.short(-largest)), h("i", { class: "ramp" }), h("span", {}, unit.short(largest)), h("span", {}, unit.label),
-    h("span", { class: "key" }, h("i", { class: "t pos", "--a": 0.8, "--w": "3px" }, "raises"), " bar below"),
-    h("span", { class: "key" }, h("i", { class: "t neg", "--a": 0.8, "--w": "3px" }, "lowers"), " bar above"),
-    h("span", { class: "key" }, h("u", {}, "word"), " of the question"),
-    D.quantised && state.mode === "tokens" && h("span", {}, "values quantised to 8 bits"));
-}
-
-function explain(p, a, b, v) {
-  const share = p.score ? ` (${percent(v / scaled(p.score), 1)} of the passage)` : "";
-  if (state.mode === "sentences") return `${unit.exact(v)}${share}\nsentence of ${plural(b - a, "token")}`;
-  const name = (i) => (i < p.tokens.length && i >= 0 ? `“${clip(visibleSpace(p.tokens[i]) || "(part of the character before)", 30)}”` : "the end");
-  return state.align === "carried"
-    ? `${name(a)}  position ${a}, predicts ${name(a + 1)}\n${unit.exact(v)}${share}`
-    : `${name(a)}  predicted at position ${a - 1} by ${name(a - 1)}\n${unit.exact(v)}${share}`;
-}
-
-function stepTokens(event) {
-  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (!step) return;
-  event.preventDefault();
-  const all = [...event.currentTarget.querySelectorAll(".t")];
-  const at = all.findIndex((node) => node.classList.contains("at"));
-  all[at]?.classList.remove("at");
-  const next = all[Math.min(all.length - 1, Math.max(0, at + step))];
-  next.classList.add("at");
-  showTip(next);
-}
-
-// ---- layers
-
-function layersOf(p) {
-  if (!p.layers.length || p.layers.length !== D.layers.length) return null;
-  const nats = p.layers.map(scaled);
-  const sums = D.depth.map((_, d) => nats.reduce((sum, v, i) => (D.layers[i].depth === d ? sum + v : sum), 0));
-  const difference = p.sums.layers - p.score, relative = Math.abs(difference / (p.score || 1)), fine = relative <= 1e-3;
-  return h("section", { class: "layers" }, h("h3", {}, "Where in the model", h("small", {}, unit.label)),
-    h("div", { class: "pair" },
-      D.depth.length ? h("figure", {}, depthStrip(D.depth, sums, unit), h("figcaption", {}, "Summed by depth")) : "",
-      h("figure", {}, heatMap(D.layers, nats, unit), h("figcaption", {}, "Every tracked layer"))),
-    h("p", { class: fine ? "check" : "check bad" }, `${fine ? "✓" : "✗"} sum over ${plural(p.layers.length, "layer")} ${unit.fixed(scaled(p.sums.layers))}, score ${unit.fixed(value(p))}: `,
-      h("span", { class: "muted" }, `differ by ${number(Math.abs(relative), 2)} of the score`)),
-    p.sums.tokens !== null && h("p", { class: "check" }, `${Math.abs(p.sums.tokens - p.score) <= 1e-3 * Math.abs(p.score) ? "✓" : "✗"} sum over ${plural(p.tokens.length, "token")} ${unit.fixed(scaled(p.sums.tokens))}: `,
-      h("span", { class: "muted" }, `differ by ${number(Math.abs((p.sums.tokens - p.score) / (p.score || 1)), 2)} of the score`)));
-}
-
-// ---- a document
-
-function documentDetail(d) {
-  const rows = d.best.map((b) => {
-    const p = b.passage === null ? null : Q.passages[b.passage];
-    const where = b.start === undefined || b.start === null ? `sequence ${b.sequence}` : `characters ${count(b.start)}–${count(b.end)}`;
-    return h("li", { class: side(value(b)) }, h("p", { class: "head" }, h("b", {}, unit.fixed(value(b))), h("span", { class: "muted" }, where),
-      p && h("button", { type: "button", onclick: () => { state.by = "passages"; state.side = "all"; drawTools(); drawList(); open(p, true); } }, `Open passage ${arrow(p)} ${p.rank}`)),
-    p ? h("p", { class: "excerpt", dir: "auto" }, excerpt(p)) : h("p", { class: "muted" }, "Not among the passages kept with their text (raise --top to keep more)."));
-  });
-  return [title(d, "Document"), meaning(d),
-    h("p", {}, `The sum over ${plural(d.sequences, "sequence")}, ${unit.exact(value(d) / (d.sequences || 1))} each on average. `,
-      h("span", { class: "muted" }, "Long documents have more sequences to add up; passages of both signs cancel.")),
-    h("h3", {}, `Its ${d.side === "positive" ? "most positive" : "most negative"} passages`), h("ol", { class: "best" }, rows)];
-}
-
 // ---- trust, help, tips, keys
 
 function drawTrust() {
   const fact = (f) => h("div", { class: f.state ?? "" }, h("dt", {}, f.label),
     h("dd", {}, f.state ? `${f.state === "ok" ? "✓" : "!"} ` : "", clip(f.value, 80), f.note ? h("small", {}, clip(f.note, 240)) : ""));
+  const warned = D.trust.flatMap((g) => g.facts).filter((f) => f.state === "warn").length;
+  $("trust-open").append(h("span", { class: warned ? "badge warn" : "badge" }, warned ? `! ${warned}` : "✓"));
   $("trust").replaceChildren(h("h2", {}, "How far to trust this"),
     h("p", { class: "muted" }, "Influence scores are first-order estimates about one training run. They name passages worth reading; they do not prove that a passage caused the answer."),
     h("div", { class: "groups" }, D.trust.map((g) => h("section", {}, h("h3", {}, g.title), h("dl", {}, g.facts.map(fact))))),
@@ -468,12 +318,14 @@ function withTip(target) {
   return null;
 }
 
+const cardOf = (item) => [...document.querySelectorAll(".card")].find((card) => card.item === item);
+
 function step(by) {
   const items = visible(), at = items.indexOf(state.open);
   const next = items[at < 0 ? 0 : Math.min(items.length - 1, Math.max(0, at + by))];
   if (!next) return;
   open(next, !narrow.matches || document.body.classList.contains("reading"));
-  [...document.querySelectorAll(".card")].find((card) => card.item === next)?.scrollIntoView({ block: "nearest" });
+  cardOf(next).scrollIntoView({ block: "nearest" });
 }
 
 const press = (key, id) => document.querySelector(`[data-id="${state[key] === id[0] ? id[1] : id[0]}"]`)?.click();
