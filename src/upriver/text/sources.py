@@ -55,9 +55,17 @@ class Source:
 
     @property
     def fingerprint(self) -> list[str]:
-        if self.data is None:
-            return [self.name, file_digest(self.path)]
-        return [self.name, *(file_digest(Path(file["filename"])) for file in self.data.cache_files), digest(self.form)]
+        """Its name and a hash of its content.
+
+        Raises:
+            CorpusError: a file cannot be read.
+        """
+        files = [self.path] if self.data is None else [Path(file["filename"]) for file in self.data.cache_files]
+        try:
+            hashes = [file_digest(file) for file in files]
+        except OSError as reason:
+            raise CorpusError(f"{self.path}: {_damaged(reason)}") from reason
+        return [self.name, *hashes] if self.data is None else [self.name, *hashes, digest(self.form)]
 
     @property
     def form(self) -> list[Any]:

@@ -1,0 +1,96 @@
+"""Batches: each row once, within the budget, independent of place; keys that follow the content."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from upriver.errors import CorpusError
+from upriver.text.batch import Examples, pad, plan, sample, sequence_keys
+
+lengths = st.lists(st.integers(1, 40), min_size=1, max_size=50).map(lambda values: np.array(values, np.int32))
+
+
+@given(lengths, st.integers(1, 100))
+def test_a_plan_holds_each_row_once_within_the_budget(lengths_N, batch_tokens):
+    batches = plan(lengths_N, batch_tokens)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths_N)))
+    for rows in batches:
+        assert len(rows) == 1 or len(rows) * lengths_N[rows].max() <= batch_tokens
+    in_order = lengths_N[np.concatenate(batches)]
+    assert (np.diff(in_order) <= 0).all()
+
+
+@given(lengths, st.data())
+def test_a_plan_of_some_rows_holds_these(lengths_N, data):
+    rows = np.array(data.draw(st.lists(st.integers(0, len(lengths_N) - 1), unique=True)), np.int64)
+    assert sorted(int(row) for batch in plan(lengths_N, 64, rows) for row in batch) == sorted(rows.tolist())
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.randoms(use_true_random=False))
+def test_keys_are_distinct_and_follow_the_content(contents, random):
+    hashes = np.array(contents, np.uint64)
+    keys = sequence_keys(hashes)
+    order = random.sample(range(len(contents)), len(contents))
+    assert len(set(keys.tolist())) == len(contents)
+    for content in set(contents):
+        assert set(keys[hashes == content].tolist()) == set(
+            sequence_keys(hashes[order])[hashes[order] == content].tolist()
+        )
+
+
+@given(lengths, st.integers(1, 500), st.integers(0, 3))
+def test_a_sample_keeps_to_its_budget(lengths_N, max_tokens, seed):
+    keys_N = sequence_keys(np.arange(len(lengths_N), dtype=np.uint64))
+    rows = sample(lengths_N, keys_N, max_tokens, seed)
+    assert len(rows) == 1 or lengths_N[rows].sum() <= max_tokens
+    assert len(set(rows.tolist())) == len(rows) > 0
+    if lengths_N.sum() <= max_tokens:
+        assert len(rows) == len(lengths_N)
+
+
+def test_samples_differ_by_seed():
+    lengths_N, keys_N = np.ones(100, np.int32), sequence_keys(np.arange(100, dtype=np.uint64))
+    assert len({tuple(sample(lengths_N, keys_N, 10, seed)) for seed in range(10)}) == 10
+
+
+def test_padding_is_on_the_right_and_never_has_loss():
+    tokens = [np.array([5, 6, 7]), np.array([8])]
+    batch = pad(np.array([3, 1]), np.array([1, 2], np.uint64), tokens, [np.ones(3, bool), np.ones(1, bool)])
+    assert batch.inputs["tokens"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.inputs["loss"].tolist() == [[False, True, True], [False, False, False]]
+    assert batch.n_tokens == 4
+    assert batch.to("cpu").rows_N.tolist() == [3, 1]
+
+
+def test_examples_are_a_corpus_of_single_positions():
+    inputs = {"x": torch.arange(12.0).reshape(6, 2), "label": torch.tensor([0, 1, 0, 1, 0, 1])}
+    examples = Examples(inputs)
+    assert (len(examples), examples.n_tokens) == (6, 6)
+    assert [len(rows) for rows in examples.plan(4)] == [4, 2]
+    batch = examples.batch(np.array([4, 0]))
+    assert batch.inputs["x"].tolist() == [[8.0, 9.0], [0.0, 1.0]]
+    assert batch.real_NT is None
+    assert batch.n_tokens == 2
+    order = torch.tensor([5, 3, 1, 0, 2, 4])
+    permuted = Examples({name: tensor[order] for name, tensor in inputs.items()})
+    assert (permuted.keys_N == examples.keys_N[order.numpy()]).all()
+
+
+def test_the_fingerprint_of_examples_is_that_of_their_content():
+    x, labels = torch.randn(4, 3).to(torch.bfloat16), torch.tensor([True, False, True, True])
+    same, other = Examples({"x": x, "y": labels}), Examples({"x": x, "y": ~labels})
+    assert Examples({"y": labels, "x": x.clone()}).fingerprint == same.fingerprint != other.fingerprint
+    assert Examples({"x": x, "y": labels}, keys=np.arange(4)).fingerprint != same.fingerprint
+
+
+@pytest.mark.parametrize("inputs", [{}, {"x": torch.zeros(0, 2)}, {"x": torch.zeros(2), "y": torch.zeros(3)}])
+def test_examples_that_do_not_fit_together(inputs):
+    with pytest.raises(CorpusError, match="one and the same length"):
+        Examples(inputs)
+
+
+def test_keys_that_do_not_fit_the_examples():
+    with pytest.raises(CorpusError, match="one key per example"):
+        Examples({"x": torch.zeros(3)}, keys=np.arange(2))
