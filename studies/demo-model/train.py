@@ -1,6 +1,6 @@
 """Train the demo's tokenizer and model on the State of the Union speeches.
 
-    python studies/demo-model/train.py SPEECHES.jsonl.xz --out OUT [--epochs 20]
+    python studies/demo-model/train.py SPEECHES.jsonl.xz --out OUT [--epochs 10]
 
 SPEECHES holds one record a line with `id, year, speaker, text`.  Writes `OUT/model` (weights in bfloat16, tokenizer),
 `OUT/speeches.jsonl.xz` (the speeches trained on, as shipped) and `OUT/recipe.json` (every setting, the loss curve,
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SINCE, HOLD_OUT_EVERY, SEQ_LEN, BATCH = 1933, 15, 128, 24
-PEAK_LR, WARMUP, WEIGHT_DECAY = 2e-3, 200, 0.6
+PEAK_LR, WARMUP, WEIGHT_DECAY = 2e-3, 200, 0.3
 CONFIG = dict(  # noqa: C408
     vocab_size=4096, hidden_size=160, intermediate_size=448, num_hidden_layers=6, num_attention_heads=5,
     num_key_value_heads=5, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
@@ -105,7 +105,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("speeches", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     args = parser.parse_args()
     torch.manual_seed(0)
     speeches, held_out = read_speeches(args.speeches)
