@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "upriver"
-ROOMS = ["errors", "tensors", "runtime", "text", "model", "curvature", "influence", "evaluate", "show", "pipeline", "cli"]
+ROOMS = [
+    "errors",
+    "tensors",
+    "runtime",
+    "text",
+    "model",
+    "curvature",
+    "influence",
+    "evaluate",
+    "show",
+    "pipeline",
+    "cli",
+]
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p.name != "__init__.py")
 
 

@@ -1,11 +1,13 @@
 """Upriver follows a language model's answer upriver, to the training text it came from.
 
-    import upriver as up
-    model   = up.load_model("path/or/name")
-    corpus  = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=512)
-    factors = up.fit(model, corpus, out="factors")
-    result  = up.trace(model, corpus, up.Queries.read("queries.jsonl", model.tokenizer), factors, out="scores")
-    result.top("q1", 10)
+Example:
+    >>> import upriver as up
+    >>> model = up.load_model("path/or/name")
+    >>> corpus = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=512)
+    >>> factors = up.fit(model, corpus, out="factors")
+    >>> result = up.trace(model, corpus, up.Queries.read("queries.jsonl"), factors, out="scores")
+    >>> result.top("q1", 10)  # a pandas frame
+    >>> result.report("report.html")
 """
 
 from upriver.curvature.base import Curvature, Damping, Solution

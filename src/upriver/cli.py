@@ -2,9 +2,10 @@
 
 import os
 import sys
+import time
 import tomllib
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -12,8 +13,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from upriver.text.corpus import Corpus
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, QueryError, UpriverError
@@ -22,6 +32,7 @@ from upriver.pipeline import complete, trace
 from upriver.runtime.config import FitOptions, Options, RunOptions, TraceOptions, options
 from upriver.show.report import write_report
 from upriver.show.terminal import terminal_summary
+from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -189,10 +200,14 @@ def _read_corpus(path: str, model: Model, seq_len: int, pack: bool, on_bad_recor
     positions = model.info.get("positions")
     if positions and seq_len > positions:
         raise ConfigError(f"bad value for --seq-len: got {seq_len}; the model takes at most {positions} tokens")
-    corpus = Corpus.read(path, model.tokenizer, seq_len=seq_len, pack=pack, on_bad_record=on_bad_record, progress=_bars)
+    with _running_bar("corpus (bytes)") as progress:
+        corpus = Corpus.read(path, model.tokenizer, seq_len, pack, on_bad_record, progress=progress)
     _say(f"corpus: {path}, {corpus.n_documents:,} documents, {len(corpus):,} sequences, {corpus.n_tokens:,} tokens")
-    for line in corpus.info.get("skipped_lines", []):
-        _say(f"  skipped {line}")
+    skipped = corpus.info["skipped"]
+    if skipped["count"]:
+        _say(f"skipped {skipped['count']:,} bad records; the first:")
+        for bad in skipped["first"]:
+            _say(f"  {bad['where']}: {bad['reason']}")
     return corpus
 
 
@@ -215,18 +230,36 @@ def _say(line: str) -> None:
 
 
 @contextmanager
-def _bars(name: str, total: int) -> Iterator[Any]:
-    """A progress bar on standard error with rate and remaining time; one line at the end where that is no terminal."""
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.speed:,.0f}/s"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+def _bars(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error with rate and remaining time, and one line at the end."""
+    start = time.perf_counter()
+    with _bar() as progress:
         task = progress.add_task(name, total=total)
         yield lambda done: progress.advance(task, done)
-        seconds = progress.tasks[0].elapsed or 0.0
-        rate = total / seconds if seconds else 0.0
-    _say(f"{name}: {total:,} in {seconds:.1f} s ({rate:,.0f}/s)")
+    seconds = time.perf_counter() - start
+    _say(f"{name}: {total:,} in {seconds:.1f} s ({total / max(seconds, 1e-9):,.0f}/s)")
+
+
+@contextmanager
+def _running_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """The same for work that tells how far it is and how much there is."""
+    with _bar() as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _bar() -> Progress:
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(),
+    )  # fmt: skip
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
+class Rate(ProgressColumn):
+    """How much is done in a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from upriver.text.candidates import candidates
-from upriver.text.corpus import Corpus
 
 from upriver.curvature.fit import Factors, fit_diagonal
 from upriver.errors import ModelError, QueryError
@@ -26,6 +24,8 @@ from upriver.runtime.progress import Progress, Say, mute, silent
 from upriver.runtime.store import Stage, digest, locked, write_json
 from upriver.show.scores import Scores
 from upriver.text.batch import Sequences
+from upriver.text.candidates import candidates
+from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
 
@@ -59,6 +59,8 @@ def trace(
         >>> result.top("q1", 10)
     """
     opts, out = options(TraceOptions, given), Path(out)
+    if isinstance(queries, Queries):
+        queries = queries.bound(model.tokenizer, model.info.get("positions"))
     factors.check(model)
     _check_lengths(model, corpus)
     key = {

@@ -135,6 +135,7 @@ def _fill(
         **_finish(folder, windows, settings, dtype),
         "seq_len": settings.seq_len,
         "pack": settings.pack,
+        "on_bad_record": settings.on_bad_record,
         "skipped": {"count": bad.count, "first": bad.listed},
         "dtype": dtype,
     }

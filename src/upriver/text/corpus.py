@@ -20,7 +20,7 @@ from upriver.text.build import TABLES, Progress, Settings, build, exclusive
 from upriver.text.encode import encode, tokenizer_fingerprint
 from upriver.text.records import BadRecords, open_corpus
 
-SCHEMA = 1  # raise it when the same files would give other sequences, or the artifact another layout
+SCHEMA = 2  # raise it when the same files would give other sequences, or the artifact another layout
 
 
 class Corpus:
