@@ -38,6 +38,11 @@ def test_plain_output_names_each_query_its_passages_and_their_documents(scores: 
     assert "Positive means" in text
 
 
+def test_text_wraps_even_where_the_console_does_not(scores: Path) -> None:
+    lines = printed(scores, width=60, soft_wrap=True).splitlines()
+    assert max(map(len, lines)) <= 60
+
+
 def test_colour_tints_tokens_where_the_terminal_has_it(scores: Path) -> None:
     assert re.search(r"\x1b\[[\d;]*48;2;\d+;\d+;\d+m", printed(scores, force_terminal=True, color_system="truecolor"))
     assert "48;" not in printed(scores, force_terminal=True, color_system=None)

@@ -25,7 +25,7 @@ CSV_COLUMNS = (
 
 
 def json_text(report: Json) -> str:
-    return json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def jsonl_text(report: Json) -> str:

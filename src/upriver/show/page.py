@@ -47,7 +47,7 @@ def _page(report: Json, title: str, quantise: bool) -> Page:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         encoding="gzip" if packed else "plain",
-        data=base64.b64encode(gzip.compress(data.encode(), 9, mtime=0)).decode() if packed else data,
+        data=base64.b64encode(gzip.compress(data.encode(), 6, mtime=0)).decode() if packed else data,
     )
     return Page(html, quantise, len(html.encode()))
 

@@ -28,14 +28,18 @@ def terminal_summary(scores: Path, console: Console, best: int = 3) -> None:
     """
     report = build_report(read_folder(Path(scores)))
     for query in report["queries"]:
-        console.print(_headline(query))
+        console.print(_headline(query), soft_wrap=False)
         passages = [p for p in query["passages"] if p["side"] == "positive" and p["duplicate_of"] is None][:best]
         if not passages:
-            console.print(Padding(Text("no passage raises this answer", style="dim"), (0, 0, 1, 2)))
+            console.print(
+                Padding(Text("no passage raises this answer", style="dim"), (0, 0, 1, 2), expand=False), soft_wrap=False
+            )
         for passage in passages:
             copies = sum(p["duplicate_of"] == passage["rank"] and p["side"] == "positive" for p in query["passages"])
-            console.print(Padding(Group(_line(passage, copies), _excerpt(passage)), (0, 0, 1, 2)))
-    console.print(Text(f"{report['sign']} {report['unit']}", style="dim"))
+            console.print(
+                Padding(Group(_line(passage, copies), _excerpt(passage)), (0, 0, 1, 2), expand=False), soft_wrap=False
+            )
+    console.print(Text(f"{report['sign']} {report['unit']}", style="dim"), soft_wrap=False)
 
 
 def _headline(query: Json) -> Text:
@@ -52,9 +56,9 @@ def _headline(query: Json) -> Text:
 
 
 def _line(passage: Json, copies: int) -> Text:
-    nats, raw = passage["score_nats"], f"raw {passage['score']:+.3g}"
+    nats, raw = passage["score_nats"], f"raw {_number(passage['score'])}"
     text = Text(f"{passage['rank']}. ", style="bold")
-    text.append(f"{nats:+.3g} nats" if nats is not None else raw, style="bold")
+    text.append(f"{_number(nats)} nats" if nats is not None else raw, style="bold")
     facts = [raw] if nats is not None else []
     facts += [_safe(str(passage["document"]))]
     facts += [_safe(f"{value}") for value in list(passage["metadata"].values())[:2] if isinstance(value, (str, int))]
@@ -85,6 +89,10 @@ def _tint(share: float) -> Style | None:
         return None
     red, green, blue = (round(channel * (0.25 + 0.75 * abs(share))) for channel in (RAISES if share > 0 else LOWERS))
     return Style(bgcolor=f"rgb({red},{green},{blue})", color="black" if abs(share) > 0.5 else "white")
+
+
+def _number(value: float) -> str:
+    return f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.3g}"
 
 
 def _safe(text: str) -> str:

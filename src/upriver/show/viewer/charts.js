@@ -78,7 +78,7 @@ function survivalPlot(spread, unitName, mark) {
   }
   for (const e of decades(least, 1)) {
     svg.append(s("line", { class: "grid", x1: L, x2: W - R, y1: y(10 ** e), y2: y(10 ** e) }),
-      s("text", { x: L - 6, y: y(10 ** e) + 3, "text-anchor": "end" }, e === 0 ? "all" : e > -3 ? `${100 * 10 ** e} %` : `10${superscript(e + 2)} %`));
+      s("text", { x: L - 6, y: y(10 ** e) + 3, "text-anchor": "end" }, e === 0 ? "all" : e > -6 ? `${Number((100 * 10 ** e).toPrecision(1))} %` : `10${superscript(e + 2)} %`));
   }
   svg.append(s("text", { x: (L + W - R) / 2, y: H - 4, "text-anchor": "middle", class: "axis" }, `size of the score, ${unitName}`));
   for (const [name, points] of curves) {

@@ -34,16 +34,17 @@ function title(item, label) {
 
 function meaning(item) {
   if (!D.n_train || item.score_nats === null) return null;
+  const copy = `To first order, one more copy of this ${state.by === "documents" ? "document" : "passage"} in the training set would`;
+  if (Q.log_prob === null) return h("p", { class: "muted" }, `${copy} change the measurement by ${signed(item.score_nats)}.`);
   const what = Q.contrast ? "the odds of the answer against the contrast" : "the probability of the answer";
   const factor = Math.exp(item.score_nats);
   const change = Math.abs(item.score_nats) < 0.05 ? `change ${what} by ${signed(100 * (factor - 1))} %` : `multiply ${what} by ${number(factor)}`;
-  const thing = state.by === "documents" ? "document" : "passage";
-  return h("p", { class: "muted" }, `To first order, one more copy of this ${thing} in the training set would ${change}.`);
+  return h("p", { class: "muted" }, `${copy} ${change}.`);
 }
 
 function passageDetail(p) {
   const facts = [
-    ["position", p.start !== null && p.end !== null ? `characters ${count(p.start)}–${count(p.end)} of the document` : null],
+    ["position", p.start !== null && p.end ? `characters ${count(p.start)}–${count(p.end)} of the document` : null],
     ...Object.entries(p.metadata).map(([key, v]) => [key, typeof v === "object" ? JSON.stringify(v) : String(v)]),
     ["sequence", String(p.sequence ?? "–")],
     ["concentration", p.concentration !== null ? `${number(p.concentration)}${p.spurious ? " (spurious)" : ""}` : null],

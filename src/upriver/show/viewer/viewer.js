@@ -84,8 +84,8 @@ function drawQueries() {
   const items = D.queries.map((q, i) =>
     h("li", {}, h("button", { type: "button", "aria-current": i === state.query ? "true" : null, onclick: () => { ask(i); scrollTo(0, 0); } },
       h("span", { class: "prompt", dir: "auto" }, tail(q.prompt || "", 70)),
-      h("b", { dir: "auto" }, clip(q.completion || "", 60)),
-      h("small", {}, q.log_prob === null ? "" : `${q.contrast ? "Δ log p" : "log p"} ${number(q.log_prob)}`))));
+      h("b", { dir: "auto" }, clip(q.completion || (q.prompt ? "" : String(q.id)), 60)),
+      h("small", {}, q.log_prob === null ? `measurement ${number(q.measurement)}` : `${q.contrast ? "Δ log p" : "log p"} ${number(q.log_prob)}`))));
   $("queries").replaceChildren(h("h2", {}, plural(D.queries.length, "question")), h("ol", {}, items));
 }
 // White space before a word stays outside its colour.
@@ -249,7 +249,7 @@ const SPURIOUS = "A few tokens hold nearly all of the influence of this passage 
 
 function passageCard(p) {
   const facts = Object.values(p.metadata).filter((v) => ["string", "number"].includes(typeof v)).slice(0, 2).map((v) => clip(String(v), 40));
-  return cardShell(p, [cardHead(p), h("p", { class: "excerpt", dir: "auto" }, excerpt(p)),
+  return cardShell(p, [cardHead(p), p.text && h("p", { class: "excerpt", dir: "auto" }, excerpt(p)),
     h("div", { class: "chips" }, facts.length ? h("span", { class: "meta" }, facts.join(" · ")) : "", chips(p),
       D.n_train ? h("span", { class: "raw" }, `raw ${signed(p.score)}`) : "")]);
 }
