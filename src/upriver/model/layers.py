@@ -168,8 +168,8 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
     silent = [layer.name for layer in layers if not seen[layer.name]]
     if silent:
         raise ModelError(
-            f"{len(silent)} tracked layers were never called, the first is {silent[0]!r}; give the plain module when the "
-            "model is compiled (model._orig_mod, or without model.compile()), or leave them out with --layers"
+            f"{len(silent)} tracked layers were never called, the first is {silent[0]!r}: the model uses their weights without "
+            "them, or is compiled; leave them out by giving globs to --layers, or give the plain model (model._orig_mod)"
         )
     return _share_inputs(layers, seen)
 
