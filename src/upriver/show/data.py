@@ -10,7 +10,7 @@ from upriver.show.documents import rank_documents
 from upriver.show.folder import Folder, metadata_of
 from upriver.show.passages import concentration, matches, near_duplicates, query_words, sentences
 from upriver.show.spread import spread
-from upriver.show.trust import trust
+from upriver.show.trust import short_name, trust
 
 VERSION = 1
 DEPTH_BLOCKS = 9
@@ -56,7 +56,7 @@ def _run(manifest: Json) -> Json:
     """What the page's first line says."""
     model, corpus = manifest.get("model") or {}, manifest.get("corpus") or {}
     return {
-        "model": str(model.get("name") or "").rstrip("/").rsplit("/", 1)[-1] or None,
+        "model": short_name(str(model.get("name") or "")) or None,
         "corpus": str(corpus.get("path") or "").rstrip("/").rsplit("/", 1)[-1] or None,
         "documents": corpus.get("documents"),
         "sequences": manifest.get("scored_sequences") or corpus.get("sequences"),

@@ -51,11 +51,16 @@ def _checks(manifest: Json, queries: list[Json]) -> Iterator[Json]:
         error = _largest_difference(queries, name)
         if error is not None:
             state = "ok" if error <= EXACT else "warn"
-            yield _fact(f"{what} = score", f"{error:.1e}", "largest relative difference in the passages shown", state)
+            yield _fact(f"{what} = score", _power(error), "largest relative difference in the passages shown", state)
     rescored = [p["rescored"] for q in queries for p in q["passages"] if p["rescored"] is not None]
     if rescored:
         share = sum(map(bool, rescored)) / len(rescored)
-        yield _fact("Rescored at full rank", f"{share:.0%}", "of the passages shown", "ok" if share == 1 else "warn")
+        yield _fact(
+            "Rescored at full rank",
+            f"{share:.0%}".replace("%", " %"),
+            "of the passages shown",
+            "ok" if share == 1 else "warn",
+        )
 
 
 def _coverage(coverage: Json) -> Json:
@@ -65,6 +70,19 @@ def _coverage(coverage: Json) -> Json:
     if parts:
         note += ", not tracked: " + ", ".join(parts) + (f" and {more} more" if more > 0 else "")
     return _fact("Parameters tracked", _percent(coverage.get("share")), note)
+
+
+def _power(x: float) -> str:
+    """``1.2×10⁻⁷``."""
+    mantissa, exponent = f"{x:.1e}".split("e")
+    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{mantissa}×10{raised}" if x else "0"
+
+
+def short_name(name: str) -> str:
+    """A model's name on the hub as it is, of a path its last part."""
+    parts = name.rstrip("/").split("/")
+    return name if len(parts) == 2 and all(parts) else parts[-1]
 
 
 def _percent(share: Any) -> str:
@@ -120,7 +138,7 @@ def _candidates(manifest: Json) -> Json:
 def _model(manifest: Json) -> Iterator[Json]:
     model = manifest.get("model") or {}
     if model.get("name"):
-        yield _fact("Model", str(model["name"]), str(model.get("fingerprint") or ""))
+        yield _fact("Model", short_name(str(model["name"])), str(model.get("fingerprint") or ""))
     if model.get("parameters"):
         yield _fact("Parameters", f"{model['parameters']:,}")
     if model.get("dtype"):
