@@ -154,7 +154,7 @@ class Queries:
         trailing = int(np.argmin(encoded.special_T[::-1])) if not encoded.is_empty else 0
         return encoded.tokens_T[: len(encoded.tokens_T) - trailing]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of the queries and the tokenizer."""
         fields = [[q.id, q.prompt, q.completion, q.contrast] for q in self.records]
