@@ -14,8 +14,8 @@ def trust(manifest: Json, queries: list[Json]) -> list[Json]:
         "Checks": _checks(manifest, queries),
         "Method": _method(manifest),
         "Model": _model(manifest),
-        "Corpus": _corpus(manifest),
         "Versions": (_fact(name, str(v)) for name, v in (manifest.get("versions") or {}).items()),
+        "Corpus": _corpus(manifest),
     }
     built = [{"title": title, "facts": list(facts)} for title, facts in groups.items()]
     return [group for group in built if group["facts"]]

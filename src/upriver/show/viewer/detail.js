@@ -38,6 +38,10 @@ function meaning(item) {
   if (Q.log_prob === null) return h("p", { class: "muted" }, `${copy} change the measurement by ${signed(item.score_nats)}.`);
   const what = Q.contrast ? "the odds of the answer against the contrast" : "the probability of the answer";
   const factor = Math.exp(item.score_nats);
+  if (!Q.contrast && Q.log_prob + item.score_nats > 0) {
+    return h("p", { class: "muted" }, `${copy} raise the log-probability by ${number(item.score_nats)} nats, past a probability of 1: ` +
+      "too large for a first-order estimate, so read it as a rank rather than a size.");
+  }
   const change = Math.abs(item.score_nats) < 0.05 ? `change ${what} by ${signed(100 * (factor - 1))} %` : `multiply ${what} by ${number(factor)}`;
   return h("p", { class: "muted" }, `${copy} ${change}.`);
 }
