@@ -87,6 +87,7 @@ function drawQueries() {
       h("b", { dir: "auto" }, clip(q.completion || (q.prompt ? "" : String(q.id)), 60)),
       h("small", {}, q.log_prob === null ? `measurement ${number(q.measurement)}` : `${q.contrast ? "Δ log p" : "log p"} ${number(q.log_prob)}`))));
   $("queries").replaceChildren(h("h2", {}, plural(D.queries.length, "question")), h("ol", {}, items));
+  $("queries").lastChild.scrollLeft = items[state.query].offsetLeft - 40;
 }
 // White space before a word stays outside its colour.
 const lead = (text) => (text.trim() ? text.match(/^\s*/)[0] : "");
