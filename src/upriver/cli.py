@@ -8,6 +8,7 @@ import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,15 +36,20 @@ from upriver.show.terminal import terminal_summary
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+UsageError: Any = typer.BadParameter.__base__  # typer may bring its own copy of click
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ModelArg = Annotated[str, typer.Argument(help="A Hugging Face folder or name, or a .gguf file.", metavar="MODEL")]
 CorpusArg = Annotated[
-    str, typer.Argument(help="JSONL, Parquet, CSV, text file or folder, or a `datasets` folder or name.")
+    str,
+    typer.Argument(help="JSONL, Parquet, CSV, text file or folder, or a `datasets` folder or name.", metavar="CORPUS"),
 ]
-QueriesArg = Annotated[str, typer.Argument(help="JSONL with id, prompt, completion and optionally contrast.")]
+QueriesArg = Annotated[
+    str, typer.Argument(help="JSONL with id, prompt, completion and optionally contrast.", metavar="QUERIES")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the folder.")]
 
@@ -100,7 +106,7 @@ def trace_command(
     curvature: Annotated[str, typer.Option(help="ekfac, kfac, diagonal or identity.")] = "ekfac",
     layer_scores: Annotated[bool, typer.Option("--layer-scores", help="Write layers.npy as well.")] = False,
     complete: Annotated[
-        int | None, typer.Option(help="Let the model answer queries without completion, in N tokens.")
+        int | None, typer.Option(help="Let the model answer queries without completion, in N tokens.", min=1)
     ] = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -265,23 +271,36 @@ class Rate(ProgressColumn):
 def main() -> None:
     """Run the command line; errors are one sentence on standard error, the exit status says whose fault it was."""
     debug = "--debug" in sys.argv
-    sys.argv = [arg for arg in sys.argv if arg != "--debug"]
+    args = [arg for arg in sys.argv[1:] if arg != "--debug"] or ["--help"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        app()
+        if app(args, prog_name="upriver", standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt
     except UpriverError as error:
         _fail(error, str(error), error.exit_status, debug)
-    except KeyboardInterrupt as error:
+    except UsageError as error:
+        _fail(error, _usage(error, args), 2, debug)
+    except (KeyboardInterrupt, typer.Abort) as error:
         _fail(error, "interrupted; what was finished is kept, and the same command goes on from there", 1, debug)
     except Exception as error:
         text = f"unexpected {type(error).__name__}: {error}; give the command again with --debug to see where"
         _fail(error, text, 1, debug)
 
 
+def _usage(error: Any, args: list[str]) -> str:
+    """What is wrong with the arguments, and with which value."""
+    text = " ".join(error.format_message().split()).rstrip(".")
+    opts = error.param.opts if isinstance(error, typer.BadParameter) and error.param else []
+    given = [value for arg, value in pairwise(args) if arg in opts]
+    value = f", got {given[-1]!r}" if given else ""
+    command = error.ctx.command_path if error.ctx else "upriver"
+    return f"{text[0].lower()}{text[1:]}{value}; see {command} --help"
+
+
 def _fail(error: BaseException, text: str, status: int, debug: bool) -> None:
     if debug:
         raise error
-    err.print(f"error: {text}", markup=False)
+    err.print(f"error: {' '.join(text.split())}", markup=False)
     raise SystemExit(status)
 
 
