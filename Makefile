@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= build/demo
 
-.PHONY: demo test test-fast check format bench clean
+.PHONY: demo test test-fast check format bench fixture clean
 
 demo: $(VENV)/.base            ## trace the embedded model and open-able report in build/demo
 	$(BIN)/upriver demo --out $(OUT)
@@ -27,6 +27,11 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev            ## speed of the trace against plain training steps, in one run
 	$(BIN)/python benchmarks/scan.py
+
+fixture: $(VENV)/.dev          ## scores of Kronfluence 1.0.1 that tests/test_kronfluence.py compares with
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps kronfluence==1.0.1 einconv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt einops opt_einsum accelerate scikit-learn
+	OMP_NUM_THREADS=1 $(BIN)/python tests/make_kronfluence_fixture.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
