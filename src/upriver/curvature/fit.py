@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from upriver.curvature.base import Damping
 from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
-from upriver.errors import InputError, MismatchError, NumericalError
+from upriver.errors import InputError, MismatchError, NumericalError, StorageError
 from upriver.model.layers import Layer, coverage
 from upriver.model.load import Model
 from upriver.model.sweep import Labels, split_units, sweep, tracked_layers
@@ -298,15 +298,17 @@ class Factors:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not (self.path / "manifest.json").exists():
+        make = "make them with: upriver fit MODEL CORPUS --out FACTORS"
+        if not self.path.is_dir():
+            raise InputError(f"no such folder of factors: got {self.path}; {make}")
+        done = (self.path / "manifest.json").exists()
+        if not done and (self.path / "key.json").exists():
             raise InputError(
-                f"no finished factors in {self.path}; make them with: upriver fit MODEL CORPUS --out {self.path}"
+                f"the factors in {self.path} are not finished; give the same `upriver fit` command again, it goes on"
             )
-        self.manifest = read_json(self.path / "manifest.json")
+        self.manifest = read_json(self.path / "manifest.json") if done else {}
         if self.manifest.get("key", {}).get("stage") != "fit":
-            raise InputError(
-                f"{self.path} is not a folder of factors; make one with: upriver fit MODEL CORPUS --out FACTORS"
-            )
+            raise InputError(f"not a folder of factors: got {self.path}; {make}")
         self.layers = [FactorLayer(**{**x, "shape": tuple(x["shape"])}) for x in self.manifest["layers"]]
 
     @property
@@ -349,8 +351,12 @@ class Factors:
         return next(x for x in self.layers if x.name == name)
 
     def _read(self, stage: str, name: str) -> Tensor:
-        with safe_open(self.path / stage / "lam.safetensors", "pt") as file:
-            return file.get_tensor(name)
+        path = self.path / stage / "lam.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"cannot read {path}: {error}; fit again with --overwrite") from error
 
 
 def fit_diagonal(model: Model, data: Sequences, factors: Factors, progress: Progress = silent) -> None:

@@ -21,13 +21,17 @@ CONVENTIONS = {
 }
 CURVATURES = ("ekfac", "kfac", "diagonal", "identity")
 POSITIVE = "Positive means: training on this passage raises the probability of the answer."
+PLAIN = {
+    "Input should be": "allowed is", "a valid integer": "a whole number", "a valid string": "a text",
+    "a valid boolean": "true or false",
+}  # fmt: skip
 Config = TypeVar("Config", bound="Options")
 
 
 class Options(BaseModel):
     """Base of the option sets: frozen, and a key that does not exist is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class FitOptions(Options):
@@ -38,7 +42,7 @@ class FitOptions(Options):
     max_tokens: int | None = Field(1_000_000, ge=1)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     batch_tokens: int = Field(4096, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class TraceOptions(Options):
@@ -57,7 +61,7 @@ class TraceOptions(Options):
     def _rank(cls, value: Any) -> Any:
         if value == "full":
             return value
-        if not str(value).isdigit() or int(value) < 1:
+        if not str(value).isdecimal() or int(value) < 1:
             raise ValueError("a whole number from 1, or full")
         return int(value)
 
@@ -107,5 +111,7 @@ def _sentence(kind: type[Options], error: Any) -> str:
         return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
     if error["type"] == "missing":
         return f"the option {name!r} is missing"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
+    message = error["msg"].removeprefix("Value error, ")
+    for theirs, ours in PLAIN.items():
+        message = message.replace(theirs, ours)
     return f"bad value for {name!r}: got {error['input']!r}; {message}"

@@ -123,11 +123,14 @@ class Stage:
         """
         key = json.loads(json.dumps({"stage": name, "schema": SCHEMA, **key}))
         stage = cls(path, key)
-        if overwrite and (path / "key.json").exists():
-            shutil.rmtree(path)
         if (path / "key.json").exists():
-            stage._compare(read_json(path / "key.json"))
-            return stage
+            found = read_json(path / "key.json")
+            if found == key:
+                if not overwrite:
+                    return stage
+            elif _holds_work(path) and not (overwrite and found.get("stage") == name):
+                stage._refuse(found)
+            _empty(path)
         stage._claim()
         return stage
 
@@ -144,14 +147,16 @@ class Stage:
             )
         write_json(self.path / "key.json", self.key)
 
-    def _compare(self, found: dict[str, Any]) -> None:
+    def _refuse(self, found: dict[str, Any]) -> None:
         difference = first_difference(found, self.key)
-        if difference:
-            name, old, new = difference
-            raise MismatchError(
-                f"{self.path} was made with another {name}: got {new!r} now, {old!r} then; choose another folder, "
-                "go back to the earlier value, or add --overwrite to replace it"
-            )
+        assert difference
+        name, old, new = difference
+        choice = (
+            "choose another folder"
+            if name == "stage"
+            else ("choose another folder, go back to the earlier value, or add --overwrite to replace it")
+        )
+        raise MismatchError(f"{self.path} was made with another {name}: got {new!r} now, {old!r} then; {choice}")
 
     @property
     def done(self) -> bool:
@@ -180,6 +185,21 @@ class Stage:
     def drop_units(self, n_units: int) -> None:
         for unit in range(n_units):
             self.unit_path(unit).unlink(missing_ok=True)
+
+
+def _holds_work(path: Path) -> bool:
+    """Whether anything was finished here: a folder of keys alone has nothing to lose and may change its owner."""
+    files = (p.name for p in path.rglob("*") if p.is_file())
+    return any(name != "key.json" and not name.startswith(".") for name in files)
+
+
+def _empty(path: Path) -> None:
+    """Remove what is in ``path``, but not the lock that is held on it."""
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != ".lock":
+            entry.unlink()
 
 
 @contextmanager
