@@ -57,16 +57,16 @@ def sweep(
 
 
 def split_units(
-    batches: list[np.ndarray], lengths_N: np.ndarray, unit_tokens: int = UNIT_TOKENS
+    batches: list[np.ndarray], lengths_N: np.ndarray, unit_tokens: int | None = None
 ) -> list[list[np.ndarray]]:
-    """Consecutive batches in units of about ``unit_tokens`` tokens."""
+    """Consecutive batches in units of about ``unit_tokens`` tokens (default: ``UNIT_TOKENS``)."""
     units: list[list[np.ndarray]] = []
     room = 0
     for rows in batches:
         tokens = int(lengths_N[rows].sum())
         if tokens > room or not units:
             units.append([])
-            room = unit_tokens
+            room = unit_tokens or UNIT_TOKENS
         units[-1].append(rows)
         room -= tokens
     return units

@@ -240,15 +240,16 @@ def accumulate(
     commits its own units; the sum is formed after the barrier, in the same order, and so to the same bits.
     """
     first, total = _newest_sum(stage)
-    for unit in units:
-        if unit < first or stage.has(unit):
-            continue
-        partial = compute(unit)
-        if len(units) == n_units:
+    alone = len(units) == n_units
+    for unit in (u for u in units if u >= first):
+        if alone:
+            partial = stage.read(unit) if stage.has(unit) else compute(unit)
             first, total = _fold(stage, unit, total, partial)
-        else:
-            stage.commit(unit, partial)
+        elif not stage.has(unit):
+            stage.commit(unit, compute(unit))
     barrier()
+    if not alone:
+        first, total = _newest_sum(stage)  # the rank of a single unit had them all, and added them itself
     for unit in range(first, n_units):
         total = add(total, stage.read(unit))
     return total
