@@ -28,8 +28,8 @@ def training_pass(model, corpus, batches):
     """A plain forward and full backward pass, every parameter with a gradient, as a training step does it."""
     model.module.train()
     for rows in batches:
-        batch = corpus.batch(rows)
-        model.task.loss(model.module, batch).backward()
+        tokens = corpus.batch(rows).inputs["tokens"]
+        model.module(input_ids=tokens, labels=tokens).loss.backward()
         model.module.zero_grad(set_to_none=True)
     model.module.eval()
 
@@ -53,7 +53,7 @@ def compare(job, batches, repeats):
 def main():
     demo = resources.files("upriver") / "demo"
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(demo / "model"))
+    parser.add_argument("--model", default=str(demo / "speech-model"))
     parser.add_argument("--corpus", default=str(demo / "speeches.jsonl.xz"))
     parser.add_argument("--queries", default=str(demo / "queries.jsonl"))
     parser.add_argument("--seq-len", type=int, default=128)

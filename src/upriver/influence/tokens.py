@@ -51,14 +51,15 @@ class TokenScores:
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         _, _, tokens_PT, layers_PL = self.parts[-1]
-        G_NOI, v_QOI = sequence_gradients(a_NTI, g_NTO), self.solved[layer.name]
+        v_QOI = self.solved[layer.name]
+        totals_NQ = -(sequence_gradients(a_NTI, g_NTO).flatten(1) @ v_QOI.flatten(1).T).float().cpu()
+        layers_PL[:, self.place[layer.name]] = totals_NQ[self.n_P, self.q_P]
         for q in self.q_P.unique().tolist():
             at = (self.q_P == q).nonzero()[:, 0]
             n = self.n_P[at].to(a_NTI.device)
             by_token = -((g_NTO[n] @ v_QOI[q]) * a_NTI[n]).sum(2)
             folded = by_token.reshape(len(n), -1, tokens_PT.shape[1]).sum(1)  # a layer called twice: its calls added
             tokens_PT[at] += folded.float().cpu()
-            layers_PL[at, self.place[layer.name]] = -(G_NOI[n] * v_QOI[q]).sum((1, 2)).float().cpu()
 
     def result(self) -> Rescored:
         width = max(p[2].shape[1] for p in self.parts)

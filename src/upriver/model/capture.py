@@ -27,13 +27,18 @@ Consume = Callable[[Layer, Tensor, Tensor], None]
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside; modes and ``requires_grad`` exactly as before afterwards."""
+    """Evaluation mode and frozen parameters inside; modes and ``requires_grad`` exactly as before afterwards.
+
+    What ``torch.compile`` made of the module is set aside meanwhile: a compiled graph would be built again for every set of
+    hooks, or run without them.
+    """
     modes = {m: m.training for m in module.modules()}
     flags = {p: p.requires_grad for p in module.parameters()}
     module.eval()
     module.requires_grad_(False)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for m, mode in modes.items():
             m.training = mode

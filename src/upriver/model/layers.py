@@ -160,7 +160,7 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
 
     hooks = [m.register_forward_pre_hook(note(x.name), with_kwargs=True) for x in layers for m in x.modules]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             forward()
     finally:
         for hook in hooks:

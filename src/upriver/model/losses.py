@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upriver.errors import ModelError
+from upriver.model.head import Heads, hidden_states, token_losses
 from upriver.text.batch import Batch, splitmix64
 
 IGNORE = -100
@@ -59,6 +61,17 @@ class Task(ABC):
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         """``f`` for each row of the batch, ``[N]``."""
 
+    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
+        """What the module predicts wherever there is loss, ``[M, C]``: the loss is a convex function of it.
+
+        Only the exact Gauss-Newton products and the proximal Bregman objective ask for it.
+        """
+        raise ModelError(f"the task {self.name!r} has no outputs; give it `outputs` and `loss_of` for this solver")
+
+    def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
+        """The loss of given outputs, summed as :meth:`loss` is: a scalar."""
+        raise ModelError(f"the task {self.name!r} has no loss of outputs; give it `outputs` and `loss_of`")
+
 
 class LanguageModel(Task):
     """Next-token prediction with a causal language model of ``transformers``.
@@ -68,33 +81,48 @@ class LanguageModel(Task):
 
     name = "causal language model"
 
+    def __init__(self) -> None:
+        self._heads = Heads()
+
     def positions(self, batch: Batch) -> int:
         return batch.inputs["tokens"].shape[1]
 
-    def logits(self, module: nn.Module, batch: Batch) -> Tensor:
-        return module(input_ids=batch.inputs["tokens"], use_cache=False).logits
-
     def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
-        logits_NTV, labels_NT = self.logits(module, batch), next_tokens(batch)
-        if sampler is not None:
-            u_NT = sampler.uniform(labels_NT.shape[1])[..., 0].to(logits_NTV.device)
-            labels_NT = labels_NT.clone()
-            at = labels_NT != IGNORE
-            labels_NT[at] = sample(logits_NTV.detach()[at], u_NT[at])
-        return F.cross_entropy(
-            _wide(logits_NTV).flatten(0, 1), labels_NT.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        return self._token_losses(module, batch, sampler).sum()
 
     def log_probs(self, module: nn.Module, batch: Batch) -> Tensor:
         """``log p(z_t | z_<t)`` at every loss token, 0 elsewhere: ``[N, T]``, at the position of the token itself."""
-        logits_NTV, labels_NT = self.logits(module, batch), next_tokens(batch)
-        nll = F.cross_entropy(
-            _wide(logits_NTV).flatten(0, 1), labels_NT.flatten(), ignore_index=IGNORE, reduction="none"
-        )
-        return -nll.view_as(labels_NT).roll(1, 1)
+        losses_M = self._token_losses(module, batch, None)
+        at_NT = next_tokens(batch) != IGNORE
+        return losses_M.new_zeros(at_NT.shape).masked_scatter(at_NT, -losses_M).roll(1, 1)
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         return self.log_probs(module, batch).sum(1)
+
+    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
+        at_NT = next_tokens(batch) != IGNORE
+        return _wide(module(input_ids=batch.inputs["tokens"], use_cache=False).logits[at_NT])
+
+    def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
+        labels_NT = next_tokens(batch)
+        return F.cross_entropy(outputs_MC, labels_NT[labels_NT != IGNORE], reduction="sum")
+
+    def _token_losses(self, module: nn.Module, batch: Batch, sampler: Sampler | None) -> Tensor:
+        """``- log p`` of every loss token of the batch, row by row: ``[M]``."""
+        labels_NT = next_tokens(batch)
+        at_NT = labels_NT != IGNORE
+        labels_M, u_M = labels_NT[at_NT], None
+        if sampler is not None:
+            u_M = sampler.uniform(labels_NT.shape[1])[..., 0].to(at_NT.device)[at_NT]
+
+        def labels(logits_mV: Tensor, rows: slice) -> Tensor:
+            return labels_M[rows] if u_M is None else sample(logits_mV.detach(), u_M[rows])
+
+        head = self._heads.plain_head(module)
+        if head is None:
+            logits_MV = self._heads.logits(module, batch.inputs["tokens"])[at_NT]
+            return F.cross_entropy(_wide(logits_MV), labels(logits_MV, slice(None)), reduction="none")
+        return token_losses(hidden_states(module, head, batch.inputs["tokens"])[at_NT], head, labels)
 
 
 class Classification(Task):
@@ -114,6 +142,12 @@ class Classification(Task):
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         return -F.cross_entropy(_wide(module(batch.inputs["x"])), batch.inputs["y"], reduction="none")
 
+    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
+        return _wide(module(batch.inputs["x"]))
+
+    def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(outputs_MC, batch.inputs["y"], reduction="sum")
+
 
 class Regression(Task):
     """``(y - module(x))^2 / 2`` summed over outputs, with ``inputs = {"x": ..., "y": float [N] or [N, K]}``.
@@ -124,18 +158,23 @@ class Regression(Task):
     name = "regression"
 
     def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
-        error_NK = self._error(module, batch)
+        error_NK = self._error(self.outputs(module, batch), batch)
         if sampler is not None:
             noise_NK = torch.special.ndtri(sampler.uniform(1, error_NK.shape[1])[:, 0]).to(error_NK)
             error_NK = error_NK - error_NK.detach() + noise_NK
         return error_NK.square().sum() / 2
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
-        return -self._error(module, batch).square().sum(1) / 2
+        return -self._error(self.outputs(module, batch), batch).square().sum(1) / 2
 
-    def _error(self, module: nn.Module, batch: Batch) -> Tensor:
-        prediction, y = module(batch.inputs["x"]), batch.inputs["y"]
-        return prediction.reshape(len(prediction), -1) - y.reshape(len(y), -1)
+    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
+        return module(batch.inputs["x"]).reshape(len(batch.inputs["x"]), -1)
+
+    def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
+        return self._error(outputs_MC, batch).square().sum() / 2
+
+    def _error(self, prediction_NK: Tensor, batch: Batch) -> Tensor:
+        return prediction_NK - batch.inputs["y"].reshape(len(prediction_NK), -1)
 
 
 def next_tokens(batch: Batch) -> Tensor:

@@ -1,0 +1,99 @@
+"""Next-token losses without ever holding all the logits: the language-model head a chunk of tokens at a time.
+
+The head of most models is one linear layer, and what it gives is what the model returns.  Where that is so (the first pass
+of a model is run whole, and the two tensors are compared for identity), later passes run the model up to the head's input, and
+head, softmax, sampling and their gradient are done for a chunk of loss tokens: memory is a chunk times the vocabulary instead of
+the batch times the vocabulary, and positions without loss cost nothing.  Other models (soft caps, scales) are run as they are.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_BYTES = 128 << 20  # float32 logits held at once
+Labels = Callable[[Tensor, slice], Tensor]  # (logits of a chunk, which rows) -> labels
+
+
+class Heads:
+    """Which modules end in a plain linear head, found out in the first pass of each."""
+
+    def __init__(self) -> None:
+        self._plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+    def plain_head(self, module: nn.Module) -> nn.Linear | None:
+        """The head, once a pass has shown that it comes last; None before that, and where it is hooked (so tracked)."""
+        head = _head(module)
+        free = head is not None and not head._forward_hooks and not head._forward_pre_hooks
+        return head if free and self._plain.get(module) else None
+
+    def logits(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
+        """The model run whole, ``[N, T, V]``, and looked at on the way."""
+        head, seen = _head(module), []
+        hook = head.register_forward_hook(lambda m, args, output: seen.append(output)) if head is not None else None
+        try:
+            logits_NTV = module(input_ids=tokens_NT, use_cache=False).logits
+        finally:
+            if hook is not None:
+                hook.remove()
+        self._plain[module] = len(seen) == 1 and seen[0] is logits_NTV
+        return logits_NTV
+
+
+def _head(module: nn.Module) -> nn.Linear | None:
+    find = getattr(module, "get_output_embeddings", None)
+    head = find() if find else None
+    return head if type(head) is nn.Linear else None
+
+
+def hidden_states(module: nn.Module, head: nn.Linear, tokens_NT: Tensor) -> Tensor:
+    """What the model gives to its head, ``[N, T, H]``: the model with the head passing its input on."""
+    with _passing(head):
+        return module(input_ids=tokens_NT, use_cache=False).logits
+
+
+@contextmanager
+def _passing(head: Any) -> Iterator[None]:
+    head.forward = lambda x: x
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def token_losses(hidden_MH: Tensor, head: nn.Linear, labels: Labels) -> Tensor:
+    """``- log p(label)`` of each row, float32 (float64 where the model is) ``[M]``; its gradient is formed in the same pass."""
+    return _TokenLosses.apply(hidden_MH, head, labels)  # type: ignore[no-any-return]
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The gradient of ``- log softmax(h W^T)[label]`` to ``h`` is ``(softmax - onehot) W``, formed while the logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_MH: Tensor, head: nn.Linear, labels: Labels) -> Tensor:
+        wide = torch.float64 if hidden_MH.dtype == torch.float64 else torch.float32
+        losses_M = hidden_MH.new_empty(len(hidden_MH), dtype=wide)
+        gradient_MH = torch.empty_like(hidden_MH) if ctx.needs_input_grad[0] else None
+        step = max(1, CHUNK_BYTES // (4 * head.out_features))
+        for start in range(0, len(hidden_MH), step):
+            rows = slice(start, start + step)
+            logits_mV = F.linear(hidden_MH[rows], head.weight, head.bias).to(wide)
+            label_m1 = labels(logits_mV, rows)[:, None]
+            log_p_mV = logits_mV.log_softmax(-1)
+            losses_M[rows] = -log_p_mV.gather(1, label_m1)[:, 0]
+            if gradient_MH is not None:
+                gradient_mV = log_p_mV.exp_()
+                gradient_mV.scatter_add_(1, label_m1, -torch.ones_like(label_m1, dtype=wide))
+                gradient_MH[rows] = gradient_mV.to(hidden_MH.dtype) @ head.weight
+        if gradient_MH is not None:
+            ctx.save_for_backward(gradient_MH)
+        return losses_M
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_MH,) = ctx.saved_tensors
+        return gradient_MH * outer[0].to(gradient_MH.dtype)[:, None], None, None
