@@ -18,6 +18,8 @@ from upriver.curvature.base import Curvature, Damping, Grads, Solution
 from upriver.errors import NumericalError
 from upriver.tensors import LowRank, weighted_low_rank
 
+SINGULAR = 1e-12  # of the mean eigenvalue: what a float32 fit leaves where the true eigenvalue is zero
+
 
 class Moments(NamedTuple):
     """The eigendecompositions of one layer's ``A`` and ``S``: bases, eigenvalues, and the mean positions per sequence."""
@@ -89,9 +91,12 @@ class Eigenblock(NamedTuple):
 
     def _divide(self, q_QOI: Tensor, damping: Damping) -> Tensor:
         denominator_OI = self.lam_OI + damping.of(self.lam_OI)
-        if not bool((denominator_OI > 0).all()):
+        mean = float(self.lam_OI.double().mean())
+        smallest = float(denominator_OI.min())
+        if not smallest > SINGULAR * mean:
             raise NumericalError(
-                "the damped curvature is singular: an eigenvalue plus the damping is zero; give a larger --damping, such as 1e-8"
+                f"the damped curvature is singular: got an eigenvalue plus damping of {smallest:.1e} where their mean is "
+                f"{mean:.1e}; give a larger --damping, such as 0.1x"
             )
         return self._rotate(q_QOI) / denominator_OI
 
