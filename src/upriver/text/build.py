@@ -169,11 +169,10 @@ class _Streams:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            for file in self._files:
+        with self._open:
+            for file in self._files if kind is None else ():
                 file.flush()
                 os.fsync(file.fileno())
-        self._open.close()
 
     @property
     def n_tokens(self) -> int:

@@ -1,0 +1,546 @@
+"""Bad input through the command line: one clear error, the right exit status, no traceback, nothing in the way afterwards."""
+
+import errno
+import gzip
+import json
+import lzma
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+import cli_cases
+from cli_cases import POSITIONS, QUERIES, RECORDS, Tiny, copy_model, save_model, tiny_llama, upriver
+from text_cases import byte_tokenizer, write_jsonl
+from upriver import cli
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+SHORT = {"vocab_size": 290, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Tiny:
+    root = tmp_path_factory.mktemp("tiny")
+    made = cli_cases.build(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UPRIVER_CACHE", str(root / "cache"))
+        patch.setattr(sys, "argv", ["upriver", *map(str, fit(made, made.factors))])
+        cli.main()
+    return made
+
+
+@pytest.fixture
+def call(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("UPRIVER_CACHE", str(tmp_path / "cache"))
+    return lambda *args: upriver(capsys, monkeypatch, *args)
+
+
+def fit(tiny: Tiny, out: Path, *flags, model=None, corpus=None) -> list:
+    return ["fit", model or tiny.model, corpus or tiny.corpus, "--out", out, "--seq-len", 16, *flags]
+
+
+def trace(tiny: Tiny, out: Path, *flags, model=None, corpus=None, queries=None, factors=None) -> list:
+    inputs = [model or tiny.model, corpus or tiny.corpus, queries or tiny.queries]
+    return ["trace", *inputs, "--factors", factors or tiny.factors, "--out", out, "--top", 2, *flags]
+
+
+def assert_one_error(ran, status: int, *parts: str) -> None:
+    """One paragraph, the last of what was printed, that holds ``parts``; no traceback."""
+    errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
+    assert ran.status == status, ran.err
+    assert len(errors) == 1, ran.err
+    assert ran.last_line == errors[0]
+    assert not re.search(r"Traceback|  File \"|unexpected", ran.err + ran.out), ran.err
+    for part in parts:
+        assert part in errors[0]
+    assert re.search(r"[;:?] ?\w", errors[0].removeprefix("error: ")), "what to do is missing"
+
+
+# ------------------------------------------------------------------------------------------------------- models
+
+
+def broken_weights(change: Callable[[dict], None]) -> Callable[[Tiny, Path], Path]:
+    def make(tiny: Tiny, folder: Path) -> Path:
+        path = copy_model(tiny, folder) / "model.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+def broken_file(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Tiny, Path], Path]:
+    def make(tiny: Tiny, folder: Path) -> Path:
+        path = copy_model(tiny, folder) / name
+        content = change(path.read_bytes())
+        path.unlink() if content is None else path.write_bytes(content)
+        return folder
+
+    return make
+
+
+def empty_folder(tiny: Tiny, folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def slow_tokenizer(tiny: Tiny, folder: Path) -> Path:
+    (copy_model(tiny, folder) / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    return folder
+
+
+def encoder(tiny: Tiny, folder: Path) -> Path:
+    return save_model(folder, BertForMaskedLM(BertConfig(**SHORT, intermediate_size=48, max_position_embeddings=32)))
+
+
+def encoder_decoder(tiny: Tiny, folder: Path) -> Path:
+    config = T5Config(vocab_size=290, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2)
+    return save_model(folder, T5ForConditionalGeneration(config))
+
+
+def gguf_rubbish(tiny: Tiny, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "m.gguf").write_bytes(b"GGUFrubbish")
+    return folder / "m.gguf"
+
+
+BAD_MODELS = {
+    "missing folder": (lambda tiny, folder: folder, ["no model at", "/model'", "save_pretrained"]),
+    "folder without a model": (empty_folder, ["no model in the folder", "without a config.json"]),
+    "broken config": (broken_file("config.json", lambda c: c[:20]), ["config.json", "not a valid JSON"]),
+    "unknown architecture": (broken_file("config.json", lambda c: b'{"model_type": "zeppelin"}'), ["zeppelin"]),
+    "truncated safetensors": (broken_file("model.safetensors", lambda c: c[: len(c) // 2]), ["incomplete", "sound"]),
+    "no weights": (broken_file("model.safetensors", lambda c: None), ["model.safetensors"]),
+    "NaN weights": (broken_weights(lambda w: w[WEIGHT][3].fill_(float("nan"))), ["NaN or infinity", WEIGHT]),
+    "missing weights": (broken_weights(lambda w: w.pop(WEIGHT)), ["1 missing keys", WEIGHT, "at random"]),
+    "weights of another shape": (
+        broken_weights(lambda w: w.update({WEIGHT: w[WEIGHT][:10].clone()})),
+        ["1 mismatched keys", WEIGHT, "[10, 32]"],
+    ),
+    "vocabulary does not fit": (
+        lambda tiny, folder: save_model(folder, tiny_llama(vocab_size=200)),
+        ["embeds 200 tokens", "up to 289"],
+    ),
+    "no tokenizer": (broken_file("tokenizer.json", lambda c: None), ["no tokenizer could be loaded", "tokenizer.json"]),
+    "broken tokenizer": (broken_file("tokenizer.json", lambda c: b"{}"), ["no tokenizer could be loaded"]),
+    "slow tokenizer": (slow_tokenizer, ["no character offsets", "fast tokenizer"]),
+    "encoder": (encoder, ["not causal", "causal language model"]),
+    "encoder and decoder": (encoder_decoder, ["no causal language model", "T5"]),
+    "rubbish GGUF": (gguf_rubbish, ["m.gguf"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_model(tiny, tmp_path, call, case):
+    make, parts = BAD_MODELS[case]
+    model = make(tiny, tmp_path / "model")
+    assert_one_error(call(*fit(tiny, tmp_path / "out", model=model)), 2, *parts)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- corpora
+
+GOOD = json.dumps(RECORDS[0]).encode() + b"\n"
+BAD_CORPORA = {
+    "missing": ("c.jsonl", None, ["no such file or folder", "c.jsonl"]),
+    "empty": ("c.jsonl", b"", ["the corpus is empty", "c.jsonl"]),
+    "broken JSON on line 3": ("c.jsonl", GOOD + b'\n{"text": "we\n', ["c.jsonl:3: broken JSON"]),
+    "wrong encoding": ("c.jsonl", GOOD + '{"text": "café"}'.encode("latin-1"), ["c.jsonl:2: not UTF-8", "0xe9"]),
+    "empty text": ("c.jsonl", GOOD + b'{"text": ""}', ["c.jsonl:2: the field 'text' is empty"]),
+    "neither text nor prompt": ("c.jsonl", b'{"body": "we"}', ["c.jsonl:1: the field 'text' is missing", "'body'"]),
+    "prompt without completion": ("c.jsonl", b'{"prompt": "we"}', ["c.jsonl:1: the field 'completion' is missing"]),
+    "duplicate ids": ("c.jsonl", GOOD + GOOD, ["c.jsonl:2: a second document with the id 'union'", "c.jsonl:1"]),
+    "one token in all": ("c.jsonl", b'{"text": "x"}', ["no sequence has a token to predict"]),
+    "corrupt gz": ("c.jsonl.gz", gzip.compress(GOOD)[:-9], ["c.jsonl.gz:", "damaged or cut short"]),
+    "corrupt xz": ("c.jsonl.xz", lzma.compress(b'{"text": "we"}\n' * 999)[:-40], ["c.jsonl.xz:", "damaged or cut short"]),
+    "corrupt parquet": ("c.parquet", b"PAR1rubbishPAR1", ["c.parquet:1", "damaged or cut short"]),
+    "unknown file type": ("c.docx", b"we", ["not a known type of file", "c.docx", ".jsonl"]),
+    "messages without a template": (
+        "c.jsonl", b'{"messages": [{"role": "assistant", "content": "we"}]}', ["c.jsonl:1", "no chat template"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CORPORA)
+@pytest.mark.parametrize("verb", ["fit", "trace"])
+def test_bad_corpus(tiny, tmp_path, call, verb, case):
+    name, content, parts = BAD_CORPORA[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    command = {"fit": fit, "trace": trace}[verb]
+    assert_one_error(call(*command(tiny, tmp_path / "out", corpus=tmp_path / name)), 2, *parts)
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "cache").rglob("info.json"))
+
+
+# ------------------------------------------------------------------------------------------------------- queries
+
+Q = QUERIES[0]
+BAD_QUERIES = {
+    "missing": (None, ["no such file or folder", "q.jsonl"]),
+    "empty": ([], ["q.jsonl: no query in it"]),
+    "no completion": ([Q, {"id": "a", "prompt": "we"}], ["q.jsonl:2", "query 'a' has no completion", "--complete N"]),
+    "neither prompt nor completion": ([{"id": "a"}], ["q.jsonl:1", "neither a prompt nor a completion"]),
+    "completion without tokens": ([{**Q, "completion": "ZZ"}], ["q.jsonl:1", "has no token of its own: got 'ZZ'"]),
+    "a first token alone": ([{"id": "a", "completion": "w"}], ["q.jsonl:1", "its only token 'w'", "give a prompt"]),
+    "duplicate ids": ([Q, Q], ["q.jsonl:2: two queries have one id: got 'people'", "q.jsonl:1"]),
+    "reserved id": ([{**Q, "id": "start"}], ["q.jsonl:1: the id 'start'", "choose another than"]),
+    "no id": ([{"prompt": "we", "completion": " the"}], ["q.jsonl:1: a query needs an id", "got None"]),
+    "too long": ([{**Q, "prompt": "we " * 40}], ["q.jsonl:1", "is too long: got 81 tokens", f"at most {POSITIONS}"]),
+    "unknown field": ([{**Q, "promt": "we"}], ["q.jsonl:1", "got 'promt'", "did you mean 'prompt'?"]),
+    "not a text": ([{**Q, "prompt": 7}], ["q.jsonl:1: the field 'prompt' is not a text: got 7"]),
+}
+
+
+@pytest.fixture(scope="module")
+def forgetful(tiny):
+    """The tiny model with a tokenizer that drops every Z."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("Z", "")
+    return save_model(tiny.root / "forgetful", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("case", BAD_QUERIES)
+def test_bad_query(tiny, tmp_path, call, forgetful, case):
+    records, parts = BAD_QUERIES[case]
+    if records is not None:
+        write_jsonl(tmp_path / "q.jsonl", records)
+    model = forgetful if case == "completion without tokens" else None
+    assert_one_error(call(*trace(tiny, tmp_path / "out", queries=tmp_path / "q.jsonl", model=model)), 2, *parts)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+BAD_FLAGS = {
+    ("fit", "--layers", "nothing.*"): ["'nothing.*' matches nothing", "model.layers.*.mlp.up_proj"],
+    ("fit", "--seq-len", "33"): ["--seq-len", "got 33", "at most 32 tokens"],
+    ("fit", "--seq-len", "1"): ["--seq-len", "got '1'", "greater than or equal to 2"],
+    ("fit", "--seq-len", "many"): ["--seq-len", "got 'many'", "integer"],
+    ("fit", "--dtype", "float16"): ["'dtype'", "got 'float16'", "'bfloat16'"],
+    ("fit", "--fisher", "true"): ["'fisher'", "got 'true'", "'empirical'"],
+    ("fit", "--device", "toaster"): ["'toaster'", "use auto, cpu"],
+    ("fit", "--device", "meta"): ["'meta'", "use auto, cpu"],
+    ("fit", "--max-tokens", "-5"): ["--max-tokens", "got '-5'"],
+    ("fit", "--batch-tokens", "0"): ["--batch-tokens", "got '0'"],
+    ("fit", "--seed", "-1"): ["--seed", "got '-1'"],
+    ("fit", "--seed", str(2**70)): ["'seed'", str(2**70)],
+    ("fit", "--on-bad-record", "ignore"): ["--on-bad-record", "got 'ignore'", "error or skip"],
+    ("fit", "--sed", "1"): ["--sed", "--seed", "upriver fit --help"],
+    ("trace", "--damping", "-1"): ["'damping'", "got '-1'", "0.1x"],
+    ("trace", "--damping", "nan"): ["'damping'", "got 'nan'", "0.1x"],
+    ("trace", "--damping", "ten"): ["'damping'", "got 'ten'", "0.1x"],
+    ("trace", "--rank", "0"): ["'rank'", "got '0'", "full"],
+    ("trace", "--rank", "half"): ["'rank'", "got 'half'", "full"],
+    ("trace", "--curvature", "hessian"): ["'curvature'", "got 'hessian'", "'kfac'"],
+    ("trace", "--top", "-3"): ["--top", "got '-3'"],
+    ("trace", "--candidates", "0"): ["--candidates", "got '0'"],
+    ("trace", "--complete", "0"): ["--complete", "got '0'"],
+    ("trace", "--device", "cuda:99"): ["'cuda:99'", "use auto, cpu"],
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS, ids=" ".join)
+def test_bad_flag(tiny, tmp_path, call, case):
+    verb, *flag = case
+    command = {"fit": fit, "trace": trace}[verb]
+    assert_one_error(call(*command(tiny, tmp_path / "out", *flag)), 2, *BAD_FLAGS[case])
+    good = (
+        command(tiny, tmp_path / "out", "--overwrite") if flag[0] == "--overwrite" else command(tiny, tmp_path / "out")
+    )
+    assert call(*good).status == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["fit"], ["missing argument", "MODEL", "upriver fit --help"]),
+        (["fit", "m", "c"], ["missing option '--out'"]),
+        (["report"], ["missing argument", "SCORES"]),
+        (["fitt"], ["no such command 'fitt'", "'fit'"]),
+        (["--colour"], ["no such option: --colour"]),
+    ],
+    ids=str,
+)
+def test_bad_command(call, args, parts):
+    assert_one_error(call(*args), 2, *parts)
+
+
+# ------------------------------------------------------------------------------------------------------- folders
+
+
+def unfinished(tiny: Tiny, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "key.json").write_bytes((tiny.factors / "key.json").read_bytes())
+    return folder
+
+
+BAD_FACTORS = {
+    "missing": (lambda tiny, folder: folder, ["no such folder of factors", "upriver fit"]),
+    "unfinished": (unfinished, ["not finished", "upriver fit"]),
+    "not factors": (lambda tiny, folder: tiny.model, ["not a folder of factors", "upriver fit"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FACTORS)
+def test_bad_factors(tiny, tmp_path, call, case):
+    make, parts = BAD_FACTORS[case]
+    folder = make(tiny, tmp_path / "factors")
+    assert_one_error(call(*trace(tiny, tmp_path / "out", factors=folder)), 2, str(folder), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_factors_of_another_model_name_both_fingerprints(tiny, tmp_path, call):
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    model = save_model(tmp_path / "model", other)
+    old = json.loads((tiny.factors / "key.json").read_text())["model"]
+    ran = call(*trace(tiny, tmp_path / "out", model=model))
+    assert_one_error(ran, 2, str(tiny.factors), "another model", f"'{old}' then", "fit again")
+    assert not (tmp_path / "out").exists()
+
+
+def test_factors_of_another_attention_kernel(tiny, tmp_path, call, monkeypatch):
+    plain = cli.load_model
+    monkeypatch.setattr(cli, "load_model", lambda *args, **kwargs: plain(*args, attention="eager", **kwargs))
+    ran = call(*trace(tiny, tmp_path / "out"))
+    assert_one_error(ran, 2, "another kernel", "got 'eager' now, 'sdpa' then")
+
+
+def test_output_of_another_run_is_refused_and_kept(tiny, tmp_path, call):
+    out = tmp_path / "out"
+    assert call(*trace(tiny, out)).status == 0
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
+    ran = call(*trace(tiny, out, "--damping", "0.2x"))
+    assert_one_error(ran, 2, str(out), "another options.damping: got '0.2x' now, '0.1x' then", "--overwrite")
+    other = write_jsonl(tmp_path / "q.jsonl", QUERIES[:1])
+    assert_one_error(call(*trace(tiny, out, queries=other)), 2, "another queries")
+    other = write_jsonl(tmp_path / "c.jsonl", RECORDS[:3])
+    assert_one_error(call(*trace(tiny, out, corpus=other)), 2, "another corpus")
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"} == before
+    assert "used as it is" in call(*trace(tiny, out)).err
+    assert call(*trace(tiny, out, "--damping", "0.2x", "--overwrite")).status == 0
+    assert json.loads((out / "manifest.json").read_text())["damping"] == "0.2x"
+
+
+def test_factors_of_another_run_are_refused(tiny, tmp_path, call):
+    out = tmp_path / "out"
+    assert call(*fit(tiny, out)).status == 0
+    assert_one_error(call(*fit(tiny, out, "--seed", 1)), 2, "another options.seed: got 1 now, 0 then", "--overwrite")
+    assert call(*fit(tiny, out, "--seed", 1, "--overwrite")).status == 0
+
+
+def test_overwrite_never_replaces_the_result_of_another_verb(tiny, tmp_path, call):
+    assert call(*fit(tiny, tmp_path / "out")).status == 0
+    ran = call(*trace(tiny, tmp_path / "out", "--overwrite", factors=tmp_path / "out"))
+    assert_one_error(ran, 2, "another stage: got 'trace' now, 'fit' then", "choose another folder")
+    assert call(*trace(tiny, tmp_path / "scores", factors=tmp_path / "out")).status == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
+def test_a_foreign_folder_is_left_alone(tiny, tmp_path, call, flags):
+    (tmp_path / "diary.txt").write_text("mine")
+    ran = call(*fit(tiny, tmp_path, *flags))
+    assert_one_error(ran, 2, "not empty", str(tmp_path), "choose another folder")
+    assert (tmp_path / "diary.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("verb", ["fit", "trace"])
+def test_unwritable_output(tiny, tmp_path, call, verb):
+    (tmp_path / "file").write_text("mine")
+    command = {"fit": fit, "trace": trace}[verb]
+    for out in (tmp_path / "file" / "below", tmp_path / "file"):
+        assert_one_error(call(*command(tiny, out)), 2, "cannot write", str(out), "choose a folder")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_unwritable_cache(tiny, tmp_path, call, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("UPRIVER_CACHE", str(tmp_path / "file" / "cache"))
+    assert_one_error(call(*fit(tiny, tmp_path / "out")), 2, "the cache cannot be written", "UPRIVER_CACHE")
+
+
+def test_diagonal_of_another_corpus_is_refused_before_anything_is_written(tiny, tmp_path, call):
+    other = write_jsonl(tmp_path / "c.jsonl", RECORDS[:3])
+    ran = call(*trace(tiny, tmp_path / "out", "--curvature", "diagonal", corpus=other))
+    assert_one_error(ran, 2, str(tiny.factors), "another corpus", "fit again")
+    assert call(*trace(tiny, tmp_path / "out", corpus=other)).status == 0
+
+
+def test_zero_damping_of_a_singular_curvature_is_an_error(tiny, tmp_path, call):
+    corpus = write_jsonl(tmp_path / "c.jsonl", RECORDS[-1:])
+    factors, out = tmp_path / "factors", tmp_path / "out"
+    assert call(*fit(tiny, factors, corpus=corpus)).status == 0
+    for kind in ("ekfac", "kfac"):
+        ran = call(*trace(tiny, out, "--damping", 0, "--curvature", kind, corpus=corpus, factors=factors))
+        assert_one_error(ran, 1, "singular", "give a larger --damping")
+    assert call(*trace(tiny, out, corpus=corpus, factors=factors)).status == 0
+
+
+def test_damaged_factors_are_named(tiny, tmp_path, call):
+    assert call(*fit(tiny, tmp_path / "factors")).status == 0
+    path = tmp_path / "factors" / "correction" / "lam.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    ran = call(*trace(tiny, tmp_path / "out", factors=tmp_path / "factors"))
+    assert_one_error(ran, 1, f"cannot read {path}", "fit again")
+
+
+# ------------------------------------------------------------------------------------------------------- report, run
+
+
+def half_a_trace(tiny: Tiny, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "key.json").write_text('{"stage": "trace"}')
+    return folder
+
+
+BAD_SCORES = {
+    "missing": (lambda tiny, folder: folder, "no such folder of results"),
+    "not scores": (lambda tiny, folder: tiny.model, "not a folder of results"),
+    "factors": (lambda tiny, folder: tiny.factors, "not the result of a trace"),
+    "unfinished": (half_a_trace, "the trace is not finished"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SCORES)
+def test_bad_scores(tiny, tmp_path, call, case):
+    make, part = BAD_SCORES[case]
+    folder = make(tiny, tmp_path / "scores")
+    assert_one_error(call("report", folder, "--out", tmp_path / "page"), 2, part, str(folder), "upriver trace")
+    assert not (tmp_path / "page").exists()
+
+
+RUN = 'model = "m"\ncorpus = "c"\nqueries = "q"\nout = "o"\n'
+BAD_RUNS = {
+    "missing file": (None, ["cannot read the run file", "run.toml"]),
+    "broken TOML": ("model = ", ["run.toml is not valid TOML"]),
+    "not UTF-8": (b'model = "\xe9"', ["run.toml is not valid TOML"]),
+    "unknown key": (RUN + "dampin = 1", ["run.toml: unknown option 'dampin'", "did you mean 'damping'?"]),
+    "missing key": (RUN.replace("queries", "#"), ["run.toml: the option 'queries' is missing"]),
+    "wrong type": (RUN + 'top = "ten"', ["run.toml: bad value for 'top'", "got 'ten'", "whole number"]),
+    "true is no number": (RUN + "top = true", ["run.toml: bad value for 'top'", "got True", "whole number"]),
+    "negative": (RUN + "max_tokens = -1", ["run.toml: bad value for 'max_tokens'", "got -1"]),
+    "a list": (RUN + 'layers = ["mlp"]', ["run.toml: bad value for 'layers'", "got ['mlp']"]),
+    "no queries there": (RUN, ["no such file or folder", "q"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_bad_run_file(tmp_path, call, case):
+    content, parts = BAD_RUNS[case]
+    if content is not None:
+        (tmp_path / "run.toml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert_one_error(call("run", tmp_path / "run.toml"), 2, *parts)
+
+
+# ------------------------------------------------------------------------------------------------------- failures
+
+
+class Full(NamedTuple):
+    """``os.fsync`` that finds the disk full at one of its calls."""
+
+    at: int
+    calls: list[int]
+
+    def __call__(self, file: int) -> None:
+        self.calls.append(file)
+        if len(self.calls) == self.at + 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def scores_of(folder: Path) -> bytes:
+    return (folder / "scores.parquet").read_bytes()
+
+
+def test_disk_full_at_any_moment(tiny, tmp_path, call, monkeypatch):
+    """Each write of a whole run fails once; the same command then ends with the same scores."""
+    run = tmp_path / "run.toml"
+
+    def write_run(out: Path) -> None:
+        places = {"model": tiny.model, "corpus": tiny.corpus, "queries": tiny.queries, "out": out}
+        run.write_text("".join(f'{name} = "{place}"\n' for name, place in places.items()) + "seq_len = 16\ntop = 2\n")
+
+    write_run(tmp_path / "plain")
+    count = Full(-1, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", count)
+        assert call("run", run).status == 0
+    for at in range(0, len(count.calls), 5):
+        write_run(tmp_path / f"out{at}")
+        monkeypatch.setenv("UPRIVER_CACHE", str(tmp_path / f"cache{at}"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", Full(at, []))
+            assert_one_error(call("run", run), 1, "the disk is full", str(tmp_path), "free some space")
+        assert not [p for p in tmp_path.rglob("*") if p.name.endswith((".tmp", ".partial"))]
+        assert call("run", run).status == 0
+        assert scores_of(tmp_path / f"out{at}" / "scores") == scores_of(tmp_path / "plain" / "scores")
+
+
+def test_ctrl_c(tiny, tmp_path, call, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("upriver.curvature.fit.Correction.begin", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert_one_error(call(*fit(tiny, tmp_path / "out")), 1, "interrupted", "the same command goes on")
+    assert call(*fit(tiny, tmp_path / "out")).status == 0
+
+
+def test_an_unforeseen_error_is_one_sentence_too(tiny, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(cli, "fit", lambda *args, **kwargs: {}["two\nlines"])
+    ran = call(*fit(tiny, tmp_path / "out"))
+    assert ran.status == 1
+    assert ran.last_line.startswith("error: unexpected KeyError: ")
+    assert "--debug" in ran.last_line
+    with pytest.raises(KeyError):
+        call("--debug", *fit(tiny, tmp_path / "out"))
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+COMMAND = [sys.executable, "-m", "upriver.cli"]
+
+
+def start(tmp_path: Path, *args) -> subprocess.Popen:
+    env = {**os.environ, "UPRIVER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*COMMAND, *map(str, args)], stdout=pipe, stderr=pipe, text=True, env=env)
+
+
+def test_as_processes(tiny, tmp_path):
+    """With a real standard error and exit status: nothing of a library's own is printed around the sentence."""
+    model = broken_weights(lambda w: w.pop(WEIGHT))(tiny, tmp_path / "model")
+    cases = {
+        "'no-such-model'": fit(tiny, tmp_path / "out", model="no-such-model"),
+        WEIGHT: fit(tiny, tmp_path / "out", model=model),
+    }
+    running = {part: start(tmp_path, *args) for part, args in cases.items()}
+    for part, child in running.items():
+        out, err = child.communicate(timeout=120)
+        assert_one_error(cli_cases.Ran(child.returncode, out, err), 2, part)
+        assert (out, err.count("\n")) == ("", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_of_a_process(tiny, tmp_path):
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": f"{n} " + RECORDS[0]["text"]} for n in range(4000)])
+    with start(tmp_path, *fit(tiny, tmp_path / "out", "--batch-tokens", 64, corpus=corpus)) as child:
+        assert child.stderr
+        heard = ""
+        while not heard.endswith("seed 0\n"):  # the fit has begun
+            line = child.stderr.readline()
+            assert line, heard
+            heard += line
+        child.send_signal(signal.SIGINT)
+        heard += child.stderr.read()
+    assert_one_error(cli_cases.Ran(child.returncode, "", heard), 1, "interrupted")
