@@ -217,7 +217,7 @@ def run(args: argparse.Namespace, folder: Path) -> tuple[Runs, dict[tuple[str, s
     ours = sides["ours"]
     training_step(ours.model, corpus, ours.batch_tokens)  # warm up
     gc.collect()
-    gc.freeze()  # Kronfluence collects garbage around each phase: 0.4 s a time over all that both sides import, were it not set aside
+    gc.freeze()  # Kronfluence collects garbage around each phase: 0.4 s a time over what both sides import, unless set aside
     for repeat in range(args.repeats):
         order = list(sides.items())[:: -1 if repeat % 2 else 1]
         runs.add("step", "plain", timed(lambda: training_step(ours.model, corpus, ours.batch_tokens))[1])

@@ -12,13 +12,14 @@ from upriver.text.batch import Batch
 
 
 class TokenCorpus:
-    """Sequences of token ids; every token but the first of a sequence is predicted."""
+    """Sequences of token ids; the first ``prompts[n]`` tokens of a sequence (default: one) carry no loss."""
 
-    def __init__(self, tokens: list[np.ndarray]):
+    def __init__(self, tokens: list[np.ndarray], prompts: list[int] | None = None):
         self.tokens = [np.asarray(t, np.int64) for t in tokens]
+        self.prompts = prompts or [1] * len(tokens)
         self.lengths_N = np.array([len(t) for t in tokens], np.int32)
         self.keys_N = batches.sequence_keys(np.array([batches.tokens_hash(t) for t in tokens], np.uint64))
-        self.fingerprint = digest([t.tolist() for t in self.tokens])
+        self.fingerprint = digest([[t.tolist() for t in self.tokens], self.prompts])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -28,7 +29,8 @@ class TokenCorpus:
 
     def batch(self, rows: np.ndarray) -> Batch:
         tokens = [self.tokens[row] for row in rows]
-        return batches.pad(rows, self.keys_N[rows], tokens, [np.ones(len(t), bool) for t in tokens])
+        loss = [np.arange(len(t)) >= self.prompts[row] for row, t in zip(rows, tokens, strict=True)]
+        return batches.pad(rows, self.keys_N[rows], tokens, loss)
 
     def sample(self, max_tokens: int, seed: int) -> np.ndarray:
         return batches.sample(self.lengths_N, self.keys_N, max_tokens, seed)

@@ -3,7 +3,8 @@
     make fixture        installs what Kronfluence needs into .venv and runs this file
 
 Kronfluence 1.0.1, strategy "ekfac", empirical Fisher, ``damping_factor=None`` (0.1 x the mean eigenvalue), MLP layers, full
-rank, sums for losses, padding masked, float64 throughout.  Its score of a query and a training sequence is
+rank, sums for losses, padding masked, float64 throughout.  Every second training sequence has a prompt without loss, whose
+positions count in both covariances.  Its score of a query and a training sequence is
 ``grad m^T (G + lambda I)^-1 grad L``; the measurement given to it is ``m = f = log p(completion | prompt)``, so the scores
 kept here are ``- I_f``: **its sign is the opposite of ours**.
 """
@@ -45,7 +46,7 @@ class SumOfLogProbs(Task):
 
     def compute_train_loss(self, batch: Item, model: nn.Module, sample: bool = False) -> Tensor:
         assert not sample, "the empirical Fisher takes the corpus's own labels"
-        return -self._log_probs(batch, model, first=torch.ones_like(batch["length"])).sum()
+        return -self._log_probs(batch, model, first=batch["prompt"]).sum()
 
     def compute_measurement(self, batch: Item, model: nn.Module) -> Tensor:
         return self._log_probs(batch, model, first=batch["prompt"]).sum()
@@ -84,7 +85,8 @@ def make_data() -> tuple[list[Item], list[Item]]:
         tokens[:length] = rng.integers(0, VOCABULARY, length)
         return {name: torch.tensor(x) for name, x in (("tokens", tokens), ("length", length), ("prompt", prompt))}
 
-    train = [item(int(rng.integers(3, LONGEST + 1)), 1) for _ in range(SEQUENCES)]
+    lengths = rng.integers(3, LONGEST + 1, SEQUENCES).tolist()
+    train = [item(n, int(rng.integers(2, n)) if row % 2 else 1) for row, n in enumerate(lengths)]
     queries = [item(int(rng.integers(8, LONGEST + 1)), int(rng.integers(2, 7))) for _ in range(QUERIES)]
     return train, queries
 

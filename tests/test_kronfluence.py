@@ -28,8 +28,9 @@ def load(name: str) -> tuple[Model, TokenCorpus, TokenQueries, np.ndarray, list[
     module = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **about["config"]))
     module.load_state_dict({k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")})
     train, asked = (ragged(stored[f"{x}.tokens"].numpy(), stored[f"{x}.length"].numpy()) for x in ("train", "query"))
+    corpus = TokenCorpus(train, stored["train.prompt"].tolist())
     queries = TokenQueries(asked, stored["query.prompt"].tolist())
-    return Model(module.double()), TokenCorpus(train), queries, -stored["scores"].numpy().T, about["layers"]
+    return Model(module.double()), corpus, queries, -stored["scores"].numpy().T, about["layers"]
 
 
 @pytest.mark.parametrize("name", ["llama", "neox"])
@@ -37,6 +38,7 @@ def load(name: str) -> tuple[Model, TokenCorpus, TokenQueries, np.ndarray, list[
 def test_scores_agree_with_kronfluence(name: str, dtype: str, tmp_path: Path):
     model, corpus, queries, theirs_NQ, layers = load(name)
     assert len(set(corpus.lengths_N)) > 10, "padding is part of the test"
+    assert len(set(corpus.prompts)) > 5, "and so are positions without loss"
     factors = fit(model, corpus, tmp_path / "factors", fisher="empirical", layers="mlp", dtype=dtype, batch_tokens=100)
     assert [layer.name for layer in factors.layers] == layers
     ours_NQ = scores(model, corpus, queries, factors, tmp_path / "scores")
