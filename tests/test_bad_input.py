@@ -23,6 +23,7 @@ import cli_cases
 from cli_cases import POSITIONS, QUERIES, RECORDS, Tiny, copy_model, save_model, tiny_llama, upriver
 from text_cases import byte_tokenizer, write_jsonl
 from upriver import cli
+from upriver.runtime.store import locked
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 SHORT = {"vocab_size": 290, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -226,6 +227,7 @@ def test_bad_query(tiny, tmp_path, call, forgetful, case):
 
 BAD_FLAGS = {
     ("fit", "--layers", "nothing.*"): ["'nothing.*' matches nothing", "model.layers.*.mlp.up_proj"],
+    ("fit", "--layers", "attention,mpl"): ["'mpl' matches nothing", "model.layers.*.mlp.up_proj"],
     ("fit", "--seq-len", "33"): ["--seq-len", "got 33", "at most 32 tokens"],
     ("fit", "--seq-len", "1"): ["--seq-len", "got '1'", "greater than or equal to 2"],
     ("fit", "--seq-len", "many"): ["--seq-len", "got 'many'", "integer"],
@@ -487,6 +489,12 @@ def test_disk_full_at_any_moment(tiny, tmp_path, call, monkeypatch):
         assert not [p for p in tmp_path.rglob("*") if p.name.endswith((".tmp", ".partial"))]
         assert call("run", run).status == 0
         assert scores_of(tmp_path / f"out{at}" / "scores") == scores_of(tmp_path / "plain" / "scores")
+
+
+def test_two_runs_into_one_folder(tiny, tmp_path, call):
+    with locked(tmp_path / "out"):
+        assert_one_error(call(*fit(tiny, tmp_path / "out")), 2, "another run is writing to", str(tmp_path / "out"))
+    assert call(*fit(tiny, tmp_path / "out")).status == 0
 
 
 def test_ctrl_c(tiny, tmp_path, call, monkeypatch):

@@ -205,7 +205,9 @@ def _read_corpus(path: str, model: Model, seq_len: int, pack: bool, on_bad_recor
         raise ConfigError(f"bad value for --on-bad-record: got {on_bad_record!r}; error or skip")
     positions = model.info.get("positions")
     if positions and seq_len > positions:
-        raise ConfigError(f"bad value for --seq-len: got {seq_len}; the model takes at most {positions} tokens")
+        raise ConfigError(
+            f"bad value for --seq-len: got {seq_len}; the model takes at most {positions} tokens, give that or less"
+        )
     with _running_bar("corpus (bytes)") as progress:
         corpus = Corpus.read(path, model.tokenizer, seq_len, pack, on_bad_record, progress=progress)
     _say(f"corpus: {path}, {corpus.n_documents:,} documents, {len(corpus):,} sequences, {corpus.n_tokens:,} tokens")

@@ -26,6 +26,7 @@ from upriver.show.scores import Scores
 from upriver.text.batch import Sequences
 from upriver.text.candidates import candidates
 from upriver.text.corpus import Corpus
+from upriver.text.encode import tokenizer_fingerprint
 from upriver.text.queries import Queries
 
 
@@ -170,6 +171,7 @@ def _manifest(
             "dtype": fitted.dtype,
             **model.info,
         },
+        "tokenizer": {"fingerprint": tokenizer_fingerprint(model.tokenizer)} if model.tokenizer else None,
         "corpus": getattr(job.data, "info", {"sequences": len(job.data), "fingerprint": job.data.fingerprint}),
         "n_train": len(job.data),
         "scored_sequences": len(job.rows),

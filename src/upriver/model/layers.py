@@ -62,14 +62,16 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
 
     Args:
         spec: ``mlp`` (both matrices of every block, three of a gated MLP), ``attention``, ``all`` (both and whatever other
-            linear layers the blocks hold), or globs over module names, separated by commas.
+            linear layers the blocks hold), globs over module names, or several of these, separated by commas.
 
     Raises:
-        ModelError: nothing matches; the sentence lists what the model has.
+        ModelError: one of them matches nothing; the sentence lists what the model has.
     """
     linear = dict(_linear_modules(module))
-    chosen = {name: m for name, m in linear.items() if _matches(module, name, spec)}
-    if not chosen:
+    found = {part: {n for n in linear if _matches(module, n, part)} for part in map(str.strip, spec.split(","))}
+    chosen = {name: m for name, m in linear.items() if any(name in names for names in found.values())}
+    nothing = [part for part, names in found.items() if not names]
+    if nothing:
         have = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})) or "no linear layer at all"
         experts = sum(p.numel() for p in module.parameters() if p.ndim >= 3)
         share = experts / max(1, sum(p.numel() for p in module.parameters()))
@@ -79,7 +81,7 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
             else ""
         )
         raise ModelError(
-            f"no layer to track: --layers {spec!r} matches nothing; this model has linear layers at {have}{note}; "
+            f"no layer to track: --layers {nothing[0]!r} matches nothing; this model has linear layers at {have}{note}; "
             "choose among them with --layers"
         )
     by_weight: dict[int, list[str]] = {}
@@ -118,7 +120,7 @@ def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _matches(module: nn.Module, name: str, spec: str) -> bool:
     if spec not in ("mlp", "attention", "all"):
-        return any(fnmatch(name, glob.strip()) for glob in spec.split(","))
+        return fnmatch(name, spec)
     kind = layer_kind(module, name)
     return kind is not None and (spec == "all" or spec == kind)
 

@@ -1,0 +1,145 @@
+"""The Python interface: the lines of the README as they stand, and tasks other than language modelling."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import cli_cases
+import upriver as up
+from upriver.errors import ConfigError, QueryError
+
+README = """
+import upriver as up
+model   = up.load_model("path/or/name")
+corpus  = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=512)
+factors = up.fit(model, corpus, out="factors")
+result  = up.trace(model, corpus, up.Queries.read("queries.jsonl"), factors, out="scores")
+result.top("people", 10)          # a pandas frame
+result.report("report.html")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("UPRIVER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    cli_cases.build(tmp_path)
+    os.makedirs("path/or")
+    os.rename("model", "path/or/name")
+    return tmp_path
+
+
+def test_the_lines_of_the_readme(folder):
+    names: dict = {}
+    exec(README.replace("512", "16"), names)
+    result = names["result"]
+    top = result.top("people", 3)
+    assert isinstance(top, pd.DataFrame)
+    assert top["rank"].tolist() == [1, 2, 3]
+    assert (top["score"] > 0).all()
+    assert (result.top("people", 3, side="negative")["score"] < 0).all()
+    assert (folder / "report.html").exists()
+    assert len(result.frame()) == len(names["corpus"])
+    assert set(result.documents()["document"]) == {r["id"] for r in cli_cases.RECORDS}
+    pd.testing.assert_frame_equal(up.Scores("scores").frame(), result.frame())
+    with pytest.raises(QueryError, match="no such query: got 'q9'; the results have people, peace"):
+        result.top("q9")
+
+
+def test_a_corpus_longer_than_the_model_is_refused(folder):
+    model = up.load_model("path/or/name")
+    corpus = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=512)
+    with pytest.raises(up.UpriverError, match="the model takes 32; read it with --seq-len 32"):
+        up.trace(model, corpus, up.Queries.read("queries.jsonl"), up.fit(model, corpus, "factors"), "scores")
+
+
+def mlp(seed: int, inputs: int, outputs: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+
+def data(task: up.Task, n: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 5, generator=generator)
+    y = torch.randint(3, (n,), generator=generator) if isinstance(task, up.Classification) else x[:, :2].sum(1)
+    return {"x": x, "y": y}
+
+
+def dot_products(module: nn.Module, loss, train: dict, test: dict) -> np.ndarray:
+    """The influence under the identity: ``- grad f . grad L`` with ``f = - L``, by torch.func."""
+    weights = dict(module.named_parameters())
+
+    def one(w, x, y):
+        return loss(torch.func.functional_call(module, w, (x[None],)), y[None])
+
+    def rows(examples):
+        grads = torch.func.vmap(torch.func.grad(one), (None, 0, 0))(weights, examples["x"], examples["y"])
+        return torch.cat([g.flatten(1) for g in grads.values()], 1)
+
+    return (rows(train) @ rows(test).T).detach().numpy()
+
+
+def cross_entropy(logits, y):
+    return nn.functional.cross_entropy(logits, y, reduction="sum")
+
+
+def half_square(prediction, y):
+    return (prediction[:, 0] - y).square().sum() / 2
+
+
+TASKS = {
+    "classification": (up.Classification(), 3, cross_entropy),
+    "regression": (up.Regression(), 1, half_square),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_other_tasks_from_end_to_end(tmp_path, name):
+    task, outputs, loss = TASKS[name]
+    module = mlp(0, 5, outputs)
+    train, test = data(task, 60), data(task, 4)
+    model = up.Model(module, task=task)
+    corpus = up.Examples(train)
+    asked = up.Measurements(up.Examples(test), ids=["a", "b", "c", "d"])
+    factors = up.fit(model, corpus, tmp_path / "factors", layers="*")
+    plain = up.trace(model, corpus, asked, factors, tmp_path / "plain", curvature="identity", rank="full", top=5)
+    expected = dot_products(module, loss, train, test)
+    np.testing.assert_allclose(plain.frame()[asked.ids], expected, atol=1e-4 * np.abs(expected).max())
+    result = up.trace(model, corpus, asked, factors, tmp_path / "scores", top=5)
+    assert np.isfinite(result.frame()[asked.ids].to_numpy()).all()
+    best = result.top("c", 5)
+    assert best["rank"].tolist() == [1, 2, 3, 4, 5]
+    assert (np.diff(best["score"]) <= 0).all()
+    assert result.report(tmp_path / "page").exists()
+    damped = up.trace(model, corpus, asked, factors, tmp_path / "damped", top=5, rank="full", damping=1e8)
+    np.testing.assert_allclose(1e8 * damped.frame()[asked.ids], expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_example_supports_itself(tmp_path, name):
+    """``(G + lambda)^-1`` is positive definite: training on an example raises its own measurement."""
+    task, outputs, _ = TASKS[name]
+    model = up.Model(mlp(1, 5, outputs), task=task)
+    examples = up.Examples(data(task, 12))
+    factors = up.fit(model, examples, tmp_path / "factors", layers="*")
+    result = up.trace(model, examples, up.Measurements(examples), factors, tmp_path / "scores", rank="full")
+    assert (np.diag(result.frame()[[f"q{i}" for i in range(12)]]) > 0).all()
+
+
+def test_candidates_need_words(tmp_path):
+    model = up.Model(mlp(0, 5, 3), task=up.Classification())
+    examples = up.Examples(data(up.Classification(), 12))
+    factors = up.fit(model, examples, tmp_path / "factors", layers="*")
+    with pytest.raises(QueryError, match="leave out --candidates"):
+        up.trace(model, examples, up.Measurements(examples), factors, tmp_path / "scores", candidates=3)
+
+
+def test_a_misspelt_option_is_named(tmp_path):
+    model = up.Model(mlp(0, 5, 3), task=up.Classification())
+    with pytest.raises(ConfigError, match="unknown option 'layer'; did you mean 'layers'"):
+        up.fit(model, up.Examples(data(up.Classification(), 12)), tmp_path / "factors", layer="*")
+    assert not (tmp_path / "factors").exists()
