@@ -134,6 +134,7 @@ def fit(
     with locked(out):
         stage = Stage.open(out, "fit", key, overwrite)
         if stage.done:
+            _tidy(out)  # a kill may have come between the two
             say(f"factors: {out} is complete and was made from the same inputs; used as it is")
         else:
             with model.computing_in(opts.dtype) as computing:
@@ -185,8 +186,14 @@ def _run(stage: Stage, plan: Plan, opts: FitOptions, say: Say) -> None:
                 "timings": times | {"total": time.perf_counter() - started},
             }
         )
-        shutil.rmtree(stage.path / "covariance")
+        _tidy(stage.path)
     dist.barrier()
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the sums of finished passes: all that counts of them is in ``eigen`` and ``lam``."""
+    shutil.rmtree(folder / "covariance", ignore_errors=True)
+    Stage(folder / "correction", {}).drop_parts()
 
 
 def _text(value: float | None) -> str:
@@ -371,3 +378,4 @@ def fit_diagonal(model: Model, data: Sequences, factors: Factors, progress: Prog
         dtype = accumulator_dtype(computing.dtype)
         sums = _pass(top, "diagonal", plan, plan.labels[1], lambda: Correction(dtype, None))
         _finish_lam(top.path / "diagonal", plan.layers, sums)
+        Stage(top.path / "diagonal", {}).drop_parts()

@@ -115,7 +115,7 @@ class Stage:
 
     @classmethod
     def open(cls, path: Path, name: str, key: dict[str, Any], overwrite: bool = False) -> "Stage":
-        """Open ``path`` for the stage ``name`` made from ``key``.
+        """Open ``path`` for the stage ``name`` made from ``key``; ``overwrite`` replaces what is done or made from another key.
 
         Raises:
             MismatchError: the folder holds the result of another key, or something that is not ours.
@@ -125,10 +125,11 @@ class Stage:
         stage = cls(path, key)
         if (path / "key.json").exists():
             found = read_json(path / "key.json")
-            if found == key:
-                if not overwrite:
-                    return stage
-            elif _holds_work(path) and not (overwrite and found.get("stage") == name):
+            if not isinstance(found, dict) or not {"stage", "schema"} <= found.keys():
+                stage._refuse_foreign("key.json")
+            if found == key and not (overwrite and stage.done):
+                return stage
+            if found != key and _holds_work(path) and not (overwrite and found["stage"] == name):
                 stage._refuse(found)
             _empty(path)
         stage._claim()
@@ -141,11 +142,14 @@ class Stage:
         except OSError as error:
             raise _storage_error(self.path, error) from error
         if foreign:
-            raise MismatchError(
-                f"the folder is not empty and not an artifact of this program: got {self.path} with {foreign[0]!r} in it; "
-                "choose another folder"
-            )
+            self._refuse_foreign(foreign[0])
         write_json(self.path / "key.json", self.key)
+
+    def _refuse_foreign(self, name: str) -> None:
+        raise MismatchError(
+            f"the folder is not empty and not an artifact of this program: got {self.path} with {name!r} in it; "
+            "choose another folder"
+        )
 
     def _refuse(self, found: dict[str, Any]) -> None:
         difference = first_difference(found, self.key)
@@ -182,9 +186,10 @@ class Stage:
     def read(self, unit: int) -> Tensors:
         return read_tensors(self.unit_path(unit))
 
-    def drop_units(self, n_units: int) -> None:
-        for unit in range(n_units):
-            self.unit_path(unit).unlink(missing_ok=True)
+    def drop_parts(self) -> None:
+        """Remove the units and sums of a pass whose result is written."""
+        for part in [*self.path.glob("unit-*"), *self.path.glob("sum-*")]:
+            part.unlink(missing_ok=True)
 
 
 def _holds_work(path: Path) -> bool:
@@ -194,10 +199,17 @@ def _holds_work(path: Path) -> bool:
 
 
 def _empty(path: Path) -> None:
-    """Remove what is in ``path``, but not the lock that is held on it."""
-    for entry in path.iterdir():
+    """Remove what is in ``path``, but not the lock that is held on it.
+
+    Killed on the way it leaves a folder that is not done, and that is still ours: the manifest goes first, the key last,
+    and a stage inside disappears at once, under a name that does not count.
+    """
+    entries = sorted(path.iterdir(), key=lambda p: (p.name == "key.json", p.name != "manifest.json", p.name))
+    for entry in entries:
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+            hidden = entry if entry.name.startswith(".") else path / f".{entry.name}.old"
+            entry.rename(hidden)
+            shutil.rmtree(hidden)
         elif entry.name != ".lock":
             entry.unlink()
 
@@ -217,7 +229,17 @@ def locked(path: Path) -> Iterator[None]:
             raise ConfigError(
                 f"another run is writing to {path}; wait until it ends, or choose another folder"
             ) from error
+        if (path / "key.json").exists():
+            _clear_debris(path)
         yield
+
+
+def _clear_debris(path: Path) -> None:
+    """Remove what a killed run left half-written or half-removed in a folder of ours."""
+    for written in [*path.glob(".*.tmp"), *path.glob("*/.*.tmp")]:
+        written.unlink(missing_ok=True)
+    for removed in path.glob(".*.old"):
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
@@ -259,6 +281,8 @@ def _newest_sum(stage: Stage) -> tuple[int, Tensors]:
     sums = sorted(stage.path.glob("sum-*.safetensors"))
     if not sums:
         return 0, {}
+    for older in sums[:-1]:  # a kill came between writing the next sum and removing this one
+        older.unlink(missing_ok=True)
     return int(sums[-1].stem.removeprefix("sum-")), read_tensors(sums[-1])
 
 
