@@ -193,7 +193,11 @@ def sample(logits_MV: Tensor, u_M: Tensor) -> Tensor:
 
 def _invert(logits_MV: Tensor, u_M: Tensor) -> Tensor:
     cumulative_MV = _wide(logits_MV).softmax(-1).cumsum(-1)
-    target_M1 = u_M.to(cumulative_MV.dtype)[:, None] * cumulative_MV[:, -1:]
+    total_M1 = cumulative_MV[:, -1:]
+    below_M1 = torch.nextafter(
+        total_M1, torch.zeros_like(total_M1)
+    )  # u near 1 rounds to 1: never past the last likely token
+    target_M1 = torch.minimum(u_M.to(total_M1.dtype)[:, None] * total_M1, below_M1)
     return torch.searchsorted(cumulative_MV, target_M1, right=True)[:, 0].clamp(max=logits_MV.shape[-1] - 1)
 
 
