@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import reference
 from upriver.influence.gradients import Measurements
+from upriver.model.layers import Layer, find_layers
 from upriver.model.load import Model
 from upriver.model.losses import Classification, LanguageModel, Regression, Sampler, sample
 from upriver.runtime.store import digest
@@ -79,19 +81,33 @@ class Case(NamedTuple):
     def language(self) -> bool:
         return isinstance(self.data, Windows)
 
+    @property
+    def layers(self) -> list[Layer]:
+        return find_layers(self.model.module, self.spec)
+
     def labels(self, row: int, seed: int = 0, stream: int | None = None) -> torch.Tensor:
         """What the loss of a sequence compares with, its own or drawn: ``[T]`` next tokens (-1 without loss), or ``[K]``."""
         batch = self.data.batch(np.array([row]))
         sampler = None if stream is None else Sampler(seed, stream, batch.keys_N)
         if not self.language:
             return self._example_labels(batch, sampler)
-        tokens_T, loss_T = batch.inputs["tokens"][0], batch.inputs["loss"][0]
-        following = torch.where(loss_T, tokens_T, -1).roll(-1)
+        tokens_T, following = batch.inputs["tokens"][0], _next(batch, 0)
         if sampler is not None:
             logits_TV = self.model.module(input_ids=tokens_T[None], use_cache=False).logits[0].detach()
             drawn = sample(logits_TV, sampler.uniform(len(tokens_T))[0, :, 0])
             following = torch.where(following >= 0, drawn, -1)
         return following
+
+    def loss(self, row: int, seed: int = 0, stream: int | None = None) -> reference.Loss:
+        """The loss of one sequence as the oracle writes it, with its own labels or with drawn ones."""
+        return _oracle_loss(self, self.data.batch(np.array([row])), 0, self.labels(row, seed, stream))
+
+    def measurement(self, query: int) -> reference.Loss:
+        """``f`` of one question as the oracle writes it."""
+        batch = self.queries.batch([query])
+        labels = [_next(batch, n) if self.language else batch.inputs["y"][n] for n in range(len(batch.rows_N))]
+        losses = [_oracle_loss(self, batch, n, label) for n, label in enumerate(labels)]
+        return lambda call: sum(-w * f(call) for w, f in zip(batch.weight_N.tolist(), losses, strict=True))
 
     def _example_labels(self, batch: Batch, sampler: Sampler | None) -> torch.Tensor:
         y_K = batch.inputs["y"][0].reshape(-1)
@@ -103,11 +119,78 @@ class Case(NamedTuple):
         return (out_1K - torch.special.ndtri(sampler.uniform(1, out_1K.shape[1])[:, 0]))[0]
 
 
+def _next(batch: Batch, n: int) -> torch.Tensor:
+    """The token that follows each position of a row, -1 where it carries no loss."""
+    return torch.where(batch.inputs["loss"][n], batch.inputs["tokens"][n], -1).roll(-1)
+
+
+def _oracle_loss(case: Case, batch: Batch, n: int, labels: torch.Tensor) -> reference.Loss:
+    if case.language:
+        length = int(batch.real_NT[n].sum())
+        return reference.token_loss(batch.inputs["tokens"][n, :length], labels[:length])
+    kind = reference.class_loss if isinstance(case.model.task, Classification) else reference.squared_loss
+    return kind(batch.inputs["x"][n], labels)
+
+
 @cache
 def case(name: str) -> Case:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return CASES[name]()
+
+
+@cache
+def losses(name: str, stream: int | None = None, seed: int = 0) -> list[reference.Loss]:
+    """The oracle's loss of every sequence, with its own labels or those that this pass draws."""
+    c = case(name)
+    rows = (c.data.batch(np.array([row])).inputs for row in range(len(c.data)))
+    return [_loss(c, inputs, c.labels(row, seed, stream)) for row, inputs in enumerate(rows)]
+
+
+def _loss(c: Case, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> reference.Loss:
+    if c.language:
+        return reference.token_loss(inputs["tokens"][0], labels)
+    if isinstance(c.model.task, Classification):
+        return reference.class_loss(inputs["x"][0], int(labels))
+    return reference.squared_loss(inputs["x"][0], labels)
+
+
+@cache
+def gradients(name: str, stream: int | None = None, seed: int = 0) -> list[reference.Layers]:
+    """The oracle's gradient of every sequence's loss."""
+    c = case(name)
+    return [reference.gradient(c.model.module, c.names, loss) for loss in losses(name, stream, seed)]
+
+
+@cache
+def pairs(name: str, stream: int | None = None, seed: int = 0) -> list[dict[str, reference.Pair]]:
+    """The oracle's layer inputs and output gradients of every sequence."""
+    c = case(name)
+    return [reference.pairs(c.model.module, c.names, loss) for loss in losses(name, stream, seed)]
+
+
+@cache
+def measured(name: str) -> list[reference.Layers]:
+    """The oracle's gradient of every measurement: minus that of the loss of what is asked, contrasts taken off."""
+    c = case(name)
+    return [reference.gradient(c.model.module, c.names, _measurement(c, q)) for q in range(len(c.queries))]
+
+
+def _measurement(c: Case, q: int) -> reference.Loss:
+    if isinstance(c.queries, Questions):
+        asked = Case(c.model, c.queries.windows, c.queries, c.spec, c.names)
+        parts = [(weight, row) for row, weight in c.queries.rows[q]]
+    else:
+        asked, parts = c._replace(data=c.queries.examples), [(1.0, q)]
+    terms = [(w, _loss(c, asked.data.batch(np.array([row])).inputs, asked.labels(row))) for w, row in parts]
+    return lambda call: -sum(w * loss(call) for w, loss in terms)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:
+    """Assert that two tensors differ by at most ``tolerance`` of the largest entry of the second."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    error = float((found.double() - expected).abs().max().detach())
+    assert error <= tolerance * float(expected.abs().max().detach()), f"off by {error:.3g}"
 
 
 def _language(module: nn.Module, names: list[str], sequences: int = 14, most: int = 7) -> Case:

@@ -32,10 +32,10 @@ def token_loss(tokens_T: Tensor, labels_T: Tensor) -> Loss:
     return loss
 
 
-def class_loss(x_I: Tensor, label: int) -> Loss:
+def class_loss(x_I: Tensor, label: Tensor | int) -> Loss:
     def loss(call: Callable) -> Tensor:
         logits_C = call(x_I[None])[0]
-        return torch.logsumexp(logits_C, 0) - logits_C[label]
+        return torch.logsumexp(logits_C, 0) - logits_C[int(label)]
 
     return loss
 
@@ -135,9 +135,13 @@ def moments(each: list[dict[str, Pair]]) -> Moments:
 
 def token_gradients(pair: Pair) -> Tensor:
     """The part of the weight's gradient that each position carries, ``[T, O, I]``; calls are added."""
-    return torch.stack(
-        [sum(torch.outer(g, a) for a, g in zip(pair.a_CTI[:, t], pair.g_CTO[:, t], strict=True)) for t in range(pair.a_CTI.shape[1])]
-    )  # fmt: skip
+    C, T = pair.a_CTI.shape[:2]
+    return torch.stack([sum(torch.outer(pair.g_CTO[c, t], pair.a_CTI[c, t]) for c in range(C)) for t in range(T)])
+
+
+def token_scores(v: Layers, each: dict[str, Pair]) -> Tensor:
+    """``- sum over layers of g_t^T v a_t`` (eq. 31), ``[T]``."""
+    return -sum((token_gradients(each[n]) * v[n]).sum((1, 2)) for n in v)
 
 
 def eigenvalues(grads: list[Tensor], Q_S: Tensor, Q_A: Tensor) -> Tensor:
