@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from upriver.errors import ModelError, NumericalError
 from upriver.model.layers import Layer
+from upriver.runtime import dist
 
 Consume = Callable[[Layer, Tensor, Tensor], None]
 
@@ -32,6 +33,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
     What ``torch.compile`` made of the module is set aside meanwhile: a compiled graph would be built again for every set of
     hooks, or run without them.
     """
+    dist.reshard(module)
     modes = {m: m.training for m in module.modules()}
     flags = {p: p.requires_grad for p in module.parameters()}
     module.eval()
@@ -40,6 +42,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
+        dist.reshard(module)
         for m, mode in modes.items():
             m.training = mode
         for p, flag in flags.items():

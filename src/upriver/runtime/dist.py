@@ -4,6 +4,8 @@ Units of work are dealt out by number, every process writes its own, and the fir
 number of processes changes no bit of a result.  All processes see the same output folder.
 """
 
+from typing import Any
+
 import torch.distributed as dist
 
 
@@ -23,3 +25,16 @@ def barrier() -> None:
 def share(n_units: int) -> list[int]:
     """The units of this process."""
     return list(range(rank(), n_units, world()))
+
+
+def reshard(module: Any) -> None:
+    """Put an FSDP2 module's weights back into their shards, which are the parameters that its owner knows.
+
+    The root keeps the gathered weights after a forward pass; what is done to those is lost with them.
+    """
+    if dist.is_available() and dist.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for m in module.modules():
+            if isinstance(m, FSDPModule):
+                m.reshard()

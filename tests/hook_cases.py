@@ -1,0 +1,146 @@
+"""A small Llama whose blocks can be wrapped, what the hook sees of it, and its run as a sharded model in several processes."""
+
+import copy
+import datetime
+import multiprocessing
+import multiprocessing.connection
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
+
+from cases import case
+from upriver.model.load import Model
+from upriver.model.sweep import sweep, tracked_layers
+
+BATCH_TOKENS, BATCHES = 24, 4
+TOKENS = torch.arange(10)[None]
+Seen = dict[str, tuple[Tensor, Tensor]]
+
+
+def small_llama() -> LlamaForCausalLM:
+    """A model in training mode with one parameter frozen by its owner."""
+    module = copy.deepcopy(case("llama").model.module).train()
+    module.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    return module
+
+
+class Recorder:
+    """Consumer: keeps every ``a_NTI`` and ``g_NTO`` by layer and batch."""
+
+    def __init__(self) -> None:
+        self.seen: Seen = {}
+        self.batches = 0
+
+    def begin(self, batch: Any) -> None:
+        self.batches += 1
+
+    def __call__(self, layer: Any, a_NTI: Tensor, g_NTO: Tensor) -> None:
+        key = f"{layer.name.replace('_orig_mod.', '')}/{self.batches}"
+        assert key not in self.seen, "a layer is handed over once a pass"
+        self.seen[key] = (a_NTI.clone(), g_NTO.clone())
+
+
+def seen_by_hook(module: nn.Module, spec: str = "all") -> Seen:
+    """All that one pass over the corpus shows of ``module``, in a few batches with padding."""
+    model, data, recorder = Model(module), case("llama").data, Recorder()
+    sweep(model, tracked_layers(model, data, spec), data, data.plan(BATCH_TOKENS), recorder)
+    assert recorder.batches == BATCHES
+    return recorder.seen
+
+
+class Checkpointed(nn.Module):
+    """A block whose activations are computed again in the backward pass."""
+
+    def __init__(self, block: nn.Module, use_reentrant: bool):
+        super().__init__()
+        self.block, self.use_reentrant = block, use_reentrant
+        self.runs = 0
+        block.register_forward_pre_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.runs += 1
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        block = partial(self.block, **kwargs)  # the reentrant kind takes no keywords
+        return checkpoint(block, hidden, use_reentrant=self.use_reentrant)  # type: ignore[no-any-return]
+
+
+def checkpointed(module: LlamaForCausalLM, use_reentrant: bool) -> LlamaForCausalLM:
+    blocks = module.model.layers
+    for i, block in enumerate(blocks):
+        blocks[i] = Checkpointed(block, use_reentrant)
+    return module
+
+
+def in_processes(world: int, work: Callable, folder: Path, seconds: float = 120.0) -> None:
+    """Run ``work(rank, folder)`` in ``world`` processes joined by gloo; whatever happens, they are gone afterwards.
+
+    Raises:
+        AssertionError: a process failed (its traceback is on stderr), or the time is over.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meet").unlink(missing_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # the libraries are imported once for all processes
+    processes = [context.Process(target=_process, args=(rank, world, work, folder)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    try:
+        end = time.monotonic() + seconds
+        while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in processes):
+            assert time.monotonic() < end, f"not done after {seconds} s"
+            multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], timeout=1)
+        codes = [p.exitcode for p in processes]
+        assert codes == [0] * world, f"the processes ended with {codes}"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _process(rank: int, world: int, work: Callable, folder: Path) -> None:
+    torch.set_num_threads(1)
+    wait = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world, timeout=wait)
+    try:
+        work(rank, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard_and_record(rank: int, folder: Path) -> None:
+    """The body of the FSDP2 test: each block and the root sharded over the processes, the same batches on each."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, module = init_device_mesh("cpu", (dist.get_world_size(),)), small_llama()
+    for block in module.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    with torch.no_grad():
+        before = module(input_ids=TOKENS, use_cache=False).logits
+    flags, modes = state_of(module)
+    seen = seen_by_hook(module)
+    assert state_of(module) == (flags, modes)
+    assert all(p.grad is None for p in module.parameters())
+    with torch.no_grad():
+        assert torch.equal(module(input_ids=TOKENS, use_cache=False).logits, before)
+    save_file({f"{key}/{i}": x for key, pair in seen.items() for i, x in enumerate(pair)}, folder / f"seen-{rank}")
+    # training goes on as if nothing had been: the gradients of the sharded weights are those of the plain model
+    module(input_ids=TOKENS, use_cache=False).logits.square().sum().backward()
+    grads = {name: p.grad.full_tensor() for name, p in module.named_parameters() if p.grad is not None}
+    save_file(grads, folder / f"grads-{rank}")
+
+
+def state_of(module: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
+    flags = {name: p.requires_grad for name, p in module.named_parameters()}
+    return flags, {name: m.training for name, m in module.named_modules()}
