@@ -11,6 +11,7 @@ from torch import nn
 
 from hook_cases import (
     BATCHES,
+    TOKENS,
     Checkpointed,
     checkpointed,
     in_processes,
