@@ -10,10 +10,10 @@ demo: $(VENV)/.base            ## trace the embedded model and open-able report 
 	$(BIN)/upriver demo --out $(OUT)
 
 test: $(VENV)/.dev             ## all unit tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-fast: $(VENV)/.dev        ## without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 check: $(VENV)/.dev            ## style, types, import directions
 	$(BIN)/ruff check .

@@ -129,7 +129,8 @@ def solve_low_rank(
     out: Tensors = {}
     for x in layers:
         q_QOI = grads.pop(x.name)
-        block, metric = factors.block(x.name, kind).to(q_QOI), factors.moments(x.name).to(q_QOI)
+        block = factors.block(x.name, kind).to(q_QOI)
+        metric = block.basis or factors.moments(x.name).to(q_QOI)
         low = block.solve_low_rank(q_QOI, damping, min(rank, x.O, x.I), metric)
         out[f"U:{x.name}"], out[f"V:{x.name}"] = _finite(x.name, low.U_QOR), _finite(x.name, low.V_QRI)
     return out
