@@ -289,9 +289,16 @@ def unfinished(tiny: Tiny, folder: Path) -> Path:
     return folder
 
 
+def strange_manifest(tiny: Tiny, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "manifest.json").write_text("[]")
+    return folder
+
+
 BAD_FACTORS = {
     "missing": (lambda tiny, folder: folder, ["no such folder of factors", "upriver fit"]),
     "unfinished": (unfinished, ["not finished", "upriver fit"]),
+    "a strange manifest": (strange_manifest, ["not a folder of factors"]),
     "not factors": (lambda tiny, folder: tiny.model, ["not a folder of factors", "upriver fit"]),
 }
 
@@ -357,6 +364,7 @@ def test_a_foreign_folder_is_left_alone(tiny, tmp_path, call, flags):
     (tmp_path / "diary.txt").write_text("mine")
     ran = call(*fit(tiny, tmp_path, *flags))
     assert_one_error(ran, 2, "not empty", str(tmp_path), "choose another folder")
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["diary.txt"]
     assert (tmp_path / "diary.txt").read_text() == "mine"
 
 

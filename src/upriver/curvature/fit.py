@@ -134,7 +134,7 @@ def fit(
     with locked(out):
         stage = Stage.open(out, "fit", key, overwrite)
         if stage.done:
-            _tidy(out)  # a kill may have come between the two
+            dist.lead(lambda: _tidy(out))  # a kill may have come between the two
             say(f"factors: {out} is complete and was made from the same inputs; used as it is")
         else:
             with model.computing_in(opts.dtype) as computing:
@@ -314,7 +314,7 @@ class Factors:
                 f"the factors in {self.path} are not finished; give the same `upriver fit` command again, it goes on"
             )
         self.manifest = read_json(self.path / "manifest.json") if done else {}
-        if self.manifest.get("key", {}).get("stage") != "fit":
+        if not isinstance(self.manifest, dict) or (self.manifest.get("key") or {}).get("stage") != "fit":
             raise InputError(f"not a folder of factors: got {self.path}; {make}")
         self.layers = [FactorLayer(**{**x, "shape": tuple(x["shape"])}) for x in self.manifest["layers"]]
 
@@ -378,4 +378,6 @@ def fit_diagonal(model: Model, data: Sequences, factors: Factors, progress: Prog
         dtype = accumulator_dtype(computing.dtype)
         sums = _pass(top, "diagonal", plan, plan.labels[1], lambda: Correction(dtype, None))
         _finish_lam(top.path / "diagonal", plan.layers, sums)
-        Stage(top.path / "diagonal", {}).drop_parts()
+        if dist.rank() == 0:
+            Stage(top.path / "diagonal", {}).drop_parts()
+        dist.barrier()

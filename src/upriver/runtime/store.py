@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from upriver.errors import ConfigError, MismatchError, StorageError
+from upriver.runtime import dist
 
 SCHEMA = 1
 Tensors = dict[str, Tensor]
@@ -121,19 +122,24 @@ class Stage:
             MismatchError: the folder holds the result of another key, or something that is not ours.
             ConfigError: the folder cannot be written.
         """
-        key = json.loads(json.dumps({"stage": name, "schema": SCHEMA, **key}))
-        stage = cls(path, key)
-        if (path / "key.json").exists():
-            found = read_json(path / "key.json")
-            if not isinstance(found, dict) or not {"stage", "schema"} <= found.keys():
-                stage._refuse_foreign("key.json")
-            if found == key and not (overwrite and stage.done):
-                return stage
-            if found != key and _holds_work(path) and not (overwrite and found["stage"] == name):
-                stage._refuse(found)
-            _empty(path)
-        stage._claim()
+        stage = cls(path, json.loads(json.dumps({"stage": name, "schema": SCHEMA, **key})))
+        dist.lead(lambda: stage._make_ready(overwrite))
+        if read_json(path / "key.json") != stage.key:  # a process that was started with something else
+            stage._refuse(read_json(path / "key.json"))
         return stage
+
+    def _make_ready(self, overwrite: bool) -> None:
+        if (self.path / "key.json").exists():
+            found = read_json(self.path / "key.json")
+            if not isinstance(found, dict) or not {"stage", "schema"} <= found.keys():
+                self._refuse_foreign("key.json")
+            if found == self.key and not (overwrite and self.done):
+                return
+            same_kind = found["stage"] == self.key["stage"]
+            if found != self.key and _holds_work(self.path) and not (overwrite and same_kind):
+                self._refuse(found)
+            _empty(self.path)
+        self._claim()
 
     def _claim(self) -> None:
         try:
@@ -216,7 +222,14 @@ def _empty(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold ``path`` for this process: two runs that fill one folder at the same time would spoil each other's work."""
+    """Hold ``path`` for this run: two runs that fill one folder at the same time would spoil each other's work."""
+    with ExitStack() as held:
+        dist.lead(lambda: held.enter_context(_locked(path)))
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")  # noqa: SIM115 - held for the whole run
@@ -231,7 +244,11 @@ def locked(path: Path) -> Iterator[None]:
             ) from error
         if (path / "key.json").exists():
             _clear_debris(path)
-        yield
+        try:
+            yield
+        finally:
+            if not (path / "key.json").exists():  # a folder that was refused is left as it was
+                (path / ".lock").unlink(missing_ok=True)
 
 
 def _clear_debris(path: Path) -> None:
@@ -274,6 +291,7 @@ def accumulate(
         first, total = _newest_sum(stage)  # the rank of a single unit had them all, and added them itself
     for unit in range(first, n_units):
         total = add(total, stage.read(unit))
+    barrier()  # nobody removes a unit that another still reads
     return total
 
 
