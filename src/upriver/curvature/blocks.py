@@ -108,14 +108,15 @@ class Eigenblock(NamedTuple):
 
 
 class BlockCurvature(Curvature):
-    """One :class:`Eigenblock` per layer, fetched when its turn comes and let go after."""
+    """One :class:`Eigenblock` per layer, fetched when its turn comes and let go after; it takes the dtype of what it is given."""
 
     def __init__(self, names: Iterable[str], block: Callable[[str], Eigenblock]):
         self.names = list(names)
         self.block = block
 
     def solve(self, q: Grads, damping: Damping) -> Solution:
-        return Solution({name: self.block(name).solve(q[name], damping) for name in self.names}, True, {})
+        solved = {name: self.block(name).to(q[name]).solve(q[name], damping) for name in self.names}
+        return Solution(solved, True, {})
 
     def matvec(self, q: Grads, damping: Damping) -> Grads:
-        return {name: self.block(name).matvec(q[name], damping) for name in self.names}
+        return {name: self.block(name).to(q[name]).matvec(q[name], damping) for name in self.names}
