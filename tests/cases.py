@@ -119,6 +119,28 @@ class Case(NamedTuple):
         return (out_1K - torch.special.ndtri(sampler.uniform(1, out_1K.shape[1])[:, 0]))[0]
 
 
+class Truth(NamedTuple):
+    """What the oracle finds for a case: moments, and the sequences' gradients that the eigenvalues are measured on."""
+
+    moments: reference.Moments
+    grads: list[reference.Layers]
+
+    def curvature(self, kind: str, name: str) -> reference.Basis:
+        A, S, T_mean = (part[name] for part in self.moments)
+        return reference.curvature(kind, A, S, T_mean, [G[name] for G in self.grads])
+
+
+@cache
+def truth(name: str, drawn: bool = True) -> Truth:
+    """With the labels that a fit of seed 0 draws: stream 1 for the moments, stream 2 for the eigenvalues; or its own."""
+    c = case(name)
+    first, second = (1, 2) if drawn else (None, None)
+    rows = range(len(c.data))
+    each = [reference.pairs(c.model.module, c.names, c.loss(row, 0, first)) for row in rows]
+    grads = [reference.gradient(c.model.module, c.names, c.loss(row, 0, second)) for row in rows]
+    return Truth(reference.moments(each), grads)
+
+
 def _next(batch: Batch, n: int) -> torch.Tensor:
     """The token that follows each position of a row, -1 where it carries no loss."""
     return torch.where(batch.inputs["loss"][n], batch.inputs["tokens"][n], -1).roll(-1)
@@ -139,51 +161,29 @@ def case(name: str) -> Case:
         return CASES[name]()
 
 
-@cache
-def losses(name: str, stream: int | None = None, seed: int = 0) -> list[reference.Loss]:
-    """The oracle's loss of every sequence, with its own labels or those that this pass draws."""
-    c = case(name)
-    rows = (c.data.batch(np.array([row])).inputs for row in range(len(c.data)))
-    return [_loss(c, inputs, c.labels(row, seed, stream)) for row, inputs in enumerate(rows)]
-
-
-def _loss(c: Case, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> reference.Loss:
-    if c.language:
-        return reference.token_loss(inputs["tokens"][0], labels)
-    if isinstance(c.model.task, Classification):
-        return reference.class_loss(inputs["x"][0], int(labels))
-    return reference.squared_loss(inputs["x"][0], labels)
+def _losses(c: Case, seed: int, stream: int | None) -> list[reference.Loss]:
+    return [c.loss(row, seed, stream) for row in range(len(c.data))]
 
 
 @cache
 def gradients(name: str, stream: int | None = None, seed: int = 0) -> list[reference.Layers]:
     """The oracle's gradient of every sequence's loss."""
     c = case(name)
-    return [reference.gradient(c.model.module, c.names, loss) for loss in losses(name, stream, seed)]
+    return [reference.gradient(c.model.module, c.names, loss) for loss in _losses(c, seed, stream)]
 
 
 @cache
 def pairs(name: str, stream: int | None = None, seed: int = 0) -> list[dict[str, reference.Pair]]:
     """The oracle's layer inputs and output gradients of every sequence."""
     c = case(name)
-    return [reference.pairs(c.model.module, c.names, loss) for loss in losses(name, stream, seed)]
+    return [reference.pairs(c.model.module, c.names, loss) for loss in _losses(c, seed, stream)]
 
 
 @cache
 def measured(name: str) -> list[reference.Layers]:
     """The oracle's gradient of every measurement: minus that of the loss of what is asked, contrasts taken off."""
     c = case(name)
-    return [reference.gradient(c.model.module, c.names, _measurement(c, q)) for q in range(len(c.queries))]
-
-
-def _measurement(c: Case, q: int) -> reference.Loss:
-    if isinstance(c.queries, Questions):
-        asked = Case(c.model, c.queries.windows, c.queries, c.spec, c.names)
-        parts = [(weight, row) for row, weight in c.queries.rows[q]]
-    else:
-        asked, parts = c._replace(data=c.queries.examples), [(1.0, q)]
-    terms = [(w, _loss(c, asked.data.batch(np.array([row])).inputs, asked.labels(row))) for w, row in parts]
-    return lambda call: -sum(w * loss(call) for w, loss in terms)
+    return [reference.gradient(c.model.module, c.names, c.measurement(q)) for q in range(len(c.queries))]
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:

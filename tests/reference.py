@@ -50,6 +50,7 @@ def gradient(module: nn.Module, names: list[str], loss: Loss) -> Layers:
     grads = grad(lambda w: loss(lambda *a, **k: functional_call(module, w, a, k)))(weights)
     out = {}
     for n in names:
+        grads = {name: g.detach() for name, g in grads.items()}
         weight = grads[f"{n}.weight"]
         weight = weight.T if _transposed(module.get_submodule(n)) else weight
         out[n] = torch.cat([weight, grads[f"{n}.bias"][:, None]], 1) if f"{n}.bias" in grads else weight
@@ -77,7 +78,7 @@ class _Offset(nn.Module):
 
 def pairs(module: nn.Module, names: list[str], loss: Loss) -> dict[str, Pair]:
     """``a`` (a one appended when there is a bias) and ``g`` of every call of every layer, ``[calls, T, .]``."""
-    module = copy.deepcopy(module)
+    module = copy.deepcopy(module).requires_grad_(False)
     spies: dict[str, list[_Offset]] = {}
     for n in names:
         target = module.get_submodule(n)
