@@ -4,6 +4,7 @@ Units of work are dealt out by number, every process writes its own, and the fir
 number of processes changes no bit of a result.  All processes see the same output folder.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +21,22 @@ def world() -> int:
 def barrier() -> None:
     if world() > 1:
         dist.barrier()
+
+
+def lead(work: Callable[[], Any]) -> None:
+    """Run ``work`` on the first process while the others wait; its error is raised on all of them."""
+    if world() == 1:
+        work()
+        return
+    told: list[Exception | None] = [None]
+    if rank() == 0:
+        try:
+            work()
+        except Exception as error:  # raised again below, here and on every other process
+            told = [error]
+    dist.broadcast_object_list(told)
+    if told[0] is not None:
+        raise told[0]
 
 
 def share(n_units: int) -> list[int]:
