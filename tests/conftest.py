@@ -7,10 +7,28 @@ _CACHE = tempfile.TemporaryDirectory(prefix="upriver-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["UPRIVER_CACHE"] = _CACHE.name
 
-import pytest  # noqa: E402 - the environment comes first: libraries read it when they are imported
+from functools import cache  # noqa: E402 - the environment comes first: libraries read it when they are imported
+
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory):
+    """``fitted(name, **options)``: the factors of a tiny case with the diagonal, in float64, made once."""
+    from cases import case
+    from upriver.curvature.fit import Factors, fit, fit_diagonal
+
+    @cache
+    def make(name: str, **options) -> Factors:
+        c, out = case(name), tmp_path_factory.mktemp(name)
+        factors = fit(c.model, c.data, out, **{"layers": c.spec, "dtype": "float64", "batch_tokens": 30, **options})
+        fit_diagonal(c.model, c.data, factors)
+        return factors
+
+    return make

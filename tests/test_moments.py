@@ -1,0 +1,85 @@
+"""Units and number types of the moments, and factors applied to gradients of another type."""
+
+import numpy as np
+import pytest
+import torch
+
+from cases import case
+from upriver.curvature.base import Damping
+from upriver.curvature.blocks import Eigenblock, Moments
+from upriver.curvature.fit import Covariance, fit
+from upriver.model.layers import Layer
+from upriver.runtime.config import CURVATURES
+from upriver.tensors import second_moment, sequence_gradients
+from upriver.text.batch import Batch
+
+LAYER = Layer("x", (), 3, 4, False, 0, "x")
+
+
+def batch_of(real_NT: torch.Tensor | None) -> Batch:
+    return Batch(np.arange(2), np.arange(2, dtype=np.uint64), {}, real_NT)
+
+
+def test_the_unit_of_kfac_is_the_sequence():
+    """Independent ``a`` and ``g`` of zero mean, T positions: ``E (sum_t g_t a_t^T)^2 = T outer(S, A)``."""
+    T, generator = 6, torch.Generator().manual_seed(0)
+    a, g = (torch.randn(40_000, T, n, generator=generator, dtype=torch.float64) * s for n, s in ((2, 2.0), (3, 0.5)))
+    eig_A, eig_S = (x.square().mean((0, 1)) for x in (a, g))
+    block = Eigenblock.kfac(Moments(torch.eye(2), torch.eye(3), eig_A, eig_S, float(T)))
+    torch.testing.assert_close(block.lam_OI, sequence_gradients(a, g).square().mean(0), rtol=0.05, atol=0)
+
+
+def test_bfloat16_covariances_are_summed_wider():
+    """After 512 batches a sum in bfloat16 would be off by tens of percent."""
+    consumer, generator = Covariance(torch.float32), torch.Generator().manual_seed(0)
+    wanted = torch.zeros(4, 4, dtype=torch.float64)
+    consumer.begin(batch_of(None))
+    for _ in range(512):
+        a, g = (torch.randn(2, 5, n, generator=generator).bfloat16() for n in (4, 3))
+        consumer(LAYER, a, g)
+        wanted += second_moment(a.flatten(0, 1), torch.float64)
+    assert (consumer.sums["A:x"].double() - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_padding_is_left_out_of_both_moments_in_every_call():
+    consumer, generator = Covariance(torch.float64), torch.Generator().manual_seed(0)
+    a, g = (torch.randn(2, 6, n, generator=generator, dtype=torch.float64) for n in (4, 3))  # two calls of T = 3
+    consumer.begin(batch_of(torch.tensor([[True, True, True], [True, False, False]])))
+    consumer(LAYER, a, g)
+    kept = [(0, t) for t in range(6)] + [(1, 0), (1, 3)]
+    for name, x in (("A:x", a), ("S:x", g)):
+        torch.testing.assert_close(consumer.sums[name], sum(torch.outer(x[i], x[i]) for i in kept), rtol=1e-12, atol=0)
+    assert int(consumer.sums["count:x"]) == len(kept)
+
+
+@pytest.mark.parametrize("kind", CURVATURES)
+def test_factors_solve_in_the_type_of_the_gradients(kind, fitted):
+    c, damping, factors = case("twice"), Damping(0.1), fitted("twice")
+    curvature = factors.curvature(kind)
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+        q = {x.name: torch.randn(2, *x.shape, dtype=dtype) for x in factors.layers}
+        solution = curvature.solve(curvature.matvec(q, damping), damping)
+        assert solution.converged
+        assert list(solution.value) == c.names
+        for name in c.names:
+            torch.testing.assert_close(solution.value[name], q[name], rtol=tolerance, atol=tolerance)
+
+
+def test_layers_given_the_same_tensor_share_one_input_moment(fitted):
+    factors = fitted("llama")
+    gate, up, down = (f"model.layers.0.mlp.{k}_proj" for k in ("gate", "up", "down"))
+    assert {x.name: x.A_of for x in factors.layers if x.block == 0} == {gate: gate, up: gate, down: down}
+    assert torch.equal(factors.moments(gate).Q_A_II, factors.moments(up).Q_A_II)
+
+
+def test_attention_layers_that_share_an_input(tmp_path):
+    """Queries, keys and values: one ``A``, three ``S``; the trace of EK-FAC is the mean squared gradient all the same."""
+    c = case("llama")
+    factors = fit(c.model, c.data, tmp_path / "factors", layers="attention", dtype="float64")
+    assert len({x.A_of for x in factors.layers}) == 4  # of eight: q, k and v of a block are led by one, o by itself
+    for x in factors.layers:
+        lam = factors.block(x.name).lam_OI
+        m = factors.moments(x.name)
+        assert lam.shape == x.shape
+        assert lam.sum() > 0
+        assert m.Q_A_II.shape == (x.shape[1], x.shape[1])
