@@ -1,11 +1,15 @@
 """A tiny model folder with corpus and queries on disk, and the command line called inside the test's process."""
 
+import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from text_cases import byte_tokenizer, write_jsonl
@@ -90,3 +94,45 @@ def upriver(capsys, monkeypatch, *args) -> Ran:
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0
     return Ran(status, *capsys.readouterr())
+
+
+def fit(tiny: Tiny, out: Path, *flags, model=None, corpus=None) -> list:
+    return ["fit", model or tiny.model, corpus or tiny.corpus, "--out", out, "--seq-len", 16, *flags]
+
+
+def trace(tiny: Tiny, out: Path, *flags, model=None, corpus=None, queries=None, factors=None) -> list:
+    inputs = [model or tiny.model, corpus or tiny.corpus, queries or tiny.queries]
+    return ["trace", *inputs, "--factors", factors or tiny.factors, "--out", out, "--top", 2, *flags]
+
+
+def assert_one_error(ran, status: int, *parts: str) -> None:
+    """One paragraph, the last of what was printed, that holds ``parts``; no traceback."""
+    errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
+    assert ran.status == status, ran.err
+    assert len(errors) == 1, ran.err
+    assert ran.last_line == errors[0]
+    assert not re.search(r"Traceback|  File \"|unexpected", ran.err + ran.out), ran.err
+    for part in parts:
+        assert part in errors[0]
+    assert re.search(r"[;:?] ?\w", errors[0].removeprefix("error: ")), "what to do is missing"
+
+
+def broken_weights(change: Callable[[dict], None]) -> Callable[[Tiny, Path], Path]:
+    def make(tiny: Tiny, folder: Path) -> Path:
+        path = copy_model(tiny, folder) / "model.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+def build_fitted(root: Path) -> Tiny:
+    """The same with its factors."""
+    tiny = build(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UPRIVER_CACHE", str(root / "cache"))
+        patch.setattr(sys, "argv", ["upriver", *map(str, fit(tiny, tiny.factors))])
+        cli.main()
+    return tiny
