@@ -1,0 +1,222 @@
+"""Scores agree with the oracle: every curvature, every order of contraction, sequence by sequence, layer and token.
+
+Axes: N sequences, Q queries, T positions, O outputs, I inputs.
+"""
+
+from functools import cache, partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import reference
+from cases import CASES, case, close, gradients, measured, pairs
+from upriver.curvature.base import Damping
+from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
+from upriver.errors import ModelError
+from upriver.influence import score as scoring
+from upriver.influence import stages
+from upriver.influence.gradients import measurements, query_chunks, query_gradients, solve, solve_low_rank
+from upriver.influence.score import Score, choose_orders, count, route
+from upriver.influence.tokens import output_token_influence, rescore, spurious
+from upriver.model.sweep import sweep, tracked_layers
+from upriver.pipeline import trace
+from upriver.tensors import LowRank
+
+KINDS = ("ekfac", "kfac", "diagonal", "identity")
+ORDERS = ("tokens", "dense", "rebuilt")
+SEED = 3
+DAMPING = Damping.parse("0.1x")
+STORED = 1e-6  # scores are kept in float32
+
+
+@cache
+def solved(name: str, kind: str = "ekfac") -> list[reference.Layers]:
+    """The oracle's ``(G + lambda I)^-1 grad f`` for every query, its own moments and eigenbases throughout."""
+    moments = reference.moments(pairs(name, COVARIANCE_STREAM, SEED))
+    drawn = gradients(name, CORRECTION_STREAM, SEED)
+    v = [{} for _ in measured(name)]
+    for n in case(name).names:
+        basis = reference.curvature(kind, moments.A[n], moments.S[n], moments.T_mean[n], [G[n] for G in drawn])
+        level = 0.0 if kind == "identity" else 0.1 * float(basis.lam.mean())
+        for v_q, f in zip(v, measured(name), strict=True):
+            v_q[n] = basis.solve(f[n], level)
+    return v
+
+
+@cache
+def scores(name: str, kind: str = "ekfac") -> torch.Tensor:
+    """The oracle's scores ``[N, Q]``."""
+    return torch.stack([torch.stack([reference.score(v, G) for v in solved(name, kind)]) for G in gradients(name)])
+
+
+def indices(c) -> list[int]:
+    return list(range(len(c.queries)))
+
+
+def streamed(c, solutions, order, batch_tokens=30):
+    """Scores ``[N, Q]`` and ``[N, Q, L]`` of one pass in one order of contraction."""
+    layers, like = tracked_layers(c.model, c.data, c.spec), torch.empty(0, dtype=torch.float64)
+    routes = {x.name: route(order, solutions[x.name], like) for x in layers}
+    consumer = Score(routes, len(c.queries), keep_layers=True)
+    sweep(c.model, layers, c.data, c.data.plan(batch_tokens), consumer)
+    found = consumer.tensors()
+    place = torch.argsort(found["rows"])
+    return found["scores"][place], found["layers"][place]
+
+
+def traced(c, factors, out, **given) -> torch.Tensor:
+    trace(c.model, c.data, c.queries, factors, out, **{"rank": "full", "top": 2, "batch_tokens": 30, **given})
+    table = pd.read_parquet(out / "scores.parquet").sort_values("sequence")
+    return torch.tensor(table[c.queries.ids].to_numpy(np.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CASES)
+def test_scores_from_end_to_end(name, kind, fitted, tmp_path):
+    close(traced(case(name), fitted(name, seed=SEED), tmp_path, curvature=kind), scores(name, kind), STORED)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_order_of_contraction(name, order, fitted, monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 1)  # rebuilt queries come one at a time
+    c = case(name)
+    v = solve_low_rank(c.model, c.layers, fitted(name, seed=SEED), c.queries, indices(c), "ekfac", DAMPING, 64)
+    low = {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}
+    total_NQ, layers_NQL = streamed(c, low, order)
+    close(total_NQ, scores(name), STORED)
+    for i, n in enumerate(c.names):
+        expected = torch.stack([torch.stack([-(v[n] * G[n]).sum() for v in solved(name)]) for G in gradients(name)])
+        close(layers_NQL[..., i], expected, STORED)
+
+
+@pytest.mark.parametrize("name", ["llama", "neox", "twice"])
+def test_truncation_is_that_of_the_weighted_matrix(name, fitted):
+    """``Wq = S^1/2 v A^1/2`` truncated and mapped back, with square roots of the dense moments."""
+    c = case(name)
+    v = solve_low_rank(c.model, c.layers, fitted(name, seed=SEED), c.queries, indices(c), "ekfac", DAMPING, 2)
+    found, _ = streamed(c, {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}, "tokens")
+    moments = reference.moments(pairs(name, COVARIANCE_STREAM, SEED))
+    cut = [{n: truncated(v_q[n], moments.S[n], moments.A[n], 2) for n in c.names} for v_q in solved(name)]
+    expected = torch.stack([torch.stack([reference.score(v_q, G) for v_q in cut]) for G in gradients(name)])
+    close(found, expected, 1e-4)
+    assert (expected - scores(name)).abs().max() > 1e-3 * scores(name).abs().max(), "nothing was cut"
+
+
+def truncated(v_OI, S_OO, A_II, rank):
+    (root_S, back_S), (root_A, back_A) = map(square_root, (S_OO, A_II))
+    U, s, Vh = torch.linalg.svd(root_S @ v_OI @ root_A)
+    return back_S @ (U[:, :rank] * s[:rank] @ Vh[:rank]) @ back_A
+
+
+def square_root(matrix):
+    values, vectors = torch.linalg.eigh(matrix)
+    root = values.clamp(min=1e-6 * values[-1]).sqrt()
+    return vectors * root @ vectors.T, vectors / root @ vectors.T
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_query_gradients_and_measurements(name):
+    c = case(name)
+    found = query_gradients(c.model, c.layers, c.queries, indices(c))
+    for n in c.names:
+        close(found[n], torch.stack([f[n] for f in measured(name)]))
+    values = [c.measurement(q)(c.model.module).detach() for q in indices(c)]
+    close(torch.from_numpy(measurements(c.model, c.queries)), torch.stack(values))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_token_and_layer_scores(name, fitted):
+    c = case(name)
+    v = solve(c.model, c.layers, fitted(name, seed=SEED), c.queries, indices(c), "ekfac", DAMPING)
+    wanted = {row: [row % len(c.queries), len(c.queries) - 1] for row in range(0, len(c.data), 2)}
+    wanted = {row: sorted(set(slots)) for row, slots in wanted.items()}
+    found = rescore(c.model, c.layers, c.data, v, wanted, batch_tokens=20)
+    assert sorted(zip(found.rows_P.tolist(), found.queries_P.tolist(), strict=True)) == [
+        (row, q) for row, slots in wanted.items() for q in slots
+    ]
+    largest = scores(name).abs().max()
+    for p, (row, q) in enumerate(zip(found.rows_P, found.queries_P, strict=True)):
+        expected_T = reference.token_scores(solved(name)[q], pairs(name)[row])
+        tokens_T = found.tokens_PT[p].double()
+        assert (tokens_T[: len(expected_T)] - expected_T).abs().max() < STORED * largest
+        assert not tokens_T[len(expected_T) :].any()
+        by_layer = torch.stack([-(solved(name)[q][n] * gradients(name)[row][n]).sum() for n in c.names])
+        assert (found.layers_PL[p] - by_layer).abs().max() < STORED * largest
+
+
+@pytest.mark.parametrize("name", ["llama", "neox", "gpt2", "twice", "shared"])
+def test_output_token_influence(name, fitted):
+    """Token by token: minus the dot product of ``v`` with the gradient of that token's loss alone."""
+    c, row = case(name), max(range(len(case(name).data)), key=lambda i: case(name).data.lengths_N[i])
+    v = {n: solved(name)[0][n] for n in c.names}
+    found_T = output_token_influence(c.model, c.layers, c.data.batch(np.array([row])), v)[0]
+    labels = c.labels(row)
+    for t in range(1, len(labels)):
+        only = torch.where(torch.arange(len(labels)) == t - 1, labels, -1)
+        loss = reference.token_loss(torch.from_numpy(c.data.tokens[row]), only)
+        expected = reference.score(v, reference.gradient(c.model.module, c.names, loss))
+        assert float(found_T[t] - expected) == pytest.approx(0, abs=1e-9 * float(scores(name).abs().max()))
+
+
+def test_output_token_influence_needs_a_language_model():
+    c = case("classifier")
+    with pytest.raises(ModelError, match="needs a language model"):
+        output_token_influence(c.model, c.layers, c.data.batch(np.array([0])), solved("classifier")[0])
+
+
+def test_the_order_that_is_chosen_costs_least():
+    layers, least = case("llama").layers, {}
+    for M, N, Q, R in ((100, 1, 1, 2), (64, 64, 50, 8), (4096, 4, 300, 32), (7, 2, 1000, 3)):
+        found = choose_orders(layers, M, N, Q, R)
+        for x in layers:
+            costs = count(x.O, x.I, M, N, Q, R)
+            least[found[x.name]] = True
+            assert getattr(costs, found[x.name]) == min(costs)
+    assert set(least) == {"tokens", "dense"}, "both were met"
+
+
+def test_dense_queries_stay_within_their_budget():
+    layers = case("llama").layers
+    size = 4 * 300 * layers[0].O * layers[0].I
+    within = choose_orders(layers, 4096, 4, 300, 32, budget=2 * size)
+    assert sum(order == "dense" for order in within.values()) == 2
+    assert set(choose_orders(layers, 4096, 4, 300, 32, budget=0).values()) <= {"tokens", "rebuilt"}
+    assert set(choose_orders(layers, 4096, 4, 300, None).values()) == {"dense"}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_trace_gives_the_same_in_every_order(order, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "choose_orders", lambda layers, *a: dict.fromkeys((x.name for x in layers), order))
+    found = traced(case("llama"), fitted("llama", seed=SEED), tmp_path, rank=32)
+    close(found, scores("llama"), STORED)
+
+
+def test_chunks_of_queries_change_nothing(fitted, tmp_path, monkeypatch):
+    assert query_chunks(case("llama").layers, 5, budget=1) == [[0], [1], [2], [3], [4]]
+    monkeypatch.setattr(stages, "query_chunks", partial(query_chunks, budget=1))
+    close(traced(case("llama"), fitted("llama", seed=SEED), tmp_path), scores("llama"), STORED)
+
+
+def test_the_top_table_is_the_extremes_of_the_scores(fitted, tmp_path):
+    c = case("llama")
+    found = traced(c, fitted("llama", seed=SEED), tmp_path, top=3, layer_scores=True).numpy()
+    top = pd.read_parquet(tmp_path / "top.parquet")
+    for q, name in enumerate(c.queries.ids):
+        order = np.argsort(-found[:, q])
+        for side, ranked in (("positive", order), ("negative", order[::-1])):
+            rows = top[(top["query"] == name) & (top["side"] == side)]
+            best = [i for i in ranked[:3] if (found[i, q] > 0) == (side == "positive")]
+            assert rows["sequence"].tolist() == best
+            assert rows["rank"].tolist() == list(range(1, len(best) + 1))
+            np.testing.assert_allclose(rows["score"], found[best, q], rtol=1e-5)
+            np.testing.assert_allclose(rows["score_nats"], found[best, q] / len(c.data), rtol=1e-5)
+    assert np.load(tmp_path / "layers.npy").shape == (*found.shape, len(c.names))
+
+
+def test_spurious_is_a_score_that_few_tokens_carry():
+    assert spurious(np.array([5.0, 0.1, -0.1]))
+    assert not spurious(np.array([1.0, -1.0, 1.0, 1.0]))
+    assert not spurious(np.zeros(3))
