@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import tomllib
+import warnings
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,8 +137,7 @@ def report_command(
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """Write the report of SCORES: one self-contained HTML file, and the same as JSON, JSONL and CSV."""
-    page = write_report(scores, out)
-    _say(f"report: {page}")
+    page = _write_report(scores, out)
     if open_page:
         webbrowser.open(page.resolve().as_uri())
 
@@ -174,7 +174,15 @@ def _run(opts: RunOptions, overwrite: bool) -> Path:
     factors = fit(model, corpus, folder / "factors", **common, **_subset(opts, FitOptions))
     result = trace(model, corpus, queries, factors, folder / "scores", **common, **_subset(opts, TraceOptions))
     terminal_summary(result.path, console=out)
-    page = write_report(result.path, folder / "report.html")
+    return _write_report(result.path, folder / "report.html")
+
+
+def _write_report(scores: Path, out: Path | None) -> Path:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        page = write_report(scores, out)
+    for warning in caught:
+        _say(f"note: {warning.message}")
     _say(f"report: {page}")
     return page
 
