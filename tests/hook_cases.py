@@ -144,3 +144,19 @@ def shard_and_record(rank: int, folder: Path) -> None:
 def state_of(module: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
     flags = {name: p.requires_grad for name, p in module.named_parameters()}
     return flags, {name: m.training for name, m in module.named_modules()}
+
+
+def fit_and_trace(rank: int, folder: Path) -> None:
+    """Fit and trace a tiny case in ``folder``, in units of a few sequences."""
+    from upriver import fit, trace
+    from upriver.influence import stages
+    from upriver.model import sweep as sweeping
+
+    c, units = case("llama"), (sweeping.UNIT_TOKENS, stages.UNIT_TOKENS)
+    sweeping.UNIT_TOKENS = stages.UNIT_TOKENS = 16
+    try:
+        given = {"layers": c.spec, "dtype": "float64", "batch_tokens": 8}
+        factors = fit(c.model, c.data, folder / "factors", **given)
+        trace(c.model, c.data, c.queries, factors, folder / "scores", rank=2, top=3, batch_tokens=8)
+    finally:
+        sweeping.UNIT_TOKENS, stages.UNIT_TOKENS = units
