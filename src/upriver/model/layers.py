@@ -84,13 +84,27 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
             f"no layer to track: --layers {nothing[0]!r} matches nothing; this model has linear layers at {have}{note}; "
             "choose among them with --layers"
         )
-    by_weight: dict[int, list[str]] = {}
-    for name, m in chosen.items():
-        by_weight.setdefault(id(m.weight), []).append(name)
-    return [_layer(names[0], [chosen[n] for n in names]) for names in by_weight.values()]
+    users = _users(module)
+    groups = dict.fromkeys(tuple(users[id(m.weight)]) for m in chosen.values())
+    return [_layer(names[0], [module.get_submodule(n) for n in names]) for names in groups]
+
+
+def _users(module: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that hold each parameter."""
+    users: dict[int, list[str]] = {}
+    for name, m in module.named_modules():
+        for p in m.parameters(recurse=False):
+            users.setdefault(id(p), []).append(name)
+    return users
 
 
 def _layer(name: str, modules: list[nn.Module]) -> Layer:
+    """A weight with all the modules that use it: a gradient through only some of them would be a part of its gradient."""
+    if any(not isinstance(m, nn.Linear | Conv1D) or m.bias is not modules[0].bias for m in modules):
+        raise ModelError(
+            f"layer {name!r} cannot be tracked: its weight is also that of {len(modules) - 1} other modules that are not linear "
+            "layers with the same bias (a tied embedding, for instance); leave it out with --layers"
+        )
     O, I = weight_shape(modules[0])
     bias = modules[0].bias is not None
     numbers = re.findall(r"\.(\d+)\.", f".{name}.")
@@ -114,8 +128,10 @@ def weight_gradient_as_stored(module: nn.Module, grad_OI: torch.Tensor) -> dict[
 
 def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, m in module.named_modules():
-        if isinstance(m, nn.Linear | Conv1D) and m.weight.is_floating_point() and m.weight.ndim == 2:
-            yield name, m
+        if isinstance(m, nn.Linear | Conv1D):
+            weight = m._parameters.get("weight")  # not there when it is computed, as under weight normalisation
+            if weight is not None and weight.is_floating_point() and weight.ndim == 2:
+                yield name, m
 
 
 def _matches(module: nn.Module, name: str, spec: str) -> bool:

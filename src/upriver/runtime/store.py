@@ -315,7 +315,7 @@ def add(total: Tensors, partial: Tensors) -> Tensors:
     if not total:
         return partial
     for name, value in partial.items():
-        total[name] += value
+        total[name] = total[name].add_(value) if name in total else value  # a layer may be called in some units only
     return total
 
 

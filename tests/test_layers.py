@@ -1,0 +1,94 @@
+"""Which weights are tracked: shared ones in all their places, computed ones not at all, and nothing by half."""
+
+import pytest
+import torch
+from torch import nn
+
+import reference
+from cases import Small, Windows, _language, case, close
+from upriver.curvature.fit import fit
+from upriver.errors import ModelError, NumericalError
+from upriver.model import sweep
+from upriver.model.capture import capture
+from upriver.model.layers import coverage, find_layers, probe
+
+
+def test_a_shared_weight_is_tracked_in_all_its_places_whichever_is_named():
+    module = case("shared").model.module
+    for spec in ("blocks.0.up", "blocks.1.up", "*.up"):
+        (layer,) = find_layers(module, spec)
+        assert (layer.name, len(layer.modules)) == ("blocks.0.up", 2)
+
+
+def test_a_shared_weight_with_biases_of_its_own_is_refused():
+    module = Small(blocks=2, times=1, bias=True)
+    first, second = (block.get_submodule("up") for block in module.blocks)
+    second.weight = first.weight
+    with pytest.raises(ModelError, match=r"'blocks\.0\.up' cannot be tracked: its weight is also that of 1 other"):
+        find_layers(module, "mlp")
+    second.bias = first.bias
+    assert len(find_layers(module, "mlp")) == 3
+
+
+def test_a_head_tied_to_the_embedding_is_refused():
+    module = Small(blocks=1, times=1, bias=False)
+    module.head.weight = module.embed.weight
+    with pytest.raises(ModelError, match="a tied embedding, for instance"):
+        find_layers(module, "head")
+    assert [x.name for x in find_layers(module, "mlp")] == ["blocks.0.up", "blocks.0.down"]
+
+
+def test_a_weight_computed_from_others_is_not_tracked_and_counted_as_such():
+    module = Small(blocks=2, times=1, bias=False)
+    torch.nn.utils.parametrizations.weight_norm(module.blocks[0].get_submodule("up"))
+    layers = find_layers(module, "mlp")
+    assert [x.name for x in layers] == ["blocks.0.down", "blocks.1.up", "blocks.1.down"]
+    cover = coverage(module, layers)
+    assert cover.tracked + sum(u["parameters"] for u in cover.untracked) == cover.total
+
+
+def test_a_layer_that_is_never_called_is_refused():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(ModelError, match="1 tracked layers were never called, the first is '1'"):
+        probe(find_layers(module, "*"), lambda: module[0](torch.ones(1, 2)))
+
+
+def test_a_loss_without_tracked_layers_is_refused():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with (
+        capture(module, find_layers(module, "1"), lambda *a: None) as run,
+        pytest.raises(ModelError, match="does not depend on any tracked layer"),
+    ):
+        run(1, None, lambda: module[0](torch.ones(1, 2)).sum())
+
+
+def test_a_loss_that_is_nan_is_an_error_without_warning():
+    module = nn.Linear(2, 2)
+    with (
+        capture(nn.Sequential(module), find_layers(nn.Sequential(module), "*"), lambda *a: None) as run,
+        pytest.raises(NumericalError, match="the loss of a batch is nan"),
+    ):
+        run(1, None, lambda: module(torch.full((1, 2), torch.nan)).sum())
+
+
+class Sometimes(Small):
+    """The second block sees short sequences only."""
+
+    def forward(self, input_ids, use_cache=False):
+        self.blocks[1].skipped = input_ids.shape[1] > 3
+        return super().forward(input_ids)
+
+
+def test_a_layer_called_in_some_units_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "UNIT_TOKENS", 1)
+    c = _language(Sometimes(blocks=2, times=1, bias=True), [f"blocks.{i}.{k}" for i in (0, 1) for k in ("up", "down")])
+    block = c.model.module.blocks[1]
+    block.register_forward_hook(lambda m, args, out: args[0] if m.skipped else out)
+    assert isinstance(c.data, Windows)
+    assert c.data.lengths_N.min() <= 3 < c.data.lengths_N.max()
+    options = {"layers": "mlp", "dtype": "float64", "fisher": "empirical", "batch_tokens": 1}
+    factors = fit(c.model, c.data, tmp_path, **options)
+    for name in c.names:
+        m, block = factors.moments(name), factors.block(name)
+        grads = [reference.gradient(c.model.module, c.names, c.loss(row))[name] for row in range(len(c.data))]
+        close(block.lam_OI, reference.eigenvalues(grads, m.Q_S_OO, m.Q_A_II))
