@@ -175,11 +175,11 @@ def lost(events: list[Killed | list[Start]]) -> list[list[Start]]:
 
 
 def report(number: int, killed: Killed, again: list[Start]) -> None:
-    doing = killed.starts[-1].unit.split()[:2] if killed.starts else ["starting"]
+    doing = killed.starts[-1].unit.rsplit(" ", 1)[0] if killed.starts else "loading"
     seconds = killed.at - again[0].at if again else 0.0
     print(
         f"kill {number:2d}: {killed.verb:5s} after {killed.seconds:5.1f} s, {len(killed.starts):3d} units begun, "
-        f"in {' '.join(doing):20s} lost {len(again)} units, {seconds:.2f} s",
+        f"last {doing:16s} lost {len(again)} units, {seconds:.2f} s",
         flush=True,
     )
 

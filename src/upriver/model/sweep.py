@@ -12,7 +12,7 @@ from upriver.model.load import Model
 from upriver.model.losses import Sampler
 from upriver.text.batch import Batch, Sequences
 
-UNIT_TOKENS = 65_536  # work that a kill can cost
+UNIT_TOKENS = 65_536  # work that a kill can cost; with it store.SCHEMA must change: a run in progress counts in units
 
 
 class Consumer(Protocol):
