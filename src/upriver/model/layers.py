@@ -100,10 +100,16 @@ def _users(module: nn.Module) -> dict[int, list[str]]:
 
 def _layer(name: str, modules: list[nn.Module]) -> Layer:
     """A weight with all the modules that use it: a gradient through only some of them would be a part of its gradient."""
-    if any(not isinstance(m, nn.Linear | Conv1D) or m.bias is not modules[0].bias for m in modules):
+    other = [type(m).__name__ for m in modules if not isinstance(m, nn.Linear | Conv1D)]
+    if other:
         raise ModelError(
-            f"layer {name!r} cannot be tracked: its weight is also that of {len(modules) - 1} other modules that are not linear "
-            "layers with the same bias (a tied embedding, for instance); leave it out with --layers"
+            f"layer {name!r} cannot be tracked: its weight is also that of a module that is not linear: got {other[0]}, as of a "
+            "tied embedding; leave the layer out with --layers"
+        )
+    if any(m.bias is not modules[0].bias for m in modules):
+        raise ModelError(
+            f"{len(modules)} modules share the weight of layer {name!r} but not its bias, which cannot be tracked as one "
+            "matrix; leave them out by giving globs to --layers"
         )
     O, I = weight_shape(modules[0])
     bias = modules[0].bias is not None
