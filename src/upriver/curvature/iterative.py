@@ -1,0 +1,232 @@
+"""Solve ``(G + lambda I) v = q`` by products alone: conjugate gradients, and Neumann iterations (LiSSA, ASTRA).
+
+Both take a :class:`BlockCurvature` such as EK-FAC as preconditioner and start from its solution: that is the refinement of
+EK-FAC.  Failure is data: ``Solution.converged`` is False and ``stats["why"]`` says why and what to change.
+Axes: Q systems solved side by side, P tracked parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upriver.curvature.base import Curvature, Damping, Grads, Solution
+from upriver.curvature.blocks import BlockCurvature
+from upriver.curvature.products import Products
+from upriver.errors import ConfigError
+
+Map = Callable[[Tensor], Tensor]  # v_QP -> v_QP
+DIVERGED = 1e3  # times the right-hand side: a residual that has grown so far does not come back
+
+
+class Outcome(NamedTuple):
+    """What a solver of flat systems ends with; ``why`` is empty when it converged."""
+
+    v_QP: Tensor
+    iterations: int
+    residual_Q: Tensor  # ||q - A v|| / ||q||
+    why: str
+
+
+class System(NamedTuple):
+    """``A = G + diag(lambda_P)`` and the preconditioner."""
+
+    product: Products
+    lambda_P: Tensor
+    precondition: Map | None
+
+    def A(self, v_QP: Tensor, rows: np.ndarray | None = None) -> Tensor:
+        return self.product(v_QP, rows) + self.lambda_P * v_QP
+
+
+class Iterative(Curvature):
+    """What the iterative solvers share: the matrix, the preconditioner, and the damping."""
+
+    def __init__(self, product: Products, preconditioner: BlockCurvature | None = None):
+        self.product, self.preconditioner, self.space = product, preconditioner, product.space
+
+    def matvec(self, q: Grads, damping: Damping) -> Grads:
+        q_QP = self.space.flatten(q)
+        return self.space.unflatten(self._system(q_QP, damping).A(q_QP))
+
+    def _system(self, q_QP: Tensor, damping: Damping) -> System:
+        """Relative damping is that of the preconditioner's layers, so that both are damped alike."""
+        if self.preconditioner is None:
+            if damping.relative:
+                raise ConfigError(
+                    f"relative damping needs eigenvalues to be relative to: got {damping.value}x without a preconditioner; "
+                    "give an absolute damping such as 1e-3, or an EK-FAC preconditioner"
+                )
+            return System(self.product, q_QP.new_full((self.space.P,), damping.value), None)
+        blocks = {name: self.preconditioner.block(name).to(q_QP) for name in self.space.shapes}
+        lambda_P = self.space.spread({name: damping.of(block.lam_OI) for name, block in blocks.items()}, q_QP)
+        loaded = BlockCurvature(blocks, blocks.__getitem__)
+
+        def precondition(r_QP: Tensor) -> Tensor:
+            return self.space.flatten(loaded.solve(self.space.unflatten(r_QP), damping).value)
+
+        return System(self.product, lambda_P, precondition)
+
+    def _solution(self, out: Outcome) -> Solution:
+        stats: dict[str, Any] = {"iterations": out.iterations, "residual": out.residual_Q.tolist()}
+        return Solution(self.space.unflatten(out.v_QP), not out.why, stats | ({"why": out.why} if out.why else {}))
+
+
+class ConjugateGradient(Iterative):
+    """Conjugate gradients, every query by itself, until ``||q - A v|| <= tolerance ||q||``.
+
+    From EK-FAC's solution the first iterations gain the most.  Where there are far fewer sequences than weights, ``G`` has few
+    eigenvalues apart from zero, and plain conjugate gradients need fewer iterations to a *tight* tolerance.
+
+    Example:
+        >>> ConjugateGradient(product, factors.curvature()).solve(q, Damping())  # EK-FAC, refined
+    """
+
+    def __init__(
+        self,
+        product: Products,
+        preconditioner: BlockCurvature | None = None,
+        tolerance: float = 1e-5,
+        max_iterations: int = 1000,
+    ):
+        super().__init__(product, preconditioner)
+        self.tolerance, self.max_iterations = tolerance, max_iterations
+
+    def solve(self, q: Grads, damping: Damping) -> Solution:
+        q_QP = self.space.flatten(q)
+        system = self._system(q_QP, damping)
+        return self._solution(
+            conjugate_gradient(system.A, q_QP, system.precondition, self.tolerance, self.max_iterations)
+        )
+
+
+def conjugate_gradient(A: Map, q_QP: Tensor, precondition: Map | None, tolerance: float, most: int) -> Outcome:
+    """Preconditioned conjugate gradients from the preconditioner's own solution (from zero without one)."""
+    M = precondition or torch.clone
+    v_QP = M(q_QP) if precondition else torch.zeros_like(q_QP)
+    r_QP = q_QP - A(v_QP) if precondition else q_QP.clone()
+    z_QP = M(r_QP)
+    p_QP, rz_Q = z_QP.clone(), (r_QP * z_QP).sum(1)
+    scale_Q = q_QP.norm(dim=1).clamp(min=torch.finfo(q_QP.dtype).tiny)
+    bent_Q = torch.zeros(len(q_QP), dtype=torch.bool, device=q_QP.device)
+    steps = 0
+    while steps < most:
+        open_Q = (r_QP.norm(dim=1) > tolerance * scale_Q) & ~bent_Q
+        if not open_Q.any():
+            break
+        on = open_Q.nonzero()[:, 0]
+        p, Ap = p_QP[on], A(p_QP[on])
+        curve = (p * Ap).sum(1)
+        bent_Q[on] = ~(curve > 0)
+        step = torch.where(curve > 0, rz_Q[on] / curve, 0.0)[:, None]
+        v_QP[on] += step * p
+        r_QP[on] -= step * Ap
+        z = M(r_QP[on])
+        rz = (r_QP[on] * z).sum(1)
+        p_QP[on] = z + (rz / rz_Q[on])[:, None] * p
+        rz_Q[on] = rz
+        steps += 1
+    residual_Q = (q_QP - A(v_QP)).norm(dim=1) / scale_Q
+    return Outcome(v_QP, steps, residual_Q, _why_not(residual_Q, bent_Q, tolerance, steps, most))
+
+
+def _why_not(residual_Q: Tensor, bent_Q: Tensor, tolerance: float, steps: int, most: int) -> str:
+    if bent_Q.any():
+        return (
+            f"the damped matrix is not positive definite: no positive curvature along a search direction of {int(bent_Q.sum())} "
+            "queries; use the Gauss-Newton matrix, or a larger damping"
+        )
+    worst = float(residual_Q.max())
+    if worst <= 2 * tolerance:  # the recursion's own residual was below the tolerance
+        return ""
+    if steps < most:
+        return (
+            f"rounding: the relative residual is {worst:.1e}, above the tolerance of {tolerance:.0e}, where the recursion ended; "
+            "use float64, or a larger tolerance"
+        )
+    return (
+        f"the relative residual is {worst:.1e} after {steps} iterations, above the tolerance of {tolerance:.0e}; "
+        "allow more iterations, a larger damping, or give a preconditioner such as EK-FAC"
+    )
+
+
+class Neumann(Iterative):
+    """``v <- v + step M (q - A v)``, over all sequences or a few drawn at random in each step.
+
+    Without a preconditioner (``M = I``) this is LiSSA; ``step`` is one over what Koh and Liang call the scale, and must stay
+    below ``2 / (largest eigenvalue + lambda)`` of every batch drawn.  Preconditioned with EK-FAC it is ASTRA (arXiv 2507.14740),
+    whose first iterate is EK-FAC's own solution at ``step = 1``.
+
+    Args:
+        step: None takes ``1 / (largest eigenvalue of M G + lambda)`` over all sequences, by power iteration.
+        sequences: how many are drawn, with replacement, in each step; None takes all.
+
+    Example:
+        >>> Neumann(product, step=0.1, steps=5_000, sequences=128).solve(q, Damping.parse(1e-2))  # LiSSA
+    """
+
+    def __init__(
+        self,
+        product: Products,
+        preconditioner: BlockCurvature | None = None,
+        *,
+        step: float | None = None,
+        steps: int = 1000,
+        sequences: int | None = None,
+        tolerance: float = 1e-3,
+        seed: int = 0,
+    ):
+        super().__init__(product, preconditioner)
+        self.step, self.steps, self.sequences, self.tolerance, self.seed = step, steps, sequences, tolerance, seed
+
+    def solve(self, q: Grads, damping: Damping) -> Solution:
+        q_QP = self.space.flatten(q)
+        system = self._system(q_QP, damping)
+        M = system.precondition or torch.clone
+        step = self.step or 1 / power_iteration(lambda v: M(system.A(v)), q_QP)
+        solution = self._solution(self._iterate(system, q_QP, lambda r: step * M(r)))
+        return solution._replace(stats=solution.stats | {"step": step})
+
+    def _iterate(self, system: System, q_QP: Tensor, move: Map) -> Outcome:
+        rng, N = np.random.default_rng(self.seed), len(self.product.data)
+        norm_Q = q_QP.norm(dim=1).clamp(min=torch.finfo(q_QP.dtype).tiny)
+        v_QP, rows = move(q_QP), None
+        for done in range(1, self.steps + 1):
+            if self.sequences is not None:
+                rows = rng.integers(0, N, self.sequences)
+            r_QP = q_QP - system.A(v_QP, rows)
+            residual_Q = r_QP.norm(dim=1) / norm_Q
+            if not bool((residual_Q <= DIVERGED).all()):
+                return Outcome(v_QP, done, residual_Q, self._diverged(done, residual_Q))
+            if rows is None and bool((residual_Q <= self.tolerance).all()):
+                return Outcome(v_QP, done, residual_Q, "")
+            v_QP = v_QP + move(r_QP)
+        residual_Q = (q_QP - system.A(v_QP)).norm(dim=1) / norm_Q
+        return Outcome(v_QP, self.steps, residual_Q, self._unfinished(float(residual_Q.max())))
+
+    def _diverged(self, done: int, residual_Q: Tensor) -> str:
+        return (
+            f"diverged: the relative residual is {float(residual_Q.max()):.1e} after {done} steps; the step is too large for the "
+            "largest eigenvalue; give a smaller step, more sequences to each step, or a larger damping"
+        )
+
+    def _unfinished(self, worst: float) -> str:
+        if worst <= self.tolerance:
+            return ""
+        drawn = "" if self.sequences is None else ", draw more sequences to each step"
+        return (
+            f"the relative residual is {worst:.1e} after {self.steps} steps, above the tolerance of {self.tolerance:.0e}; "
+            f"allow more steps{drawn}, or give a preconditioner such as EK-FAC"
+        )
+
+
+def power_iteration(A: Map, like_QP: Tensor, steps: int = 30) -> float:
+    """The largest eigenvalue of ``A``, from below."""
+    v_1P = torch.randn(1, like_QP.shape[1], generator=torch.Generator().manual_seed(0)).to(like_QP)
+    size = torch.ones(())
+    for _ in range(steps):
+        v_1P = A(v_1P / v_1P.norm())
+        size = v_1P.norm()
+    return float(size)
