@@ -98,7 +98,7 @@ class Run:
             loss = forward()
         if not torch.isfinite(loss):
             raise NumericalError(
-                f"the loss of a batch is {float(loss)}; check the weights for NaN, or use --dtype float32"
+                f"the loss of a batch is {float(loss.detach())}; check the weights for NaN, or use --dtype float32"
             )
         if not loss.requires_grad:
             raise ModelError("the loss does not depend on any tracked layer; choose other layers with --layers")
@@ -120,10 +120,15 @@ class Run:
         if not self._backward:  # a recomputation under activation checkpointing only rebuilds the graph
             self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
             a = args[0] if args else next(iter(kwargs.values()))
-            output.register_hook(partial(self._on_gradient, layer, a.detach()))
+            output.register_hook(partial(self._on_gradient, layer, a.detach(), a._version))
         return output
 
-    def _on_gradient(self, layer: Layer, a: Tensor, g: Tensor) -> None:
+    def _on_gradient(self, layer: Layer, a: Tensor, version: int, g: Tensor) -> None:
+        if a._version != version:  # autograd would say so itself if the weight were not frozen
+            raise ModelError(
+                f"the input of layer {layer.name!r} is written over by a later in-place operation of the model; "
+                "leave the layer out with --layers"
+            )
         calls = self._waiting.setdefault(layer.name, (layer, []))[1]
         calls.append(Call(self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False)))
         if len(calls) == self._expected[layer.name]:
