@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upriver.errors import ModelError
+
 CHUNK_BYTES = 128 << 20  # float32 logits held at once
 Labels = Callable[[Tensor, slice], Tensor]  # (logits of a chunk, which rows) -> labels
 
@@ -26,9 +28,12 @@ class Heads:
         self._plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
     def plain_head(self, module: nn.Module) -> nn.Linear | None:
-        """The head, once a pass has shown that it comes last; None before that, and where it is hooked (so tracked)."""
+        """The head, once a pass has shown that it comes last; None before that, and where its own gradient is wanted: where
+        it is hooked (so tracked), or not frozen."""
         head = _head(module)
         free = head is not None and not head._forward_hooks and not head._forward_pre_hooks
+        if head is not None and torch.is_grad_enabled():
+            free = free and not any(p.requires_grad for p in head.parameters())
         return head if free and self._plain.get(module) else None
 
     def logits(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
@@ -95,5 +100,9 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():  # create_graph: the saved gradient would pass for a constant
+            raise ModelError(
+                "the loss has no second derivative with a frozen head; use the task's `outputs` and `loss_of`"
+            )
         (gradient_MH,) = ctx.saved_tensors
         return gradient_MH * outer[0].to(gradient_MH.dtype)[:, None], None, None
