@@ -102,6 +102,14 @@ class Case(NamedTuple):
         """The loss of one sequence as the oracle writes it, with its own labels or with drawn ones."""
         return _oracle_loss(self, self.data.batch(np.array([row])), 0, self.labels(row, seed, stream))
 
+    def outputs(self, row: int) -> reference.Loss:
+        """What is predicted wherever a sequence has loss, ``[M, C]``."""
+        batch = self.data.batch(np.array([row]))
+        if not self.language:
+            return lambda call: call(batch.inputs["x"])
+        tokens_1T, at_T = batch.inputs["tokens"], _next(batch, 0) >= 0
+        return lambda call: call(input_ids=tokens_1T, use_cache=False).logits[0][at_T]
+
     def measurement(self, query: int) -> reference.Loss:
         """``f`` of one question as the oracle writes it."""
         batch = self.queries.batch([query])

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Loss = Callable[[Callable], Tensor]  # (the model as a function) -> the loss of one sequence
 Layers = dict[str, Tensor]  # layer name -> tensor
@@ -54,6 +55,19 @@ def gradient(module: nn.Module, names: list[str], loss: Loss) -> Layers:
         weight = grads[f"{n}.weight"]
         weight = weight.T if _transposed(module.get_submodule(n)) else weight
         out[n] = torch.cat([weight, grads[f"{n}.bias"][:, None]], 1) if f"{n}.bias" in grads else weight
+    return out
+
+
+def jacobian(module: nn.Module, names: list[str], outputs: Loss) -> Layers:
+    """The slopes of ``outputs`` ``[M, C]`` in each layer's weight, ``[M, C, O, I]``."""
+    weights = {f"{n}.{p}": w.detach() for n in names for p, w in module.get_submodule(n).named_parameters()}
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel cannot be batched over the rows of the Jacobian
+        slopes = jacrev(lambda w: outputs(lambda *a, **k: functional_call(module, w, a, k)))(weights)
+    out = {}
+    for n in names:
+        weight = slopes[f"{n}.weight"].detach()
+        weight = weight.mT if _transposed(module.get_submodule(n)) else weight
+        out[n] = torch.cat([weight, slopes[f"{n}.bias"].detach()[..., None]], 3) if f"{n}.bias" in slopes else weight
     return out
 
 
