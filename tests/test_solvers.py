@@ -185,6 +185,16 @@ def test_invariant_5_every_solver_converges_to_the_dense_solution(name, solver):
     close(products(name).space.flatten(solution.value), dense(name), 1e-6)
 
 
+@pytest.mark.parametrize("name", ["classifier", "regressor"])
+def test_arnoldi_solves_what_lies_outside_the_range_of_the_matrix(name):
+    """A gradient lies in the range of ``G``; any other vector keeps its part in the null space, divided by the damping."""
+    space, P = products(name).space, products(name).space.P
+    q_QP = torch.randn(3, P, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    solution = Spectral.arnoldi(products(name), P).solve(space.unflatten(q_QP), Damping(LAMBDA[name], relative=False))
+    A_PP = written_out(name) + LAMBDA[name] * torch.eye(P, dtype=torch.float64)
+    close(space.flatten(solution.value), torch.linalg.solve(A_PP, q_QP.T).T, 1e-6)
+
+
 @pytest.mark.parametrize("build", [Spectral.arnoldi, Spectral.nystrom])
 def test_a_higher_rank_is_never_further_from_the_matrix(build):
     G_PP, errors = written_out("gpt2"), []

@@ -133,7 +133,7 @@ def _krylov(product: Products, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     fresh_KP = _random(steps, product.space.P, seed, product.device)
     basis_KP, images_KP = torch.zeros_like(fresh_KP), torch.zeros_like(fresh_KP)
-    q_1P, largest = None, 0.0
+    q_1P, largest, filled = None, 0.0, 0
     for k in range(steps):
         restarted = q_1P is None
         if q_1P is None:
@@ -146,8 +146,9 @@ def _krylov(product: Products, steps: int, seed: int) -> tuple[Tensor, Tensor]:
         if restarted and size <= NEGLIGIBLE * largest:
             break
         basis_KP[k], images_KP[k] = q_1P[0], image_1P[0]
+        filled = k + 1
         q_1P = _outside(image_1P, basis_KP, largest)
-    return basis_KP, basis_KP @ images_KP.T
+    return basis_KP[:filled], basis_KP[:filled] @ images_KP[:filled].T
 
 
 def _outside(x_1P: Tensor, basis_KP: Tensor, scale: float) -> Tensor | None:
