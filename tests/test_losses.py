@@ -1,0 +1,249 @@
+"""Losses with drawn labels, and the head in chunks: statistics, independence of the batch, the Gauss-Newton matrix."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import reference
+from captured import kept
+from cases import CASES, V, Windows, case
+from upriver.errors import ModelError
+from upriver.model.capture import capture, frozen
+from upriver.model.head import token_losses
+from upriver.model.layers import find_layers
+from upriver.model.load import Model
+from upriver.model.losses import LanguageModel, Regression, Sampler, sample
+from upriver.model.sweep import Labels
+from upriver.tensors import sequence_gradients
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+
+
+LOGITS = torch.tensor([[0.0, 1.0, -1.0, 2.0, 0.5], [3.0, 3.0, -30.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+def test_sampled_labels_follow_the_softmax():
+    """Chi-square over 40,000 draws a row: below the 99.9 % point of 4 degrees of freedom (fixed seed)."""
+    u = Sampler(0, 1, np.arange(40_000, dtype=np.uint64)).uniform(2)[..., 0]
+    for row in (0, 1):
+        drawn = sample(LOGITS[row].expand(40_000, -1), u[:, row])
+        expected = 40_000 * LOGITS[row].softmax(0)
+        counts = torch.bincount(drawn, minlength=5)
+        likely = expected > 5
+        assert not counts[expected < 1e-6].any()
+        chi = ((counts - expected) ** 2 / expected)[likely].sum()
+        assert chi < 18.47
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_label_without_probability_is_never_drawn(dtype):
+    logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf"), float("-inf")]], dtype=dtype).expand(3, -1)
+    drawn = sample(logits, torch.tensor([2.0**-54, 0.5, 1 - 2.0**-53], dtype=torch.float64))
+    assert drawn.tolist() == [1, 2, 2]
+
+
+def test_uniform_numbers_depend_on_seed_stream_key_and_position_alone():
+    keys = np.array([5, 9, 2**63], np.uint64)
+    u = Sampler(0, 1, keys).uniform(6)
+    assert torch.equal(Sampler(0, 1, keys[[2, 0]]).uniform(9)[:, :6], u[[2, 0]])
+    others = [Sampler(1, 1, keys), Sampler(0, 2, keys), Sampler(2**63 - 1, 1, keys)]
+    for other in others:
+        assert not (other.uniform(6) == u).any()
+    assert len(u.unique()) == u.numel()
+    assert ((u > 0) & (u < 1)).all()
+
+
+def test_uniform_numbers_of_neighbours_are_independent():
+    """Correlations between positions, sequences, streams and seeds stay within four standard errors."""
+    keys = np.arange(4_000, dtype=np.uint64)
+    first, second, seed = (Sampler(*s, keys).uniform(3)[..., 0] for s in ((0, 1), (0, 2), (1, 1)))
+    pairs = [
+        (first[:, 0], first[:, 1]),
+        (first[:-1, 0], first[1:, 0]),
+        (first[:, 0], second[:, 0]),
+        (first[:, 0], seed[:, 0]),
+    ]
+    for x, y in pairs:
+        assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 4 / len(x) ** 0.5
+
+
+def test_drawn_labels_do_not_depend_on_the_batch():
+    c = case("llama")
+    alone, together = (kept(c, size, Labels(0, 1)) for size in (1, 10_000))
+    order = np.random.default_rng(0).permutation(len(c.data))
+    c2 = c._replace(data=c.data.permuted(order))
+    permuted = kept(c2, 30, Labels(0, 1))
+    for n in c.names:
+        for row in range(len(c.data)):
+            torch.testing.assert_close(alone.grads[n, row], together.grads[n, row], **CLOSE)
+            torch.testing.assert_close(permuted.grads[n, row], alone.grads[n, int(order[row])], **CLOSE)
+    other = kept(c, 10_000, Labels(0, 2))
+    assert not torch.allclose(other.grads[c.names[0], 1], alone.grads[c.names[0], 1])
+
+
+def test_drawn_labels_of_equal_sequences_differ():
+    c = case("llama")
+    tokens = np.array([1, 4, 2, 9, 3, 3, 1])
+    data = Windows([tokens, tokens], [np.ones(7, bool)] * 2)
+    found = kept(c._replace(data=data), 100, Labels(0, 1))
+    assert not torch.allclose(found.grads[c.names[0], 0], found.grads[c.names[0], 1])
+
+
+def test_a_sequence_of_one_token_and_one_without_loss_have_no_gradient():
+    c = case("gpt2")
+    data = Windows([np.array([3]), np.array([1, 2, 3])], [np.ones(1, bool), np.zeros(3, bool)])
+    for size in (1, 100):
+        found = kept(c._replace(data=data), size)
+        assert not any(g.any() for g in found.grads.values())
+        assert len(found.grads) == 2 * len(c.names)
+
+
+def test_log_probs_stand_at_their_own_token():
+    c = case("neox")
+    batch = c.data.batch(np.arange(len(c.data)))
+    log_p_NT = LanguageModel().log_probs(c.model.module, batch).detach()
+    logits = c.model.module(input_ids=batch.inputs["tokens"], use_cache=False).logits.detach().log_softmax(-1)
+    for n, t in np.ndindex(*log_p_NT.shape):
+        token = int(batch.inputs["tokens"][n, t])
+        wanted = float(logits[n, t - 1, token]) if batch.inputs["loss"][n, t] else 0.0
+        np.testing.assert_allclose(float(log_p_NT[n, t]), wanted, rtol=1e-12)
+
+
+COPIES = 4_000
+
+
+@pytest.mark.parametrize("name", ["gpt2", "twice", "shared", "classifier", "regressor"])
+def test_drawn_labels_give_the_gauss_newton_matrix(name):
+    """The mean of drawn gradients' outer products, against ``sum_t J_t^T H_t J_t`` (eq. 11): labels of different positions are
+    independent, so nothing is left of their products.  Four sequences, each drawn 4,000 times."""
+    c, total = case(name), {}
+    rows = np.repeat([0, 1, 2, 5], COPIES)
+    batch = replace(c.data.batch(rows), keys_N=np.arange(len(rows), dtype=np.uint64))
+
+    def consume(layer, a, g):
+        G = sequence_gradients(a, g).flatten(1)
+        total[layer.name] = G.T @ G / len(G)
+
+    with capture(c.model.module, find_layers(c.model.module, c.spec), consume) as run:
+        sampler = Sampler(0, 1, batch.keys_N)
+        run(len(rows), c.model.task.positions(batch), lambda: c.model.task.loss(c.model.module, batch, sampler))
+    exact = [gauss_newton(c, row) for row in (0, 1, 2, 5)]
+    for n in c.names:
+        wanted = sum(G[n] for G in exact) / len(exact)
+        assert (total[n] - wanted).norm() < 0.05 * wanted.norm()
+        assert total[n].trace().item() == pytest.approx(wanted.trace().item(), rel=0.02)
+
+
+def gauss_newton(c, row: int) -> dict[str, torch.Tensor]:
+    """``sum_t J_t^T H_t J_t`` of one sequence for each layer, ``[O I, O I]``, from the Jacobian of what the model predicts."""
+    outputs_MC = c.outputs(row)(c.model.module).detach()
+    J = reference.jacobian(c.model.module, c.names, c.outputs(row))
+    squared = isinstance(c.model.task, Regression)
+    H = [torch.eye(len(z), dtype=z.dtype) if squared else reference.softmax_fisher(z) for z in outputs_MC]
+    return {n: sum(j.flatten(1).T @ h @ j.flatten(1) for j, h in zip(J[n], H, strict=True)) for n in c.names}
+
+
+def test_a_loss_without_freezing_trains_the_head_too():
+    """The short way past the logits forms no gradient of the head, and so is taken only when the head is frozen."""
+    c = CASES["llama"]()
+    module, batch = c.model.module, c.data.batch(np.arange(3))
+    for _ in range(2):  # the first pass finds the head, the second could go the short way
+        module.zero_grad()
+        c.model.task.loss(module, batch).backward()
+        found = {name: p.grad.clone() for name, p in module.named_parameters()}
+    wanted = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    for row in range(3):
+        module.zero_grad()
+        c.loss(row)(module).backward()
+        wanted = {name: wanted[name] + p.grad for name, p in module.named_parameters()}
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], **CLOSE)
+
+
+def test_the_short_way_past_the_logits_refuses_a_second_derivative():
+    c = CASES["llama"]()
+    module, batch = c.model.module, c.data.batch(np.arange(3))
+    c.model.task.loss(module, batch)
+    module.requires_grad_(False)
+    weight = module.get_submodule(c.names[0]).weight.requires_grad_()
+    with pytest.raises(ModelError, match="no second derivative"):
+        torch.autograd.grad(c.model.task.loss(module, batch), weight, create_graph=True)
+
+
+# ------------------------------------------------------------------------------------------ the head, a chunk at a time
+
+
+@pytest.fixture
+def tiny_chunks(monkeypatch):
+    """Two loss tokens a chunk."""
+    monkeypatch.setattr("upriver.model.head.CHUNK_BYTES", 2 * 4 * V)
+
+
+@pytest.mark.parametrize("stream", [None, 1], ids=["own", "drawn"])
+@pytest.mark.parametrize("name", ["llama", "neox", "gpt2"])
+def test_the_head_in_chunks_gives_the_same_gradients(name, stream, tiny_chunks):
+    c = case(name)
+    found = kept(c, 10_000, Labels(3, stream))
+    with frozen(c.model.module):
+        assert c.model.task._heads.plain_head(c.model.module) is not None  # or this would test nothing
+    for row in range(len(c.data)):
+        wanted = reference.gradient(c.model.module, c.names, c.loss(row, 3, stream))
+        for n in c.names:
+            torch.testing.assert_close(found.grads[n, row], wanted[n], **CLOSE)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_chunked_loss_is_cross_entropy_and_so_is_its_gradient(bias, tiny_chunks):
+    torch.manual_seed(0)
+    head = nn.Linear(5, V, bias).requires_grad_(False)
+    hidden = torch.randn(9, 5, requires_grad=True)
+    labels, weight = torch.randint(V, (9,)), torch.randn(9)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        head, x = head.to(dtype), hidden.detach().to(dtype).requires_grad_()
+        losses = token_losses(x, head, lambda logits, rows: labels[rows])
+        (found,) = torch.autograd.grad((losses * weight.to(losses)).sum(), x)
+        whole = nn.functional.cross_entropy(head(x).to(losses.dtype), labels, reduction="none")
+        (wanted,) = torch.autograd.grad((whole * weight.to(losses)).sum(), x)
+        assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(losses, whole, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_tracked_head_is_a_layer_like_any_other():
+    c = case("llama")
+    found = kept(c, 10_000, spec="lm_head,*.down_proj")
+    for row in (0, 3):
+        names = ["lm_head", *(n for n in c.names if n.endswith("down_proj"))]
+        wanted = reference.gradient(c.model.module, names, c.loss(row))
+        for n in names:
+            torch.testing.assert_close(found.grads[n, row], wanted[n], **CLOSE)
+
+
+class Scaled(nn.Module):
+    """A head that is not the last word: its logits are scaled afterwards."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def get_output_embeddings(self):
+        return self.inner.get_output_embeddings()
+
+    def forward(self, **given):
+        out = self.inner(**given)
+        out.logits = 0.5 * out.logits
+        return out
+
+
+def test_logits_that_are_scaled_after_the_head_are_taken_whole():
+    c = CASES["llama"]()
+    module, task = Scaled(c.model.module), LanguageModel()
+    scaled = c._replace(model=Model(module, task=task), names=[f"inner.{n}" for n in c.names])
+    for _ in range(2):  # what the first pass finds out holds for the second
+        found = kept(scaled, 10_000)
+        for n in scaled.names:
+            wanted = reference.gradient(module, scaled.names, scaled.loss(3))
+            torch.testing.assert_close(found.grads[n, 3], wanted[n], **CLOSE)
