@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from cases import case
+from upriver.model.capture import frozen
 from upriver.model.load import Model
 from upriver.model.sweep import sweep, tracked_layers
 
@@ -49,10 +50,10 @@ class Recorder:
         self.seen[key] = (a_NTI.clone(), g_NTO.clone())
 
 
-def seen_by_hook(module: nn.Module, spec: str = "all") -> Seen:
+def seen_by_hook(module: nn.Module, recorder: Recorder | None = None) -> Seen:
     """All that one pass over the corpus shows of ``module``, in a few batches with padding."""
-    model, data, recorder = Model(module), case("llama").data, Recorder()
-    sweep(model, tracked_layers(model, data, spec), data, data.plan(BATCH_TOKENS), recorder)
+    model, data, recorder = Model(module), case("llama").data, recorder or Recorder()
+    sweep(model, tracked_layers(model, data, "all"), data, data.plan(BATCH_TOKENS), recorder)
     assert recorder.batches == BATCHES
     return recorder.seen
 
@@ -135,6 +136,8 @@ def shard_and_record(rank: int, folder: Path) -> None:
     with torch.no_grad():
         assert torch.equal(module(input_ids=TOKENS, use_cache=False).logits, before)
     save_file({f"{key}/{i}": x for key, pair in seen.items() for i, x in enumerate(pair)}, folder / f"seen-{rank}")
+    with frozen(module), torch.no_grad():  # gathers the weights and, as nothing goes backward, leaves them so
+        module(input_ids=TOKENS, use_cache=False)
     # training goes on as if nothing had been: the gradients of the sharded weights are those of the plain model
     module(input_ids=TOKENS, use_cache=False).logits.square().sum().backward()
     grads = {name: p.grad.full_tensor() for name, p in module.named_parameters() if p.grad is not None}

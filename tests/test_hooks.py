@@ -13,6 +13,7 @@ from hook_cases import (
     BATCHES,
     TOKENS,
     Checkpointed,
+    Recorder,
     checkpointed,
     in_processes,
     seen_by_hook,
@@ -84,6 +85,23 @@ def test_non_reentrant_checkpointing_gives_the_same(plain):
         runs = [block.runs - first for block, first in zip(module.model.layers, before, strict=True)]
     assert runs == [1 + 2 * BATCHES] * 2, "the probe, and each batch forward and again backward"
     assert all(isinstance(block, Checkpointed) for block in module.model.layers)
+
+
+def test_layers_are_handed_over_while_checkpoints_are_still_computed_again():
+    """What a layer needs is let go as soon as it is complete, not kept to the end of the backward pass."""
+    module = checkpointed(small_llama(), use_reentrant=False)
+    first, last = module.model.layers[0], module.model.layers[-1]
+
+    class Watch(Recorder):
+        def __call__(self, layer, a_NTI, g_NTO):
+            super().__call__(layer, a_NTI, g_NTO)
+            if layer.kind in (
+                "gate_proj",
+                "up_proj",
+            ):  # down_proj gets its own before its block runs again
+                assert last.runs - first.runs == layer.block, f"{layer.name} is handed over late"
+
+    seen_by_hook(module, Watch())
 
 
 def test_checkpointing_switched_on_by_transformers_gives_the_same(plain):

@@ -1,4 +1,14 @@
-"""What must be true whatever the model: the invariants of the method, each under its number in ``docs/method.md``.
+"""What must be true of the method whatever the model; each test carries the number of its invariant.
+
+1  sum over layers = sum over tokens = sum over output tokens = the total
+2  EK-FAC tends to the exact block for one layer with independent ``a`` and ``g``; K-FAC is exact for deep linear networks
+3  the trace of EK-FAC is the mean squared gradient in any bases, and it is nearer to the block than K-FAC
+4  with damping far above the curvature, scores times damping are the gradient dot products
+5  (dense solves against finite differences: ``test_solvers.py``)
+6  batch size, padding, number of processes and resume point change nothing
+7  rank = the smaller side of a layer is full rank
+8  a small step in the solved direction of a sequence moves ``f`` by its influence, to first order
+9  permuting sequences permutes scores
 
 Axes: N sequences, T tokens, Q queries, O outputs and I inputs of a layer, K outputs of a model.
 """
