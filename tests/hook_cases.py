@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from cases import case
+from upriver.errors import ModelError
 from upriver.model.capture import frozen
 from upriver.model.load import Model
 from upriver.model.sweep import sweep, tracked_layers
@@ -127,6 +129,8 @@ def shard_and_record(rank: int, folder: Path) -> None:
     for block in module.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
+    with pytest.raises(ModelError, match="give every process the whole model"):  # as a whole run they are refused
+        _ = Model(module).fingerprint
     with torch.no_grad():
         before = module(input_ids=TOKENS, use_cache=False).logits
     flags, modes = state_of(module)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from upriver.errors import ConfigError, ModelError
 from upriver.model.losses import LanguageModel, Task
+from upriver.runtime import dist
 from upriver.runtime.store import digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -44,10 +45,19 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every weight and buffer with its name, and of the architecture's configuration."""
+        """A hash of every weight and buffer with its name, and of the architecture's configuration.
+
+        Raises:
+            ModelError: the weights are divided over processes.
+        """
         config = getattr(self.module, "config", None)
         described = digest(config.to_diff_dict() if config is not None else type(self.module).__name__)
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        if any(map(dist.sharded, state.values())):
+            raise ModelError(
+                "the model's weights are divided over processes, as by FSDP; give every process the whole model: "
+                "fit and trace divide the corpus among them"
+            )
         with ThreadPoolExecutor() as pool:
             hashes = list(pool.map(_tensor_hash, state.values()))
         return digest([described, *zip(state, hashes, strict=True)])

@@ -44,6 +44,15 @@ def share(n_units: int) -> list[int]:
     return list(range(rank(), n_units, world()))
 
 
+def sharded(tensor: Any) -> bool:
+    """Whether a tensor is divided over processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def reshard(module: Any) -> None:
     """Put an FSDP2 module's weights back into their shards, which are the parameters that its owner knows.
 
