@@ -157,3 +157,15 @@ def test_an_input_written_over_is_refused():
     with pytest.raises(ModelError, match=r"the input of layer 'layers\.0' is written over"):
         run_on_ones(Overwritten())
     run_on_ones(Overwritten(), "layers.1")
+
+
+def test_dropout_is_off_whatever_the_mode():
+    c = CASES["gpt2"]()
+    c.model.module.train()
+    assert any(isinstance(m, nn.Dropout) and m.p > 0 for m in c.model.module.modules())
+    found = kept(c, 10_000)
+    assert c.model.module.training
+    c.model.module.eval()
+    wanted = reference.gradient(c.model.module, c.names, c.loss(1))
+    for n in c.names:
+        torch.testing.assert_close(found.grads[n, 1], wanted[n], **CLOSE)
