@@ -30,6 +30,8 @@ def test_links_lead_somewhere(document):
 
 
 def test_no_machine_path_in_the_repository():
-    for path in [p for p in ROOT.rglob("*") if p.suffix in (".py", ".md", ".toml", ".js", ".css", ".json") and p.is_file()]:
+    for path in [
+        p for p in ROOT.rglob("*") if p.suffix in (".py", ".md", ".toml", ".js", ".css", ".json") and p.is_file()
+    ]:
         if ".venv" not in path.parts and "build" not in path.parts and path != Path(__file__):
             assert not re.search(r"/(home|root|work)/\w", path.read_text(encoding="utf-8", errors="ignore")), path
