@@ -257,7 +257,8 @@ def _finish_lam(folder: Path, layers: list[Layer], sums: Tensors) -> dict[str, A
     lam = {x.name: sums[f"lam:{x.name}"].sum(0) / n_2.sum() for x in layers}
     if dist.rank() == 0:
         write_tensors(folder / "lam.safetensors", lam)
-    agreement = [_agreement(sums[f"lam:{x.name}"], n_2, lam[x.name]) for x in layers] if int(n_2.min()) else []
+    found = [_agreement(sums[f"lam:{x.name}"], n_2, lam[x.name]) for x in layers] if int(n_2.min()) else []
+    agreement = [a for a in found if a == a]  # not a number where a layer's eigenvalues are all the same
     what = "correlation over all eigenvalues of log(lam + 0.1 mean lam) between the two halves of the sample"
     worst, mean = (min(agreement), sum(agreement) / len(agreement)) if agreement else (None, None)
     return {"mean": mean, "worst": worst, "what": what}

@@ -130,7 +130,7 @@ def random_rows(scanned: Scanned, seed: int) -> np.ndarray:
 
 
 def rescore_stage(job: Job, wanted: list[np.ndarray]) -> Rescored:
-    """Full-rank scores of the wanted pairs, in float32 (float64 where the model is), a chunk of queries at a time."""
+    """Full-rank scores of the wanted pairs, computed in the model's dtype, kept in float32; a chunk of queries at a time."""
     stage = job.open("rescored")
     chunks = _rescore_chunks(job, wanted)
     with job.progress("rescore", sum(len(rows) for rows in wanted)) as advance:
