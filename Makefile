@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= build/demo
 
-.PHONY: demo test test-fast check format bench fixture clean
+.PHONY: demo test test-fast check format bench fixture docs clean
 
 demo: $(VENV)/.base            ## trace the embedded model and open-able report in build/demo
 	OMP_WAIT_POLICY=passive $(BIN)/upriver demo --out $(OUT)
