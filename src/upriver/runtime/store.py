@@ -122,7 +122,8 @@ class Stage:
             MismatchError: the folder holds the result of another key, or something that is not ours.
             ConfigError: the folder cannot be written.
         """
-        stage = cls(path, json.loads(json.dumps({**key, "stage": name, "schema": SCHEMA})))
+        head = {"stage": name, "schema": SCHEMA}  # first: the first difference is the one that is named
+        stage = cls(path, json.loads(json.dumps(head | key | head)))
         dist.lead(lambda: stage._make_ready(overwrite))
         if read_json(path / "key.json") != stage.key:  # a process that was started with something else
             stage._refuse(read_json(path / "key.json"))
