@@ -8,13 +8,13 @@ Everything is a multiple of a plain training step (forward and full backward) ov
 import argparse
 import statistics
 import tempfile
-import time
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scan import timed, training_pass
 
 import upriver as up
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM, Correction, Covariance
@@ -61,12 +61,6 @@ def layer_counts(layers: list[Layer], T: float, M: float, N: float, Q: int, R: i
     return {"covariance": covariance, "correction": min(tokens, correction), "score": score}
 
 
-def timed(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def main():
     demo = resources.files("upriver") / "demo"
     parser = argparse.ArgumentParser(description=__doc__)
@@ -97,12 +91,7 @@ def main():
     like = torch.empty(0, dtype=model.dtype)
 
     def step():
-        model.module.train()
-        for rows in batches:
-            tokens = corpus.batch(rows).inputs["tokens"]
-            model.module(input_ids=tokens, labels=tokens).loss.backward()
-            model.module.zero_grad(set_to_none=True)
-        model.module.eval()
+        training_pass(model, corpus, batches)
 
     def run(consumer, stream=None):
         sweep(model, layers, corpus, batches, consumer, Labels(0, stream))

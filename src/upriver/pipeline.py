@@ -101,7 +101,9 @@ def _run(
         job = Job(stage, exact, layers, corpus, queries, factors, rows, opts, progress)
         solved = times("queries", lambda: solve_stage(job))
         with exact.computing_in(fitted.dtype) as computing:
-            scanning = job._replace(model=computing, layers=tracked_layers(computing, corpus, fitted.layers))
+            if computing is not exact:
+                layers = tracked_layers(computing, corpus, fitted.layers)
+            scanning = job._replace(model=computing, layers=layers)
             scanned = times("scan", lambda: scan_stage(scanning, solved, say))
         ends, sample = extremes(scanned, opts.top), random_rows(scanned, fitted.seed)
         wanted = [np.union1d(rows_q, sample) for rows_q in ends]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from upriver.influence.stages import Scanned
 from upriver.influence.tokens import Rescored, spurious
-from upriver.runtime.store import atomic
+from upriver.runtime.store import atomic, write_array
 from upriver.text.batch import Sequences
 from upriver.text.corpus import Corpus
 
@@ -35,8 +35,7 @@ def write_scores(folder: Path, data: Sequences, ids: list[str], scanned: Scanned
     sums = pd.DataFrame(sums_DQ.astype(np.float32), columns=pd.Index(ids))
     write_frame(folder / "documents.parquet", pd.concat([documents, sums], axis=1))
     if scanned.layers_NQL is not None:
-        with atomic(folder / "layers.npy") as temporary, open(temporary, "wb") as sink:
-            np.save(sink, scanned.layers_NQL, allow_pickle=False)
+        write_array(folder / "layers.npy", scanned.layers_NQL)
 
 
 def _places(data: Sequences, rows_N: np.ndarray) -> pd.DataFrame:

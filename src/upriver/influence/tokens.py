@@ -6,10 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upriver.curvature.base import Grads
+from upriver.curvature.products import Replaced
 from upriver.errors import ModelError
 from upriver.model.capture import frozen
 from upriver.model.layers import Layer, weight_gradient_as_stored
@@ -112,18 +113,7 @@ def output_token_influence(model: Model, layers: list[Layer], batch: Batch, v: G
             primals[key], tangents[key] = layer.modules[0].get_parameter(part).detach(), tangent.contiguous()
 
     def log_probs(weights: dict[str, Tensor]) -> Tensor:
-        return task.log_probs(_Functional(model.module, weights), batch)
+        return task.log_probs(Replaced(model.module, weights), batch)
 
     with frozen(model.module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels have no forward mode
         return jvp(log_probs, (primals,), (tangents,))[1]
-
-
-class _Functional(nn.Module):
-    """A module called with some of its weights replaced."""
-
-    def __init__(self, module: nn.Module, weights: dict[str, Tensor]):
-        super().__init__()
-        self._call = lambda *args, **kwargs: functional_call(module, weights, args, kwargs)
-
-    def forward(self, *args, **kwargs):
-        return self._call(*args, **kwargs)
