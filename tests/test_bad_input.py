@@ -128,7 +128,7 @@ BAD_CORPORA = {
     "prompt without completion": ("c.jsonl", b'{"prompt": "we"}', ["c.jsonl:1: the field 'completion' is missing"]),
     "duplicate ids": ("c.jsonl", GOOD + GOOD, ["c.jsonl:2: a second document with the id 'union'", "c.jsonl:1"]),
     "one token in all": ("c.jsonl", b'{"text": "x"}', ["no sequence has a token to predict"]),
-    "corrupt gz": ("c.jsonl.gz", gzip.compress(GOOD)[:-9], ["c.jsonl.gz:", "damaged or cut short"]),
+    "corrupt gz": ("c.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-9], ["c.jsonl.gz:", "damaged or cut short"]),
     "corrupt xz": ("c.jsonl.xz", lzma.compress(b'{"text": "we"}\n' * 999)[:-40], ["c.jsonl.xz:", "damaged or cut short"]),
     "corrupt parquet": ("c.parquet", b"PAR1rubbishPAR1", ["c.parquet:1", "damaged or cut short"]),
     "unknown file type": ("c.docx", b"we", ["not a known type of file", "c.docx", ".jsonl"]),
