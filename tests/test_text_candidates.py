@@ -1,12 +1,14 @@
-"""The TF-IDF filter agrees with its formula."""
+"""The TF-IDF filter agrees with its formula, and with bm25s, in whatever chunks the corpus is read."""
 
 import math
 
+import bm25s
 import numpy as np
 import pytest
 
 from text_cases import LINES, byte_tokenizer, write_jsonl
-from upriver.text.candidates import candidates, tfidf_scores
+from upriver.text import candidates as module
+from upriver.text.candidates import Best, Tfidf, candidates, tfidf_ranks
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
@@ -23,6 +25,18 @@ QUERIES = [
 def corpus(tmp_path):
     path = write_jsonl(tmp_path / "c.jsonl", [{"text": text} for text in TEXTS])
     return Corpus.read(path, TOKENIZER, cache=tmp_path)
+
+
+@pytest.fixture(params=[1, 3, 4096], autouse=True)
+def _chunks(request, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ROWS", request.param)
+
+
+def tfidf_scores(corpus, queries):
+    """The scores of all sequences in one piece, ``[Q, N]``."""
+    rows, scores = zip(*Tfidf(corpus, queries).all(), strict=True)
+    assert np.concatenate(rows).tolist() == list(range(len(corpus)))
+    return np.concatenate(scores, axis=1)
 
 
 def written_out(corpus, tokens):
@@ -51,13 +65,43 @@ def test_queries_that_share_nothing_with_the_corpus(corpus):
     assert (tfidf_scores(corpus, Queries.of(QUERIES[1:2], TOKENIZER)) == 0).all()
 
 
+def test_scores_are_those_of_bm25s_bit_for_bit(corpus):
+    queries = Queries.of(QUERIES, TOKENIZER)
+    held = [np.unique(corpus.token_ids(row)).tolist() for row in range(len(corpus))]
+    retriever = bm25s.BM25(k1=0, b=0, method="lucene")
+    size = TOKENIZER.vocab_size + 1
+    retriever.index((held, {token: token for token in range(size)}), create_empty_token=False, show_progress=False)
+    for q, scores in enumerate(tfidf_scores(corpus, queries)):
+        np.testing.assert_array_equal(scores, retriever.get_scores_from_ids(queries.token_ids(q).tolist()))
+
+
+def test_ranks_count_the_larger_scores(corpus):
+    queries = Queries.of(QUERIES, TOKENIZER)
+    scores, rng = tfidf_scores(corpus, queries), np.random.default_rng(0)
+    rows_Q = [rng.integers(0, len(corpus), size) for size in (5, len(corpus), 0)]
+    for q, found in enumerate(tfidf_ranks(corpus, queries, rows_Q)):
+        of_rows = scores[q][rows_Q[q]]
+        np.testing.assert_array_equal(found.score_R, of_rows)
+        np.testing.assert_array_equal(found.rank_R, [1 + (scores[q] > score).sum() for score in of_rows])
+
+
+@pytest.mark.parametrize("k", [1, 4, 60, 100])
+def test_the_best_of_a_stream_are_the_first_of_a_stable_sort(k):
+    rng = np.random.default_rng(k)
+    values, best = rng.integers(0, 6, 60).astype(np.float32), Best(k)
+    for places in np.split(np.arange(60), np.sort(rng.integers(0, 61, 7))):
+        best.add(values[places], places)
+    expected = np.argsort(-values, kind="stable")[:k]
+    np.testing.assert_array_equal(best.places, expected)
+    np.testing.assert_array_equal(best.values, values[expected])
+
+
 def test_candidates_are_the_best_of_each_query(corpus):
     queries = Queries.of([QUERIES[0], QUERIES[2]], TOKENIZER)
     scores, seen = tfidf_scores(corpus, queries), []
     rows, info = candidates(corpus, queries, 2, progress=lambda done, total: seen.append((done, total)))
-    assert rows.tolist() == sorted(set(rows.tolist()))
-    for q in range(2):
-        assert set(np.argsort(-scores[q], kind="stable")[:2].tolist()) <= set(rows.tolist())
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :2]
+    assert rows.tolist() == sorted(set(best.flatten().tolist()))
     assert (info["per_query"], info["kept"]) == (2, len(rows))
     assert seen[-1] == (len(corpus), len(corpus))
     assert len(candidates(corpus, queries, 100)[0]) == len(corpus)

@@ -1,5 +1,10 @@
-"""Write the results of a trace, as pandas, Polars and DuckDB read them: ``scores``, ``documents`` and ``top`` tables."""
+"""Write the results of a trace, as pandas, Polars and DuckDB read them: ``scores``, ``documents`` and ``top`` tables.
 
+Axes: N scanned sequences, C of them in a chunk, Q queries, D documents of a chunk.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,13 +13,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from upriver.influence.stages import Scanned
+from upriver.influence.scanned import Scanned, chunk_rows, chunks, publish
 from upriver.influence.tokens import Rescored, spurious
-from upriver.runtime.store import atomic, write_array
+from upriver.runtime.store import atomic
 from upriver.text.batch import Sequences
 from upriver.text.corpus import Corpus
 
-ROW_GROUP = 100_000
+ROW_GROUP = 100_000  # rows at most
 
 
 def write_frame(path: Path, frame: pd.DataFrame, schema: pa.Schema | None = None) -> None:
@@ -23,28 +28,87 @@ def write_frame(path: Path, frame: pd.DataFrame, schema: pa.Schema | None = None
         pq.write_table(table, temporary, row_group_size=ROW_GROUP)
 
 
+@contextmanager
+def parquet(path: Path, size: int) -> Iterator[Callable[[pd.DataFrame], None]]:
+    """A table that is written frame by frame, in groups of about ``size`` rows, and appears when it is complete."""
+    held: list[pd.DataFrame] = []
+    with atomic(path) as temporary, ExitStack() as files:
+        writers: list[pq.ParquetWriter] = []
+
+        def write() -> None:
+            table = pa.Table.from_pandas(pd.concat(held, ignore_index=True), preserve_index=False)
+            held.clear()
+            if not writers:
+                writers.append(files.enter_context(pq.ParquetWriter(temporary, table.schema)))
+            writers[0].write_table(table)
+
+        def add(frame: pd.DataFrame) -> None:
+            held.append(frame)
+            if sum(map(len, held)) >= size:
+                write()
+
+        yield add
+        if held:
+            write()
+
+
 def write_scores(folder: Path, data: Sequences, ids: list[str], scanned: Scanned) -> None:
-    """``scores.parquet``, ``documents.parquet`` and, with per-layer scores, ``layers.npy``."""
-    places = _places(data, scanned.rows_N)
-    scores = pd.DataFrame(scanned.scores_NQ, columns=pd.Index(ids))
-    write_frame(folder / "scores.parquet", pd.concat([places, scores], axis=1))
-    number_N, names = pd.factorize(places["document"])
-    sums_DQ = np.zeros((len(names), len(ids)))
-    np.add.at(sums_DQ, number_N, scanned.scores_NQ)
-    documents = pd.DataFrame({"document": names, "sequences": np.bincount(number_N).astype(np.int64)})
-    sums = pd.DataFrame(sums_DQ.astype(np.float32), columns=pd.Index(ids))
-    write_frame(folder / "documents.parquet", pd.concat([documents, sums], axis=1))
+    """``scores.parquet``, ``documents.parquet`` and, with per-layer scores, ``layers.npy``; a chunk in memory at a time."""
+    size = chunk_rows(scanned, ROW_GROUP)
+    documents = Documents(ids)
+    with (
+        parquet(folder / "scores.parquet", size) as add_scores,
+        parquet(folder / "documents.parquet", size) as add_documents,
+    ):
+        for at, scores_CQ in chunks(scanned, size):
+            places = _places(data, scanned.rows_N[at])
+            scores = pd.DataFrame(scores_CQ, columns=pd.Index(ids))
+            add_scores(pd.concat([places, scores], axis=1))
+            add_documents(documents.add(places["document"].tolist(), scores_CQ))
+        add_documents(documents.finish())
     if scanned.layers_NQL is not None:
-        write_array(folder / "layers.npy", scanned.layers_NQL)
+        publish(scanned.layers_NQL, folder / "layers.npy")
 
 
-def _places(data: Sequences, rows_N: np.ndarray) -> pd.DataFrame:
+class Documents:
+    """Sums over the sequences of each document, which follow each other: only the last one may go on in the next chunk."""
+
+    def __init__(self, ids: list[str]):
+        self.columns = pd.Index(ids)
+        self.name, self.count, self.sum_Q = "", 0, np.zeros(len(ids))
+
+    def add(self, names: list[str], scores_CQ: np.ndarray) -> pd.DataFrame:
+        """Take in a chunk of sequences; returns the documents that are complete."""
+        before = [self.name if self.count else None, *names]
+        new_C = np.array([name != last for name, last in zip(names, before, strict=False)])
+        number_C = np.cumsum(new_C)  # 0: the document that goes on
+        sums_DQ = np.zeros((number_C[-1] + 1, len(self.sum_Q)))
+        sums_DQ[0] = self.sum_Q
+        np.add.at(sums_DQ, number_C, scores_CQ)
+        counts_D = np.bincount(number_C, minlength=len(sums_DQ)).astype(np.int64)
+        counts_D[0] += self.count
+        names_D = [self.name, *(name for name, new in zip(names, new_C, strict=True) if new)]
+        self.name, self.count, self.sum_Q = names_D[-1], int(counts_D[-1]), sums_DQ[-1]
+        done = slice(0 if counts_D[0] else 1, -1)  # before the first document there was none
+        return self._frame(names_D[done], counts_D[done], sums_DQ[done])
+
+    def finish(self) -> pd.DataFrame:
+        return self._frame([self.name], np.array([self.count]), self.sum_Q[None])
+
+    def _frame(self, names_D: list[str], counts_D: np.ndarray, sums_DQ: np.ndarray) -> pd.DataFrame:
+        documents = pd.DataFrame({"document": pd.Series(names_D, dtype="str"), "sequences": counts_D})
+        return pd.concat([documents, pd.DataFrame(sums_DQ.astype(np.float32), columns=self.columns)], axis=1)
+
+
+def _places(data: Sequences, rows_C: np.ndarray) -> pd.DataFrame:
     if isinstance(data, Corpus):
-        names = [data.document_id(int(i)) for i in data.document_of_N[rows_N]]
-        start, end = np.asarray(data.span_N2[rows_N], np.int64).T
+        documents, number_C = np.unique(data.document_of_N[rows_C], return_inverse=True)
+        names_D = [data.document_id(int(document)) for document in documents]
+        names = [names_D[number] for number in number_C]
+        start, end = np.asarray(data.span_N2[rows_C], np.int64).T
     else:
-        names, start, end = [str(r) for r in rows_N], np.zeros(len(rows_N), np.int64), np.zeros(len(rows_N), np.int64)
-    return pd.DataFrame({"sequence": rows_N.astype(np.int64), "document": names, "start": start, "end": end})
+        names, start, end = [str(r) for r in rows_C], np.zeros(len(rows_C), np.int64), np.zeros(len(rows_C), np.int64)
+    return pd.DataFrame({"sequence": rows_C.astype(np.int64), "document": names, "start": start, "end": end})
 
 
 class TopRow(NamedTuple):

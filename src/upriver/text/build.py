@@ -8,13 +8,16 @@
     info.json       what was counted; written last
 
 Axes: D documents, N sequences, T tokens of a document, W windows.  It is built in a temporary folder and renamed, so a
-kill leaves nothing half-made.  Only the tables of numbers are held in memory, never the text or the tokens.
+kill leaves nothing half-made.  Only the tables of numbers are held in memory, never the text or the tokens; these are
+read, not mapped, because mapped pages that were touched count as resident memory.
 """
 
 import errno
 import fcntl
 import os
 import shutil
+import weakref
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -45,13 +48,50 @@ class Settings(NamedTuple):
     on_bad_record: str
 
 
+class Stream:
+    """A file of numbers of one dtype; ``stream[start:stop]`` reads them.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is empty.
+    """
+
+    def __init__(self, path: Path, dtype: Any):
+        self.dtype, self._file = np.dtype(dtype), os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._len = os.fstat(self._file).st_size // self.dtype.itemsize
+        if not self._len:
+            raise ValueError(f"{path.name} is empty")
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, at: slice) -> np.ndarray:
+        start, stop, step = at.indices(len(self))
+        assert step == 1
+        size = self.dtype.itemsize
+        return np.frombuffer(os.pread(self._file, size * max(0, stop - start), size * start), self.dtype)
+
+
+def _int64() -> "array[int]":
+    return array("q")
+
+
 @dataclass
 class _Windows:
-    """The sequences so far: one array of rows per document."""
+    """The sequences so far, as compact as a table: a document of many small arrays would take ten times its numbers."""
 
-    offset: list[np.ndarray] = field(default_factory=list)
-    document: list[np.ndarray] = field(default_factory=list)
-    span: list[np.ndarray] = field(default_factory=list)
+    offset: "array[int]" = field(default_factory=_int64)
+    document: "array[int]" = field(default_factory=_int64)
+    span: "array[int]" = field(default_factory=_int64)  # two a window
+
+    def add(self, document: int, offset_W: np.ndarray, span_W2: np.ndarray) -> None:
+        for table, new in zip(
+            (self.offset, self.document, self.span),
+            (offset_W, np.full(len(offset_W), document), span_W2),
+            strict=True,
+        ):
+            table.frombytes(np.ascontiguousarray(new, np.int64).tobytes())
 
 
 @contextmanager
@@ -126,7 +166,7 @@ def _fill(
             for document in chunk:
                 _append(document, streams, windows, settings, end)
             progress(sum(source.read_bytes for source in sources), total)
-    starts = np.array(streams.starts, np.int64)
+    starts = np.frombuffer(streams.starts, np.int64).reshape(-1, 3)
     if len(starts) == 1:
         raise CorpusError(f"the corpus is empty: got {_names(sources)} with {bad.count} bad records and no good one")
     write_array(folder / "starts.npy", starts)
@@ -160,7 +200,7 @@ class _Streams:
     def __init__(self, folder: Path, dtype: str):
         self.folder = folder
         self.dtype = dtype
-        self.starts = [(0, 0, 0)]
+        self.starts = array("q", (0, 0, 0))  # three a document
         self.last_token = -1
         self._open = ExitStack()
 
@@ -176,14 +216,18 @@ class _Streams:
 
     @property
     def n_tokens(self) -> int:
-        return self.starts[-1][0]
+        return self.starts[-3]
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.starts) // 3 - 1
 
     def write(self, tokens_T: np.ndarray, loss_T: np.ndarray, text: bytes, line: bytes) -> None:
         contents = tokens_T.astype(self.dtype).tobytes(), loss_T.astype(np.uint8).tobytes(), text, line
         for file, content in zip(self._files, contents, strict=True):
             file.write(content)
-        n_tokens, n_text, n_lines = self.starts[-1]
-        self.starts.append((n_tokens + len(tokens_T), n_text + len(text), n_lines + len(line)))
+        n_tokens, n_text, n_lines = self.starts[-3:]
+        self.starts.extend((n_tokens + len(tokens_T), n_text + len(text), n_lines + len(line)))
         self.last_token = int(tokens_T[-1])
 
 
@@ -199,21 +243,23 @@ def _append(document: Document, streams: _Streams, windows: _Windows, settings: 
     begin = -(-first // settings.seq_len) * settings.seq_len if settings.pack else first
     offset_W = np.arange(begin, last, settings.seq_len)
     ends_W = np.minimum(offset_W + settings.seq_len, last)
-    windows.offset.append(offset_W)
-    windows.document.append(np.full(len(offset_W), len(streams.starts) - 1, np.int32))
-    windows.span.append(np.stack([cuts_C[offset_W - first], cuts_C[ends_W - first]], axis=1))
+    span_W2 = np.stack([cuts_C[offset_W - first], cuts_C[ends_W - first]], axis=1)
+    windows.add(streams.n_documents, offset_W, span_W2)
     line = {"id": record.id, "metadata": record.metadata, "special": document.special}
     streams.write(tokens_T, loss_T, document.text.encode(), dump(line))
 
 
 def _finish(folder: Path, windows: _Windows, settings: Settings, dtype: str) -> dict[str, Any]:
     """Drop the windows in which nothing is predicted, and write the table of the others."""
-    tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
-    loss = np.memmap(folder / "loss.bin", bool, mode="r")
-    offset_N = np.concatenate(windows.offset)
-    length_N = np.minimum(settings.seq_len, (len(tokens) if settings.pack else _ends(windows, folder)) - offset_N)
+    tokens, loss = Stream(folder / "tokens.bin", dtype), Stream(folder / "loss.bin", bool)
+    offset_N, document_N, span_N2 = (
+        np.frombuffer(x, np.int64) for x in (windows.offset, windows.document, windows.span)
+    )
+    ends_N = len(tokens) if settings.pack else np.load(folder / "starts.npy", mmap_mode="r")[:, 0][document_N + 1]
+    length_N = np.minimum(settings.seq_len, ends_N - offset_N)
     hash_N, kept_N = np.zeros(len(offset_N), np.uint64), np.zeros(len(offset_N), bool)
-    for n, (start, length) in enumerate(zip(offset_N.tolist(), length_N.tolist(), strict=True)):
+    for n in range(len(offset_N)):
+        start, length = int(offset_N[n]), int(length_N[n])
         kept_N[n] = loss[start + 1 : start + length].any()
         hash_N[n] = tokens_hash(tokens[start : start + length])
     if not kept_N.any():
@@ -223,17 +269,12 @@ def _finish(folder: Path, windows: _Windows, settings: Settings, dtype: str) -> 
         )
     write_array(folder / "offset.npy", offset_N[kept_N])
     write_array(folder / "length.npy", length_N[kept_N].astype(np.int32))
-    write_array(folder / "document.npy", np.concatenate(windows.document)[kept_N])
-    write_array(folder / "span.npy", np.concatenate(windows.span)[kept_N])
+    write_array(folder / "document.npy", document_N[kept_N].astype(np.int32))
+    write_array(folder / "span.npy", span_N2.reshape(-1, 2)[kept_N])
     write_array(folder / "key.npy", sequence_keys(hash_N[kept_N]))
     return {
         "sequences": int(kept_N.sum()),
         "tokens": int(length_N[kept_N].sum()),
         "windows_without_loss": int((~kept_N).sum()),
-        "max_token": int(max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))),
+        "max_token": int(max(int(tokens[i : i + 2**20].max()) for i in range(0, len(tokens), 2**20))),
     }
-
-
-def _ends(windows: _Windows, folder: Path) -> np.ndarray:
-    """Where the document of each window ends in the tokens."""
-    return np.load(folder / "starts.npy", mmap_mode="r")[:, 0][np.concatenate(windows.document) + 1]

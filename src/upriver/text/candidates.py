@@ -1,67 +1,128 @@
 """TF-IDF: which sequences share the words of a query, whatever the model learned from them.
 
-Axes: Q queries, N sequences.  With occurrence 0/1 the score is the sum, over the query's tokens with multiplicity, of
-``IDF = log((N - n + 0.5) / (n + 0.5) + 1)`` where the sequence holds the token and ``n`` sequences do (28, 29): BM25
-with ``k1 = 0, b = 0``.
+Axes: Q queries, N sequences, C sequences of a chunk, W words (distinct tokens of all queries), R rows that are asked for.
+With occurrence 0/1 the score is the sum, over the query's tokens with multiplicity, of
+``IDF = log((N - n + 0.5) / (n + 0.5) + 1)`` where the sequence holds the token and ``n`` sequences do (28, 29): BM25 with
+``k1 = 0, b = 0``.  The corpus is read twice, once to count ``n`` and once to score, a chunk at a time, so memory does not
+grow with it.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
-
-def tfidf_scores(corpus: Corpus, queries: Queries, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-    """TF-IDF of every sequence for every query, on the model's tokens: float32 ``[Q, N]`` (28, 29).
-
-    ``progress`` is called with the sequences read so far and their number.
-    """
-    tokens_Q = [queries.token_ids(i) for i in range(len(queries))]
-    wanted, index = np.unique(np.concatenate(tokens_Q), return_inverse=True)
-    found = _occurrences(corpus, wanted, progress or (lambda done, total: None))
-    scores_QN = np.zeros((len(queries), len(corpus)), np.float32)
-    if any(found):
-        retriever = _index(found, len(wanted))
-        boundaries = np.cumsum([len(tokens) for tokens in tokens_Q])[:-1]
-        for q, terms in enumerate(np.split(index, boundaries)):
-            scores_QN[q] = retriever.get_scores_from_ids(terms.tolist())
-    return scores_QN
+CHUNK_BYTES = 16 << 20  # of the table of words by sequences
+CHUNK_ROWS = 4096
+Progress = Callable[[int, int], None]  # sequences read so far, their number
 
 
-def _occurrences(corpus: Corpus, wanted: np.ndarray, progress: Callable[[int, int], None]) -> list[list[int]]:
-    """Which of the ``wanted`` tokens each sequence holds, as indices into them: all that the scores depend on."""
-    place = np.full(max(int(wanted[-1]), corpus.max_token) + 1, -1)
-    place[wanted] = np.arange(len(wanted))
-    found = []
-    for row in range(len(corpus)):
-        places = np.unique(place[corpus.token_ids(row)])
-        found.append(places[places >= 0].tolist())
-        if row % 1024 == 0:
-            progress(row, len(corpus))
-    progress(len(corpus), len(corpus))
-    return found
+class Best:
+    """The ``k`` largest numbers of a stream and their places, largest first, equal ones in the order in which they came."""
+
+    def __init__(self, k: int):
+        self.k = k
+        self.values, self.places = np.empty(0, np.float32), np.empty(0, np.int64)
+
+    def add(self, values_C: np.ndarray, places_C: np.ndarray) -> None:
+        if len(self.values) == self.k:
+            better = values_C > self.values[-1]
+            values_C, places_C = values_C[better], places_C[better]
+        if len(values_C):
+            values, places = np.append(self.values, values_C), np.append(self.places, places_C)
+            order = np.argsort(-values, kind="stable")[: self.k]
+            self.values, self.places = values[order], places[order]
 
 
-def _index(found: list[list[int]], n_terms: int) -> Any:
-    import bm25s
+class Tfidf:
+    """TF-IDF of the sequences of a corpus for every query, on the model's tokens (28, 29)."""
 
-    retriever = bm25s.BM25(k1=0, b=0, method="lucene")
-    retriever.index((found, {term: term for term in range(n_terms)}), create_empty_token=False, show_progress=False)
-    return retriever
+    def __init__(self, corpus: Corpus, queries: Queries, progress: Progress | None = None):
+        self.corpus = corpus
+        tokens_Q = [queries.token_ids(q) for q in range(len(queries))]
+        words_W, index = np.unique(np.concatenate(tokens_Q), return_inverse=True)
+        self.terms_Q = np.split(index, np.cumsum([len(tokens) for tokens in tokens_Q])[:-1])
+        self.place = np.full(max(int(words_W[-1]), corpus.max_token) + 1, -1)
+        self.place[words_W] = np.arange(len(words_W))
+        self.n_words, self.size = len(words_W), max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * len(words_W))))
+        self.idf_W1 = self._idf(progress or (lambda done, total: None))
+
+    def _idf(self, progress: Progress) -> np.ndarray:
+        N, n_W = len(self.corpus), np.zeros(self.n_words)
+        for rows in self._cut(np.arange(N)):
+            progress(int(rows[0]), N)
+            n_W += self._held(rows).sum(1)
+        progress(N, N)
+        return np.log((N - n_W + 0.5) / (n_W + 0.5) + 1).astype(np.float32)[:, None]
+
+    def _cut(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        return (rows[i : i + self.size] for i in range(0, len(rows), self.size))
+
+    def _held(self, rows: np.ndarray) -> np.ndarray:
+        """Which words each sequence holds, 0 or 1: float32 ``[W, C]``."""
+        tokens = [self.corpus.token_ids(int(row)) for row in rows]
+        word = self.place[np.concatenate(tokens)]
+        column = np.repeat(np.arange(len(rows)), [len(t) for t in tokens])
+        held_WC = np.zeros((self.n_words, len(rows)), np.float32)
+        held_WC[word[word >= 0], column[word >= 0]] = 1
+        return held_WC
+
+    def scores(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The scores of sequences, a chunk at a time: their rows ``[C]``, float32 ``[Q, C]``."""
+        for chunk in self._cut(rows):
+            idf_WC = self._held(chunk)
+            idf_WC *= self.idf_W1
+            scores_QC = np.zeros((len(self.terms_Q), len(chunk)), np.float32)
+            for score_C, terms in zip(scores_QC, self.terms_Q, strict=True):
+                for term in terms:  # one after the other: equal words give equal sums, whatever the chunk
+                    score_C += idf_WC[term]
+            yield chunk, scores_QC
+
+    def all(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The scores of every sequence of the corpus, as `scores` gives them."""
+        return self.scores(np.arange(len(self.corpus)))
+
+
+class Ranked(NamedTuple):
+    """The rows that were asked for: ``rank_R`` is 1 + how many sequences of the corpus have a larger ``score_R``."""
+
+    rank_R: np.ndarray
+    score_R: np.ndarray
+
+
+def tfidf_ranks(corpus: Corpus, queries: Queries, rows_Q: list[np.ndarray]) -> list[Ranked]:
+    """For each query the TF-IDF ranks and scores of the sequences ``rows_Q[q]`` among all of the corpus."""
+    tfidf = Tfidf(corpus, queries)
+    score_QR = [np.zeros(len(rows), np.float32) for rows in rows_Q]
+    for chunk, scores_QC in tfidf.scores(np.unique(np.concatenate([*rows_Q, np.empty(0, np.int64)]))):
+        for score_R, rows, score_C in zip(score_QR, rows_Q, scores_QC, strict=True):
+            inside = np.isin(rows, chunk)
+            score_R[inside] = score_C[np.searchsorted(chunk, rows[inside])]
+    sorted_Q = [np.sort(score_R) for score_R in score_QR]
+    above_Q = [np.zeros(len(score_R) + 1, np.int64) for score_R in score_QR]  # by how many of the sorted are smaller
+    for _, scores_QC in tfidf.all():
+        for above, sorted_R, score_C in zip(above_Q, sorted_Q, scores_QC, strict=True):
+            above += np.bincount(np.searchsorted(sorted_R, score_C), minlength=len(above))
+    return [
+        Ranked(1 + np.cumsum(above[::-1])[::-1][np.searchsorted(sorted_R, score_R, side="right")], score_R)
+        for above, sorted_R, score_R in zip(above_Q, sorted_Q, score_QR, strict=True)
+    ]
 
 
 def candidates(
-    corpus: Corpus, queries: Queries, per_query: int, progress: Callable[[int, int], None] | None = None
+    corpus: Corpus, queries: Queries, per_query: int, progress: Progress | None = None
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The sequences worth scoring: of each query the ``per_query`` best by TF-IDF, equal scores in corpus order.
 
     Returns the sorted rows, int64, and what was kept, for the manifest.
     """
-    scores_QN = tfidf_scores(corpus, queries, progress)
-    best = np.argsort(-scores_QN, axis=1, kind="stable")[:, :per_query]
-    rows = np.unique(best).astype(np.int64)
+    best_Q = [Best(per_query) for _ in range(len(queries))]
+    for chunk, scores_QC in Tfidf(corpus, queries, progress).all():
+        for best, score_C in zip(best_Q, scores_QC, strict=True):
+            best.add(score_C, chunk)
+    rows = np.unique(np.concatenate([best.places for best in best_Q]))
     note = f"only the {per_query} best sequences of each query by TF-IDF were scored, {len(rows)} of {len(corpus)}"
     return rows, {"per_query": per_query, "kept": len(rows), "note": note}

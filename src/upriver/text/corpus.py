@@ -16,7 +16,7 @@ from upriver.errors import ConfigError, StorageError
 from upriver.runtime.store import digest, read_json
 from upriver.text import batch as batches
 from upriver.text.batch import Batch
-from upriver.text.build import TABLES, Progress, Settings, build, exclusive
+from upriver.text.build import TABLES, Progress, Settings, Stream, build, exclusive
 from upriver.text.encode import encode, tokenizer_fingerprint
 from upriver.text.records import BadRecords, open_corpus
 
@@ -24,7 +24,7 @@ SCHEMA = 2  # raise it when the same files would give other sequences, or the ar
 
 
 class Corpus:
-    """Sequences of tokens, mapped into memory from an artifact that is made once (`Corpus.read`).
+    """Sequences of tokens, read from an artifact that is made once (`Corpus.read`).
 
     A document of at most ``seq_len`` tokens is one sequence; a longer one is cut into windows, and the windows partition
     its characters exactly.  Windows in which no token is predicted are left out (``info["windows_without_loss"]``).
@@ -51,7 +51,7 @@ class Corpus:
         self.max_token = int(stored["max_token"])
         try:
             self._tokens, self._loss, self._text, self._documents = (
-                np.memmap(folder / f"{name}.bin", dtype, mode="r")
+                Stream(folder / f"{name}.bin", dtype)
                 for name, dtype in (("tokens", stored["dtype"]), ("loss", bool), ("text", "u1"), ("documents", "u1"))
             )
             self._starts_D3 = np.load(folder / "starts.npy", mmap_mode="r")
