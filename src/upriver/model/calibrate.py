@@ -1,0 +1,240 @@
+"""A plan for this machine: a few seconds of measuring, with the model and the operations that the passes are made of."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+
+from upriver.model.capture import capture
+from upriver.model.layers import Layer, find_layers
+from upriver.model.load import Model, dtype_named
+from upriver.model.shape import config_shape, model_shape
+from upriver.model.sweep import tracked_layers
+from upriver.runtime.counts import LayerSize, Shape
+from upriver.runtime.hardware import (
+    LIBRARIES,
+    Machine,
+    Rates,
+    default_limit,
+    hardware,
+    process_seconds,
+    resident_memory,
+)
+from upriver.runtime.plan import Plan, Request, plan_run
+from upriver.tensors import add_second_moment, eigh, sequence_gradients
+from upriver.text.batch import Batch, Sequences, pad, plan, sample
+
+TIMED_FLOP = 1.5e11  # of one calibration pass through the model: about a second on two cores
+EIGEN_SIDE = 768  # of the matrix that is decomposed to measure
+MOVED = 64 << 20  # bytes copied to measure bandwidth
+WRITTEN = 32 << 20
+
+_MEASURED: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Rates]] = WeakKeyDictionary()  # once per process
+
+
+def plan_here(model: Model, layers: list[Layer], data: Sequences, request: Request) -> Plan:
+    """Plan for this machine, by a few seconds of measuring with the model itself.
+
+    Raises:
+        ConfigError: the run cannot be kept within the memory.
+        NumericalError: the model's loss is not finite.
+    """
+    shape = model_shape(model, layers, data)
+    return plan_run(request, shape, machine_here(model, layers, data, shape, request))
+
+
+def plan_model(model: Model | Path, data: Sequences, spec: str, request: Request, hardware_name: str | None) -> Plan:
+    """What ``upriver plan`` shows: any model, also one of which there is only a configuration, on any machine.
+
+    Args:
+        model: a loaded model, or the path of a configuration (:func:`upriver.model.shape.config_only`).
+        data: the corpus, or a :class:`Blank` one.
+        spec: the layers, as in :func:`upriver.model.layers.find_layers`.
+        hardware_name: an entry of the table of machines, such as ``h100x8``; None: this machine.
+
+    Raises:
+        ConfigError: no such hardware, or the run cannot be kept within the memory.
+        ModelError: the configuration cannot be used, or there is no such layer.
+    """
+    machine = hardware(hardware_name) if hardware_name else None
+    if isinstance(model, Path):
+        shape = config_shape(model, spec)[1]
+        return plan_run(request, shape, machine or machine_without(shape, request))
+    layers = tracked_layers(model, data, spec)
+    if machine is None:
+        return plan_here(model, layers, data, request)
+    return plan_run(request, model_shape(model, layers, data), machine)
+
+
+class Blank:
+    """A corpus of which only the size is known: ``sequences`` times ``tokens`` of token 0, a few of them here."""
+
+    def __init__(self, sequences: int, tokens: int):
+        self.lengths_N = np.full(min(sequences, 1024), tokens, np.int64)
+        self.fingerprint = f"{sequences}x{tokens}"
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
+        return plan(self.lengths_N, batch_tokens, rows)
+
+    def sample(self, max_tokens: int, seed: int) -> np.ndarray:
+        return sample(self.lengths_N, np.arange(len(self), dtype=np.uint64), max_tokens, seed)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        zeros = [np.zeros(self.lengths_N[r], np.int64) for r in rows]
+        return pad(rows, np.asarray(rows, np.uint64), zeros, [np.ones(len(x), bool) for x in zeros])
+
+
+def machine_here(model: Model, layers: list[Layer], data: Sequences, shape: Shape, request: Request) -> Machine:
+    """This machine as it runs this model; measured once per process and compute type."""
+    started = process_seconds() or time.process_time()
+    resident = resident_memory() or LIBRARIES + 4 * shape.parameters
+    measured = _MEASURED.setdefault(model.module, {})
+    own = str(model.dtype).removeprefix("torch.")
+    for dtype in dict.fromkeys((own, request.dtype, request.scan)):
+        if (dtype, request.batch_tokens) not in measured:
+            with model.computing_in(dtype) as computing:
+                same = layers if computing is model else _same(computing, layers)
+                measured[dtype, request.batch_tokens] = _rates(computing, same, data, shape, request.batch_tokens)
+    rates = {dtype: x for (dtype, tokens), x in measured.items() if tokens == request.batch_tokens}
+    rates.setdefault("float32", rates[own])
+    return _machine(shape, rates, started, resident, model.device)
+
+
+def machine_without(shape: Shape, request: Request) -> Machine:
+    """This machine for a model that is not here: as fast as its products."""
+    resident = (resident_memory() or LIBRARIES) + 4 * shape.parameters
+    device, rates = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
+    for dtype in dict.fromkeys(("float32", request.dtype, request.scan)):
+        like = torch.empty(0, dtype=dtype_named(dtype), device=device)
+        largest = max(shape.layers, key=lambda x: x.O * x.I)
+        product, symmetric, gradient = _product_rates(largest, max(1, round(request.tokens)), 1024, like)
+        rates[dtype] = Rates(product, product, symmetric, gradient, _bandwidth(device))
+    return _machine(shape, rates, process_seconds() or 0.0, resident, device)
+
+
+def _machine(shape: Shape, rates: dict[str, Rates], started: float, resident: int, device: torch.device) -> Machine:
+    side = max(max(x.O, x.I) for x in shape.layers)
+    return Machine(
+        name="this machine",
+        devices=1,
+        memory=default_limit(resident),
+        cores=1 if device.type == "cuda" else torch.get_num_threads(),
+        eigen=_eigen_rate(min(EIGEN_SIDE, side), device),
+        disk=_disk_rate(),
+        start=started,
+        rates=rates,
+        resident=resident,
+        low_precision=_low_precision_speed(min(2048, side), device),
+    )
+
+
+def _same(model: Model, layers: list[Layer]) -> list[Layer]:
+    """The layers of another copy of the model."""
+    found = {x.name: x for x in find_layers(model.module, ",".join(x.name for x in layers))}
+    return [found[x.name]._replace(A_of=x.A_of) for x in layers]
+
+
+def _rates(model: Model, layers: list[Layer], data: Sequences, shape: Shape, batch_tokens: int) -> Rates:
+    largest = max(shape.layers, key=lambda x: x.O * x.I)
+    T = max(1, int(np.mean(data.lengths_N)))
+    through = _pass_rate(model, layers, data, shape, batch_tokens)
+    return Rates(through, *_product_rates(largest, T, batch_tokens, model.like), _bandwidth(model.device))
+
+
+def _pass_rate(model: Model, layers: list[Layer], data: Sequences, shape: Shape, batch_tokens: int) -> float:
+    """FLOP/s forward and backward, over one batch of common length."""
+    T = float(np.mean(data.lengths_N))
+    each = 2 * (shape.forward(T) + shape.backward(T))
+    order = np.argsort(data.lengths_N)
+    length = int(data.lengths_N[order[len(order) // 2]])
+    count = max(1, int(min(batch_tokens, TIMED_FLOP / each)) // length)
+    middle = len(order) // 2
+    start = max(0, min(middle - count // 2, len(order) - count))
+    rows = order[start : start + count]
+
+    def run_on(rows: np.ndarray) -> None:
+        batch = data.batch(rows).to(model.device)
+        run(len(rows), model.task.positions(batch), lambda: model.task.loss(model.module, batch))
+
+    with capture(model.module, layers, lambda *_: None) as run:
+        run_on(rows[:1])
+        seconds = min(_seconds(lambda: run_on(rows), model.device, 1, 0.0) for _ in range(2))
+    tokens = float(data.lengths_N[rows].sum())
+    return tokens * each / seconds
+
+
+def _product_rates(layer: LayerSize, T: int, batch_tokens: int, like: Tensor) -> tuple[float, float, float]:
+    """Products with the shapes of a layer: tokens times a basis, second moments, gradients of sequences."""
+    N = max(1, min(batch_tokens, 2048) // T)
+    a_NTI, g_NTO = like.new_ones(N, T, layer.I), like.new_ones(N, T, layer.O)
+    basis_II = like.new_ones(layer.I, layer.I)
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    total_II = torch.zeros(layer.I, layer.I, dtype=wide, device=like.device)
+    M, O, I = N * T, layer.O, layer.I
+    product = 2.0 * M * I * I / _seconds(lambda: a_NTI @ basis_II, like.device)
+    symmetric = M * I * (I + 1.0) / _seconds(lambda: add_second_moment(total_II, a_NTI.flatten(0, 1)), like.device)
+    chunk = max(1, min(N, (64 << 20) // (4 * O * I)))
+    formed = _seconds(lambda: sequence_gradients(a_NTI[:chunk], g_NTO[:chunk]), like.device)
+    return product, symmetric, 2.0 * chunk * T * O * I / formed
+
+
+@cache
+def _eigen_rate(n: int, device: torch.device) -> float:
+    """Seconds over ``n^3``, one matrix with one thread."""
+    x = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device)
+    matrix = x @ x.T
+    with threadpool_limits(1):
+        return _seconds(lambda: eigh(matrix), device) / n**3
+
+
+@cache
+def _low_precision_speed(n: int, device: torch.device) -> float:
+    """How many times as fast as in float32 a product is in bfloat16."""
+    x = torch.ones(min(1024, n), n, device=device)
+    y = torch.ones(n, n, device=device)
+    half_x, half_y = x.bfloat16(), y.bfloat16()
+    return _seconds(lambda: x @ y, device) / _seconds(lambda: half_x @ half_y, device)
+
+
+@cache
+def _bandwidth(device: torch.device) -> float:
+    x = torch.ones(MOVED // 4, device=device)
+    y = torch.empty_like(x)
+    return 2 * MOVED / _seconds(lambda: torch.square(x, out=y), device)
+
+
+@cache
+def _disk_rate() -> float:
+    block = np.ones(WRITTEN, np.uint8).tobytes()
+    with tempfile.TemporaryFile() as file:
+        start = time.perf_counter()
+        file.write(block)
+        file.flush()
+        return WRITTEN / (time.perf_counter() - start)
+
+
+def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3, warm: float = 0.2) -> float:
+    """The shortest of a few runs, after one that is not counted; fewer where one takes long."""
+    best = float("inf")
+    for i in range(repeats + 1 if warm else repeats):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - start
+        if i or not warm or took > warm:
+            best = min(best, took)
+        if took > warm > 0:
+            break
+    return best

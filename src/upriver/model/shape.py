@@ -1,0 +1,184 @@
+"""What a model is made of, for the plan: counted on a loaded module, or on one that a configuration alone describes."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.pytorch_utils import Conv1D
+
+from upriver.errors import ModelError
+from upriver.model.capture import capture, frozen
+from upriver.model.head import hidden_states
+from upriver.model.layers import Layer, find_layers, layer_kind, probe, weight_shape
+from upriver.model.load import Model
+from upriver.runtime.counts import Block, LayerSize, Shape
+from upriver.text.batch import Sequences
+
+PROBE_TOKENS = 8  # of a module without weights
+
+
+class Seen(NamedTuple):
+    """What one forward pass showed."""
+
+    tokens: int
+    inputs: dict[str, tuple[float, bool]]  # linear module -> multiplications, and whether a gradient goes on below it
+    held: int  # bytes kept for the backward pass
+    widest: int  # numbers a token
+
+
+def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: Callable[[], Any]) -> Shape:
+    """Count a module by one forward pass over ``tokens`` positions."""
+    seen = observe(module, layers, tokens, forward)
+    attention, blocks = _attention_width(module), defaultdict(float)
+    outside = {True: 0.0, False: 0.0}
+    for name, (multiplications, back) in seen.inputs.items():
+        block = _block_number(name)
+        if block is None:
+            outside[back] += multiplications
+        else:
+            blocks[block] += multiplications
+    low = min((x.block for x in layers if x.block is not None), default=0)
+    passed = [(n, m) for n, (m, back) in seen.inputs.items() if back and _block_number(n) == low]
+    return Shape(
+        layers=tuple(LayerSize(x.name, x.O, x.I, x.A_of, x.block) for x in layers),
+        blocks=tuple(Block(blocks[i], attention) for i in range(max(blocks, default=-1) + 1)),
+        below=outside[False],
+        head=outside[True],
+        lowest=sum(m for _, m in passed) / blocks[low] if blocks[low] else 0.0,
+        lowest_attention=any(layer_kind(module, n) == "attention" for n, _ in passed),
+        parameters=sum(p.numel() for p in module.parameters()),
+        activation=seen.held / tokens / next(p for p in module.parameters() if p.is_floating_point()).element_size(),
+        widest=seen.widest,
+        vocabulary=_vocabulary(module),
+    )
+
+
+def model_shape(model: Model, layers: list[Layer], data: Sequences) -> Shape:
+    """The shape of a loaded model, seen on one sequence of middle length."""
+    row = np.argsort(data.lengths_N)[[len(data) // 2]]
+    batch = data.batch(row).to(model.device)
+    with torch.no_grad(), frozen(model.module):
+        model.task.loss(model.module, batch)  # the first pass runs the head whole
+    tokens = model.task.positions(batch) or 1
+    return module_shape(model.module, layers, tokens, lambda: model.task.loss(model.module, batch))
+
+
+def config_only(path: str | Path) -> Path | None:
+    """Where a configuration is, when there is one without weights beside it: a ``.json`` file, or a folder."""
+    place = Path(path)
+    if place.suffix == ".json" and place.is_file():
+        return place
+    weights = (
+        [x for end in ("safetensors", "bin", "gguf", "pt") for x in place.glob(f"*.{end}")] if place.is_dir() else []
+    )
+    return place if not weights and (place / "config.json").is_file() else None
+
+
+def config_shape(path: str | Path, spec: str) -> tuple[str, Shape]:
+    """The architecture and shape of a model of which only the configuration is there; nothing of its size is allocated.
+
+    Args:
+        path: a ``config.json``, or a folder with one.
+
+    Raises:
+        ModelError: no configuration there, or a module that does not run without weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with FakeTensorMode():  # shapes only
+            module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            tokens_1T = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
+            return type(module).__name__, _fake_shape(module, spec, tokens_1T)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many kinds here
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ModelError(
+            f"no model can be planned from the configuration alone at {str(path)!r}: {reason}; "
+            "give a config.json of a causal language model, or the model itself"
+        ) from error
+
+
+def _fake_shape(module: Any, spec: str, tokens_1T: Tensor) -> Shape:
+    head = module.get_output_embeddings()
+
+    def forward() -> Tensor:
+        return hidden_states(module, head, tokens_1T)
+
+    with frozen(module):
+        layers = probe(find_layers(module, spec), forward)
+    return module_shape(module, layers, PROBE_TOKENS, forward)
+
+
+def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callable[[], Any]) -> Seen:
+    """Run ``forward`` as a captured pass does, and note what goes through the linear modules and what stays in memory.
+
+    Memory is that of all storages kept for the backward pass, each once, parameters left out, with the inputs of the
+    tracked layers; it does not depend on the device.
+    """
+    weights = {x.untyped_storage()._cdata for x in [*module.parameters(), *module.buffers()]}
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []  # an address is used again once its tensor is gone
+    inputs: dict[str, tuple[float, bool]] = {}
+    widest = 0
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            sizes[storage._cdata] = storage.nbytes()
+            alive.append(x)
+        return x
+
+    def note(name: str) -> Callable:
+        def hook(m: nn.Module, args: tuple, kwargs: dict) -> None:
+            nonlocal widest
+            a = args[0] if args else next(iter(kwargs.values()))
+            O, I = weight_shape(m)
+            before, back = inputs.get(name, (0.0, False))
+            inputs[name] = (before + a.numel() / I * O * I / tokens, back or a.requires_grad)
+            widest = max(widest, O, I) if layer_kind(module, name) else widest
+            if name in tracked:
+                keep(a.detach())
+
+        return hook
+
+    tracked = {n for n, m in module.named_modules() if any(m is t for x in layers for t in x.modules)}
+    linear = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    hooks = [m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in linear]
+    saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+    try:
+        with capture(module, layers, lambda *_: None), torch.enable_grad(), saving:
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Seen(tokens, inputs, sum(sizes.values()), widest)
+
+
+def _block_number(name: str) -> int | None:
+    found = re.findall(r"\.(\d+)\.", f".{name}.")
+    return int(found[0]) if found else None
+
+
+def _attention_width(module: Any) -> float:
+    """Heads times the width of one; 0 for a module that does not say."""
+    config = getattr(module, "config", None)
+    if config is None:
+        return 0.0
+    config = config.get_text_config()
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", 0)
+    width = getattr(config, "head_dim", None)
+    return float(heads * width if heads and width else hidden if heads else 0)
+
+
+def _vocabulary(module: Any) -> int:
+    find = getattr(module, "get_input_embeddings", None)
+    return int(find().weight.shape[0]) if find else 1

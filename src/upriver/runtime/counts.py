@@ -1,0 +1,166 @@
+"""Multiplications of every pass, layer by layer: pure arithmetic, written once, for the plan, the scan and docs/cost.md.
+
+Axes: ``I`` inputs and ``O`` outputs of a layer, ``T`` tokens of a sequence, ``M`` tokens of a batch in ``N`` sequences,
+``Q`` queries, ``R`` rank.  One multiplication is two floating-point operations (with its addition).
+
+    pass                          multiplications a token and layer
+    forward, backward             O I each (the backward pass goes to activations only, and not below the lowest tracked layer)
+    covariances, full             O^2, and I^2 once for each input that layers share
+    covariances, symmetric        half of that (BLAS ``syrk``), or 9/16 in 8 block rows
+    correction                    O I, and for each side the cheaper of turning tokens (I^2) and gradients (O I I / T)
+    gradient of each sequence     O I
+    scores                        see :func:`orders`
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+OVERSAMPLE, PRODUCTS = 16, 10  # of the randomised singular value decomposition: extra columns, products with the matrix
+
+
+class Sized(Protocol):
+    """A tracked layer, as far as counting goes; :class:`upriver.model.layers.Layer` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def O(self) -> int: ...  # noqa: E743
+    @property
+    def I(self) -> int: ...  # noqa: E743
+    @property
+    def A_of(self) -> str: ...
+    @property
+    def block(self) -> int | None: ...
+
+
+class LayerSize(NamedTuple):
+    """The plain data of a tracked layer."""
+
+    name: str
+    O: int
+    I: int
+    A_of: str  # the layer whose input it shares, itself when alone
+    block: int | None
+
+
+class Block(NamedTuple):
+    """One block of a model: multiplications a token of its linear layers, and numbers a token that its attention mixes."""
+
+    linear: float
+    attention: float  # heads x width of a head: each of two products costs this much for every token looked at
+
+
+class Shape(NamedTuple):
+    """A model as far as counting goes."""
+
+    layers: tuple[LayerSize, ...]
+    blocks: tuple[Block, ...]
+    below: float  # linear layers before the first block
+    head: float  # linear layers after the last one
+    lowest: float  # share of the lowest tracked block's linear layers that pass a gradient back
+    lowest_attention: bool  # whether that block's attention does
+    parameters: int
+    activation: float  # numbers a token held for the backward pass
+    widest: int  # numbers a token of the widest layer
+    vocabulary: int
+
+    def lowest_block(self, layers: Sequence[Sized]) -> int:
+        return min((x.block for x in layers if x.block is not None), default=0)
+
+    def forward(self, T: float) -> float:
+        """Multiplications a token."""
+        return self.below + self.head + sum(b.linear + 2 * T * b.attention for b in self.blocks)
+
+    def backward(self, T: float, layers: Sequence[Sized] | None = None) -> float:
+        """Multiplications a token of the backward pass to activations, down to the lowest of ``layers`` (default: tracked)."""
+        low = self.lowest_block(self.layers if layers is None else layers)
+        above = sum(b.linear + 4 * T * b.attention for b in self.blocks[low + 1 :])
+        if not self.blocks:
+            return self.head + self.lowest * self.below
+        last = self.blocks[low]
+        return self.head + above + self.lowest * last.linear + 4 * T * last.attention * self.lowest_attention
+
+    def step(self, T: float) -> float:
+        """Multiplications a token of a plain training step: forward, and backward to activations and weights."""
+        linear = self.below + self.head + sum(b.linear for b in self.blocks)
+        return 3 * linear + 6 * T * sum(b.attention for b in self.blocks)
+
+
+def leads(layer: Sized) -> bool:
+    return layer.A_of == layer.name
+
+
+def symmetric(n: int, blocks: int | None = None) -> float:
+    """One triangle of ``x^T x``, a row of ``x``: exactly, or by block rows that are each as long as the diagonal asks."""
+    return n * (n + n / (blocks or n)) / 2
+
+
+def covariance(layer: Sized, blocks: int | None = None) -> float:
+    """``A`` (once for each shared input) and ``S`` of one layer, a token; ``blocks=1`` for the full products."""
+    return symmetric(layer.O, blocks) + (symmetric(layer.I, blocks) if leads(layer) else 0)
+
+
+class Rotation(NamedTuple):
+    """A sequence's gradient in the eigenbasis, a token: what each way of turning one side costs."""
+
+    gradient: float
+    left_tokens: float  # S side
+    left_gradient: float
+    right_tokens: float  # A side
+    right_gradient: float
+
+    @property
+    def cheapest(self) -> float:
+        return self.gradient + min(self.left_tokens, self.left_gradient) + min(self.right_tokens, self.right_gradient)
+
+
+def correction(layer: Sized, T: float) -> Rotation:
+    """An input that several layers share is turned once, for the first of them."""
+    O, I = float(layer.O), float(layer.I)
+    return Rotation(O * I, O * O, O * O * I / T, I * I if leads(layer) else 0.0, O * I * I / T)
+
+
+class Orders(NamedTuple):
+    """Multiplications of one batch in one layer, by order of contraction."""
+
+    tokens: float
+    dense: float
+    rebuilt: float
+
+
+def orders(O: int, I: int, M: float, N: float, Q: int, R: int) -> Orders:
+    """What a batch of ``M`` tokens in ``N`` sequences costs against ``Q`` queries of rank ``R``.
+
+    tokens:  ``sum_t (g_t U) . (V a_t)``;  dense: each sequence's gradient, times every query;  rebuilt: as dense, with the
+    queries multiplied out in each batch.
+    """
+    gradient = M * O * I + N * O * I * Q
+    return Orders(M * (O + I) * Q * R, gradient, gradient + Q * O * I * R)
+
+
+def cheapest(layer: Sized, M: float, N: float, Q: int, R: int | None, room: float) -> str:
+    """The order of contraction of one layer: the fewest multiplications of those that ``room`` bytes of queries allow."""
+    if R is None:
+        return "dense"
+    costs = orders(layer.O, layer.I, M, N, Q, R)
+    if costs.dense < costs.tokens and room >= 4 * Q * layer.O * layer.I:
+        return "dense"
+    return "tokens" if costs.tokens <= costs.rebuilt else "rebuilt"
+
+
+def solve(layer: Sized, t: float, R: int | None) -> float:
+    """One query of ``t`` tokens in one layer: into the eigenbasis, divided, compressed (or kept whole), and back."""
+    O, I = layer.O, layer.I
+    into = t * (O * O + I * I + O * I)
+    if R is None or min(O, I) <= R:
+        return into + O * I * (O + I)
+    width = R + OVERSAMPLE
+    exact = width >= min(O, I) // 2
+    compress = 10 * min(O, I) * O * I if exact else PRODUCTS * O * I * width + 10 * (O + I) * width * width
+    return into + compress + R * (O * O + I * I)
+
+
+def rescore(layer: Sized, t: float, T: float, pairs: float) -> float:
+    """One query at full rank in one layer (in and out of the eigenbasis), then ``pairs`` sequences token by token."""
+    O, I = layer.O, layer.I
+    return t * O * I + 2 * O * I * (O + I) + pairs * T * O * (I + 1)

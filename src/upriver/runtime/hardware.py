@@ -1,0 +1,185 @@
+"""What a machine can do: this one, as measured, or one of the table in ``hardware.toml`` that need not be there."""
+
+import difflib
+import os
+import re
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from upriver.errors import ConfigError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+DEFAULT_SHARE = 0.8  # of the available memory, when no limit is given
+LIBRARIES = 1_000_000_000  # bytes: Python, torch and a device's context, where nothing could be measured
+EIGEN_OPERATIONS = 9  # n^3: the convention that the table's share of the peak is given in
+
+
+class Rates(NamedTuple):
+    """What is reached in one compute type on one device."""
+
+    model: float  # FLOP/s, forward and backward through the model
+    product: float  # FLOP/s, tokens times a square matrix
+    symmetric: float  # FLOP/s, second moments as counted in :func:`upriver.runtime.counts.symmetric`
+    gradient: float  # FLOP/s, the gradients of single sequences
+    bandwidth: float  # bytes/s of numbers read and written by an elementwise operation
+
+
+class Machine(NamedTuple):
+    """Where a run takes place, or would."""
+
+    name: str
+    devices: int
+    memory: int  # bytes of one device that may be used
+    cores: int  # eigendecompositions at once
+    eigen: float  # seconds / n^3, float64, one at a time
+    disk: float  # bytes/s
+    start: float  # seconds until model and corpus are there
+    rates: dict[str, Rates]  # by dtype
+    resident: int | None  # bytes in use now, the model loaded in float32; None: not measured
+    low_precision: float  # speed of bfloat16 products over float32
+
+    def of(self, dtype: str) -> Rates:
+        return self.rates.get(dtype) or self.rates["float32"]
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as ``8GB``, ``2GiB`` or ``500MB``.
+
+    Raises:
+        ConfigError: not a positive number with one of the units.
+
+    Example:
+        >>> parse_memory("8GB")
+        8000000000
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    number, unit = (float(match[1]), match[2].upper()) if match else (0.0, "?")
+    if unit not in UNITS or not 1 <= number * UNITS[unit] < 2**63:
+        raise ConfigError(f"bad size of memory: got {text!r}; give a number with its unit, such as 8GB, 2GiB or 500MB")
+    return int(number * UNITS[unit])
+
+
+def show_bytes(n: float) -> str:
+    unit, name = next(((u, s) for u, s in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if n >= u), (1e3, "kB"))
+    return f"{n / unit:.3g} {name}"
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take: what the system has left, or what its control group allows if that is less."""
+    found = [_system_available(Path("/proc/meminfo")), *map(_group_left, _groups())]
+    known = [x for x in found if x is not None]
+    return min(known) if known else None
+
+
+def default_limit(resident: int | None) -> int:
+    """The memory of a run that was given none: what it has, and 80 % of what is left (8 GB where the system does not tell)."""
+    left = available_memory()
+    return 8 * 10**9 if left is None else (resident or 0) + int(DEFAULT_SHARE * left)
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process in memory now; None where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process has had in memory so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def process_seconds() -> float | None:
+    """Seconds since this process was started; None where the system does not tell."""
+    try:
+        started = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - started
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _system_available(path: Path) -> int | None:
+    try:
+        line = next(x for x in path.read_text().splitlines() if x.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
+def _groups() -> list[tuple[Path, Path]]:
+    """Files (limit, in use) of the control groups that this process may be in, versions 2 and 1."""
+    top = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    own = [x.split(":", 2)[2].strip("/") for x in lines if x.startswith("0::") or ":memory:" in x]
+    places = [top / name for name in ["", *own]]
+    new = [(p / "memory.max", p / "memory.current") for p in places]
+    old = [top / "memory" / name for name in ["", *own]]
+    return new + [(p / "memory.limit_in_bytes", p / "memory.usage_in_bytes") for p in old]
+
+
+def _group_left(files: tuple[Path, Path]) -> int | None:
+    try:
+        limit, used = (path.read_text().strip() for path in files)
+        return max(0, int(limit) - int(used)) if limit != "max" and int(limit) < 1 << 60 else None
+    except (OSError, ValueError):
+        return None
+
+
+@cache
+def _table() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(Path(__file__).with_name("hardware.toml").read_text(encoding="utf-8"))
+
+
+def hardware_names() -> list[str]:
+    return [name for name in _table() if name != "assumed"]
+
+
+def hardware(name: str) -> Machine:
+    """A machine of the table: ``h100``, or ``h100x8`` for eight of them.
+
+    Raises:
+        ConfigError: no such entry; the nearest known ones are named.
+    """
+    kind, count = name.strip().lower(), 1
+    match = re.fullmatch(r"(.+)x([1-9]\d{0,5})", kind)
+    if match and kind not in hardware_names():
+        kind, count = match[1], int(match[2])
+    if kind not in hardware_names():
+        near = difflib.get_close_matches(kind, hardware_names(), 3, 0.4) or hardware_names()
+        raise ConfigError(
+            f"unknown hardware: got {name!r}; give one of {', '.join(near)}, with x8 behind it for eight devices"
+        )
+    entry, assumed = _table()[kind], _table()["assumed"]
+    rates = {dtype: _rates(entry, assumed, dtype) for dtype in ("float32", "bfloat16", "float64")}
+    return Machine(
+        name=name,
+        devices=count,
+        memory=int(entry["memory"]),
+        cores=entry["cores"],
+        eigen=EIGEN_OPERATIONS / (assumed["eigen"] * entry["float64"] / entry["cores"]),
+        disk=assumed["disk"],
+        start=assumed["start"],
+        rates=rates,
+        resident=None,
+        low_precision=entry["bfloat16"] / entry["float32"],
+    )
+
+
+def _rates(entry: dict[str, Any], assumed: dict[str, Any], dtype: str) -> Rates:
+    peak = entry[dtype]
+    product = assumed["product"] * peak
+    sums = assumed["product"] * entry["float64" if dtype == "float64" else "float32"]  # whatever the compute type
+    return Rates(assumed["model"] * peak, product, sums, product, entry["bandwidth"])

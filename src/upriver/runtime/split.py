@@ -1,0 +1,250 @@
+"""How a fit and a trace divide their work so that they stay within a memory limit: pure arithmetic, decided before they start.
+
+All sizes are bytes.  ``fixed`` is what is there before a pass begins: the libraries, the model, the corpus.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from upriver.errors import ConfigError
+from upriver.runtime.counts import Shape, Sized, leads
+from upriver.runtime.hardware import show_bytes
+
+SUM = 4  # bytes of a number in a sum, a basis or a full-rank query, whatever the compute type
+WIDE = 8  # float64, in eigendecompositions
+ITEM = {"float32": 4, "bfloat16": 2, "float64": 8}
+HEAD_BYTES = 128 << 20  # float32 logits held at once
+HEAD_COPIES = 3  # logits, their logarithms, and what either is made from
+EIGEN_COPIES = 6  # n x n in float64: matrix, its copy, eigenvectors, workspace of two, what the layer's other side left
+GRADIENT_BYTES = 16 << 20  # gradients of single sequences held at once: what stays in the caches of a core
+GRADIENT_COPIES = 3
+TRANSIENT = 4  # tensors of the widest layer alive at once in the backward pass
+SLACK = 64 << 20  # what the allocator keeps to itself
+SYMMETRIC_COPIES = 3  # of the largest matrix, while a triangle is made whole and added to the sums on disk
+QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
+DENSE_BYTES = 2 << 30  # multiplied-out queries held through a scan, at most; as above
+REBUILD_BYTES = 256 << 20  # multiplied-out queries held at once in one layer, at most
+
+
+class Job(NamedTuple):
+    """What memory depends on, besides the model."""
+
+    limit: int
+    fixed: int
+    batch_tokens: int  # asked for; a split may take fewer
+    longest: int  # tokens of the longest sequence
+    dtype: str = "float32"
+    cores: int = 1
+
+
+class FitSplit(NamedTuple):
+    """Layers by index, a list for each pass over the sample."""
+
+    batch_tokens: int
+    covariance: list[list[int]]
+    correction: list[list[int]]
+    eigen_workers: int
+    peak: dict[str, int]  # by pass
+
+
+class TraceSplit(NamedTuple):
+    batch_tokens: int
+    solve_queries: int  # solved at once
+    solve_bytes: int  # their gradients (as tokens) and solutions
+    rescore_queries: int  # held at full rank at once
+    rescore_bytes: int
+    dense_bytes: int
+    rebuild_bytes: int
+    peak: dict[str, int]
+
+
+class Asked(NamedTuple):
+    """The queries of a trace."""
+
+    queries: int
+    tokens: int  # of one query
+    rank: int | None  # None: full
+
+
+def groups(layers: Sequence[Sized], size: Callable[[Sequence[Sized]], int], room: int) -> list[list[int]]:
+    """The fewest runs of consecutive layers of which each is at most ``room``.
+
+    Filled from the lowest layer up: the first group goes through the whole model anyway, and the others end as high as they can.
+    A layer larger than the room is a group of its own.
+    """
+    found: list[list[int]] = []
+    for i in range(len(layers)):
+        if found and size([layers[j] for j in found[-1]] + [layers[i]]) <= room:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+def covariance_size(layers: Sequence[Sized]) -> int:
+    """The sums of a group: ``S`` of each layer, ``A`` of each input once."""
+    return SUM * sum(x.O**2 + (x.I**2 if leads(x) else 0) for x in layers)
+
+
+def correction_size(layers: Sequence[Sized]) -> int:
+    """Bases of a group (that of a shared input once) and the sums of ``lam`` in two halves."""
+    inputs = {x.A_of: x.I**2 for x in layers}
+    return SUM * (sum(inputs.values()) + sum(x.O**2 + 2 * x.O * x.I for x in layers))
+
+
+def covariance_groups(layers: Sequence[Sized], room: int) -> list[list[int]]:
+    return groups(layers, covariance_size, room)
+
+
+def correction_groups(layers: Sequence[Sized], room: int) -> list[list[int]]:
+    return groups(layers, correction_size, room)
+
+
+def batch_size(shape: Shape, tokens: int, dtype: str) -> int:
+    """Activations of a batch, what comes and goes in its backward pass, and the head's chunk of logits."""
+    logits = min(HEAD_BYTES, SUM * shape.vocabulary * tokens)
+    held = int(ITEM[dtype] * tokens * (shape.activation + TRANSIENT * shape.widest))
+    return held + HEAD_COPIES * logits
+
+
+def _sides(layers: Sequence[Sized]) -> list[int]:
+    """Sides of all matrices that are decomposed, largest first."""
+    return sorted([x.O for x in layers] + [x.I for x in layers if leads(x)], reverse=True)
+
+
+def covariance_work(layers: Sequence[Sized]) -> int:
+    """Beside the sums: one matrix on its way to disk, and what it is added to there."""
+    return SYMMETRIC_COPIES * SUM * _sides(layers)[0] ** 2
+
+
+def correction_work(layers: Sequence[Sized]) -> int:
+    """Beside bases and sums: a chunk of gradients, turned and squared."""
+    return GRADIENT_COPIES * max(GRADIENT_BYTES, SUM * max(x.O * x.I for x in layers))
+
+
+def eigen_size(layers: Sequence[Sized], workers: int) -> int:
+    return EIGEN_COPIES * WIDE * sum(n * n for n in _sides(layers)[:workers])
+
+
+def _halvings(batch_tokens: int, longest: int) -> list[int]:
+    sizes = [max(batch_tokens, longest)]
+    while sizes[-1] // 2 > longest:
+        sizes.append(sizes[-1] // 2)
+    return sizes if sizes[-1] == longest else [*sizes, longest]
+
+
+def split_fit(shape: Shape, job: Job) -> FitSplit:
+    """The fewest passes that keep the limit, then the largest batch.
+
+    Raises:
+        ConfigError: not even one layer and one sequence at a time fit; the sentence says what would do.
+    """
+    layers, free = shape.layers, job.limit - job.fixed - SLACK
+    extra = {"covariance": covariance_work(layers), "correction": correction_work(layers)}
+    sizes = {"covariance": covariance_size, "correction": correction_size}
+    least_batch = batch_size(shape, job.longest, job.dtype)
+    least = max(max(size([x]) for x in layers) + extra[name] for name, size in sizes.items()) + least_batch
+    _refuse("fit", job, max(least, eigen_size(layers, 1)))
+
+    def divide(tokens: int) -> dict[str, list[list[int]]] | None:
+        room = free - batch_size(shape, tokens, job.dtype)
+        found = {name: groups(layers, size, room - extra[name]) for name, size in sizes.items()}
+        fits = all(sizes[n]([layers[i] for i in g]) <= room - extra[n] for n, all_g in found.items() for g in all_g)
+        return found if fits else None
+
+    tried = [(tokens, found) for tokens in _halvings(job.batch_tokens, job.longest) if (found := divide(tokens))]
+    tokens, found = min(tried, key=lambda x: sum(map(len, x[1].values())))
+    workers = max(k for k in range(1, job.cores + 1) if k == 1 or eigen_size(layers, k) <= free)
+    batch = job.fixed + SLACK + batch_size(shape, tokens, job.dtype)
+    peak = {n: batch + extra[n] + max(sizes[n]([layers[i] for i in g]) for g in found[n]) for n in sizes}
+    peak["eigendecomposition"] = job.fixed + SLACK + eigen_size(layers, workers)
+    return FitSplit(tokens, found["covariance"], found["correction"], workers, peak)
+
+
+def factors_of(layers: Sequence[Sized], asked: Asked) -> int:
+    """Numbers of one solved query over all layers, compressed (or whole)."""
+    R = asked.rank
+    return sum(x.O * x.I if R is None or min(x.O, x.I) <= R else (x.O + x.I) * R for x in layers)
+
+
+def _block(layers: Sequence[Sized]) -> int:
+    """Bases and eigenvalues of the largest layer."""
+    return SUM * max(x.O**2 + x.I**2 + x.O * x.I for x in layers)
+
+
+def query_size(layers: Sequence[Sized], asked: Asked) -> int:
+    """One query between its backward pass and the end of its solution: its tokens' factors, and what is solved of it."""
+    return SUM * (sum((x.O + x.I) * min(asked.tokens, x.O, x.I) for x in layers) + factors_of(layers, asked))
+
+
+def solve_size(shape: Shape, asked: Asked, at_once: int, batch_tokens: int) -> int:
+    """Some queries, one layer's curvature, and their gradients in it."""
+    tokens = max(asked.tokens, min(batch_tokens, at_once * asked.tokens))
+    dense = 3 * SUM * max(x.O * x.I for x in shape.layers)
+    each = query_size(shape.layers, asked) + dense
+    return batch_size(shape, tokens, "float32") + _block(shape.layers) + at_once * each
+
+
+def rescore_size(shape: Shape, asked: Asked, at_once: int, tokens: int) -> int:
+    """Some queries at full rank, and a batch of sequences."""
+    each = query_size(shape.layers, asked._replace(rank=None)) + SUM * max(x.O * x.I for x in shape.layers)
+    return batch_size(shape, tokens, "float32") + _block(shape.layers) + at_once * each
+
+
+def scan_size(shape: Shape, asked: Asked, job: Job, tokens: int) -> int:
+    """Compressed queries, laid out, and one batch with the gradients of its sequences."""
+    held = ITEM[job.dtype] * asked.queries * factors_of(shape.layers, asked)
+    largest = ITEM[job.dtype] * max(x.O * x.I for x in shape.layers)
+    gradients = max(GRADIENT_BYTES, largest)
+    return batch_size(shape, tokens, job.dtype) + held + 2 * gradients
+
+
+def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
+    """As many queries at once as fit, in the largest batch for which all do.
+
+    Raises:
+        ConfigError: not even one query and one sequence at a time fit; the sentence says what would do.
+    """
+    layers, free = shape.layers, job.limit - job.fixed - SLACK
+    rebuild_one = SUM * max(x.O * x.I for x in layers)
+
+    def least(tokens: int) -> int:
+        scan = scan_size(shape, asked, job, tokens) + rebuild_one
+        return max(scan, solve_size(shape, asked, 1, tokens), rescore_size(shape, asked, 1, tokens))
+
+    _refuse("trace", job, least(job.longest))
+    tokens = next(b for b in _halvings(job.batch_tokens, job.longest) if least(b) <= free)
+    most, full = max(QUERY_BYTES, job.limit // 4), asked._replace(rank=None)
+    solved = _most(asked, free, most // query_size(layers, asked), lambda q: solve_size(shape, asked, q, tokens))
+    rescored = _most(asked, free, most // query_size(layers, full), lambda q: rescore_size(shape, asked, q, tokens))
+    scan = scan_size(shape, asked, job, tokens)
+    whole = asked.queries * sum(x.O * x.I for x in layers) * ITEM[job.dtype]
+    rebuild = int(min(REBUILD_BYTES, asked.queries * rebuild_one, max(rebuild_one, (free - scan) // 2)))
+    dense = int(max(0, min(max(DENSE_BYTES, job.limit // 4), whole, free - scan - rebuild)))
+    base = job.fixed + SLACK
+    peak = {
+        "queries": base + solve_size(shape, asked, solved, tokens),
+        "scan": base + scan + rebuild + dense,
+        "rescore": base + rescore_size(shape, asked, rescored, tokens),
+    }
+    held = (solved * query_size(layers, asked), rescored * query_size(layers, full))
+    return TraceSplit(tokens, solved, held[0], rescored, held[1], dense, rebuild, peak)
+
+
+def _most(asked: Asked, room: int, at_most: int, size: Callable[[int], int]) -> int:
+    """The most queries at once, at least one, whose size stays in the room."""
+    low, high = 1, max(1, min(asked.queries, at_most))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) <= room else (low, middle - 1)
+    return low
+
+
+def _refuse(what: str, job: Job, least: int) -> None:
+    needed = job.fixed + SLACK + least
+    if needed > job.limit:
+        raise ConfigError(
+            f"the memory is too small for this {what}: got {show_bytes(job.limit)}; the least that would do is "
+            f"{show_bytes(needed * 1.005)}, of which {show_bytes(job.fixed)} are there before it starts: "
+            "give more with --memory, track fewer layers with --layers, or cut shorter sequences with --seq-len"
+        )

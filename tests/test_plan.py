@@ -1,0 +1,333 @@
+"""The plan: its counts against torch's own counter, its splits against the limit they promise, its table of machines."""
+
+import json
+import re
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from upriver.errors import ConfigError, ModelError
+from upriver.model.capture import capture
+from upriver.model.layers import find_layers, probe
+from upriver.model.shape import config_shape, module_shape
+from upriver.runtime import counts
+from upriver.runtime.counts import Block, LayerSize, Shape
+from upriver.runtime.hardware import Machine, Rates, available_memory, hardware, parse_memory, resident_memory
+from upriver.runtime.plan import Request, describe, parse_sizes, plan_run
+from upriver.runtime.split import (
+    Asked,
+    Job,
+    batch_size,
+    correction_size,
+    covariance_size,
+    groups,
+    split_fit,
+    split_trace,
+)
+from upriver.tensors import add_second_moment, rotated_gradients
+
+N, T = 3, 16
+CONFIGS = {
+    "llama": {"num_key_value_heads": 1, "intermediate_size": 24, "head_dim": 6},
+    "gpt_neox": {"intermediate_size": 32},
+    "gpt2": {"n_inner": 24},
+}
+SPECS = ["mlp", "attention", "all", "*.1.*"]
+
+
+@cache
+def config(name: str):
+    return AutoConfig.for_model(
+        name, vocab_size=19, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=32,
+        bos_token_id=0, eos_token_id=0, **CONFIGS[name],
+    )  # fmt: skip
+
+
+@cache
+def module(name: str) -> nn.Module:
+    return AutoModelForCausalLM.from_config(config(name), attn_implementation="eager").eval()
+
+
+def run(name: str):
+    return module(name)(input_ids=torch.zeros(N, T, dtype=torch.int64), use_cache=False).logits
+
+
+@cache
+def shape(name: str, spec: str) -> tuple[Shape, list]:
+    layers = probe(find_layers(module(name), spec), lambda: run(name))
+    return module_shape(module(name), layers, N * T, lambda: run(name)), layers
+
+
+def counted(work) -> float:
+    """Multiplications that torch counts (it knows ``addmm``, and has to be told that ``addmm_`` is the same)."""
+    in_place = {torch.ops.aten.addmm_: lambda total, x, y, out_shape: 2 * x[0] * x[1] * y[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        work()
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward_and_backward_are_what_torch_counts(name, spec):
+    """Also with a gradient that ends at a block in the middle, and within a block."""
+    found, layers = shape(name, spec)
+    with torch.no_grad():
+        forward = counted(lambda: run(name))
+    # rotary embeddings are made by a product of a position and a frequency, which is no work of a layer
+    small = N * T * 16
+    assert found.forward(T) * N * T == pytest.approx(forward, abs=small)
+    with capture(module(name), layers, lambda *_: None) as through:
+        whole = counted(lambda: through(N, T, lambda: run(name).sum()))
+    assert found.backward(T) * N * T == pytest.approx(whole - forward, abs=small)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_training_step_is_what_torch_counts(name):
+    module(name).requires_grad_(True)
+    step = counted(lambda: run(name).sum().backward())
+    module(name).zero_grad()
+    first = shape(name, "mlp")[0].layers[0]
+    assert first.block == 0
+    found = shape(name, "mlp")[0].step(T) * N * T
+    assert found == pytest.approx(step, rel=0.01)
+    assert found >= step - 16 * N * T  # nothing is passed back below the first block, all else is
+
+
+@pytest.mark.parametrize("n", [8, 24])
+def test_second_moments_are_what_torch_counts(n):
+    """Block rows as on a GPU (the shapes alone, on the meta device); BLAS on the CPU cannot be counted, and does no more."""
+    total, x = torch.zeros(n, n, device="meta"), torch.zeros(5, n, device="meta")
+    found = counted(lambda: add_second_moment(total, x))
+    assert found == 5 * counts.symmetric(n, 8)
+    assert n * n / 2 < counts.symmetric(n) <= counts.symmetric(n, 8) < counts.symmetric(n, 1) == n * n
+    layer = LayerSize("a", 8, n, "a", 0)
+    assert counts.covariance(layer, 1) == 64 + n * n
+    assert counts.covariance(layer._replace(A_of="b"), 1) == 64
+
+
+@pytest.mark.parametrize(("t", "O", "I"), [(4, 9, 7), (8, 9, 7), (8, 7, 9), (30, 9, 7)])
+def test_correction_is_what_torch_counts(t, O, I):
+    a, g, Q_A, Q_S = torch.zeros(2, t, I), torch.zeros(2, t, O), torch.zeros(I, I), torch.zeros(O, O)
+    found = counted(lambda: rotated_gradients(a, g, Q_A, Q_S))
+    assert counts.correction(LayerSize("a", O, I, "a", 0), t).cheapest * 2 * t == pytest.approx(found)
+
+
+def test_orders_are_what_torch_counts():
+    O, I, n, t, Q, R = 5, 7, 3, 4, 6, 2
+    a, g, U, V = torch.zeros(n, t, I), torch.zeros(n, t, O), torch.zeros(Q, O, R), torch.zeros(Q, R, I)
+    gradients = (lambda: g.mT @ a)().flatten(1)
+    form = counted(lambda: g.mT @ a)
+    dense = form + counted(lambda: gradients @ torch.zeros(Q, O * I).T)
+    tokens = counted(lambda: (g @ U.permute(1, 0, 2).flatten(1)) * (a @ V.flatten(0, 1).T))
+    assert counts.orders(O, I, n * t, n, Q, R) == (tokens, dense, dense + counted(lambda: U @ V))
+
+
+def test_held_memory_is_each_storage_once():
+    """The input of the first layer and what tanh gives, which it keeps and the next layer takes: no weight, nothing twice."""
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(5, 4)
+    found = module_shape(net, find_layers(net, "*"), 5, lambda: net(x))
+    assert found.activation == 4 + 8
+    assert (found.forward(1), found.backward(1)) == (4 * 8 + 8 * 3, 8 * 3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_alone_gives_the_shape_of_the_model(name, tmp_path):
+    config(name).save_pretrained(tmp_path)
+    architecture, found = config_shape(tmp_path, "mlp")
+    assert architecture == type(module(name)).__name__
+    assert found._replace(activation=0) == shape(name, "mlp")[0]._replace(activation=0)
+    assert found == config_shape(tmp_path / "config.json", "mlp")[1]
+
+
+def test_no_configuration(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        config_shape(tmp_path, "mlp")
+
+
+sides = st.integers(1, 4000)
+
+
+@st.composite
+def shapes(draw) -> Shape:
+    sizes = draw(st.lists(st.tuples(sides, sides, st.booleans()), min_size=1, max_size=12))
+    layers: list[LayerSize] = []
+    for i, (O, I, follows) in enumerate(sizes):
+        if follows and layers:
+            leader = next(x for x in layers if x.name == layers[-1].A_of)
+            layers.append(LayerSize(f"{i}", O, leader.I, leader.name, i))
+        else:
+            layers.append(LayerSize(f"{i}", O, I, f"{i}", i))
+    blocks = tuple(Block(float(x.O * x.I), 64.0) for x in layers)
+    parameters, widest = sum(x.O * x.I for x in layers), max(x.O for x in layers)
+    return Shape(tuple(layers), blocks, 0.0, 1e5, 0.5, False, parameters, draw(st.floats(1, 1e5)), widest, 1000)
+
+
+jobs = st.builds(
+    Job,
+    limit=st.integers(10**7, 2 * 10**10),
+    fixed=st.integers(0, 10**9),
+    batch_tokens=st.integers(1, 5000),
+    longest=st.integers(1, 2000),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    cores=st.integers(1, 8),
+)
+
+
+def kept(work, job: Job) -> tuple[Any, Job]:
+    """What ``work`` finds within the limit; or, where it refuses, within the least that its error says would do."""
+    try:
+        return work(job), job
+    except ConfigError as error:
+        least = parse_memory(re.search(r"least that would do is ([\d.]+ [kMGT]B)", str(error))[1])
+    assert least > job.limit
+    job = job._replace(limit=least)
+    return work(job), job
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), jobs)
+def test_a_fit_keeps_its_limit_or_says_what_would_do(shape, job):
+    split, job = kept(lambda job: split_fit(shape, job), job)
+    everything = list(range(len(shape.layers)))
+    batch = batch_size(shape, split.batch_tokens, job.dtype)
+    for found, size in ((split.covariance, covariance_size), (split.correction, correction_size)):
+        assert [i for group in found for i in group] == everything
+        for group in found:
+            assert job.fixed + batch + size([shape.layers[i] for i in group]) <= job.limit
+    assert max(split.peak.values()) <= job.limit
+    assert job.longest <= split.batch_tokens <= max(job.batch_tokens, job.longest)
+    assert 1 <= split.eigen_workers <= job.cores
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), jobs, st.builds(Asked, st.integers(1, 300), st.integers(1, 100), st.sampled_from([None, 4, 32])))
+def test_a_trace_keeps_its_limit_or_says_what_would_do(shape, job, asked):
+    split, job = kept(lambda job: split_trace(shape, asked, job), job)
+    assert max(split.peak.values()) <= job.limit
+    assert 1 <= split.solve_queries <= asked.queries
+    assert 1 <= split.rescore_queries <= asked.queries
+    assert job.longest <= split.batch_tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.integers(1, 10**9))
+def test_no_two_neighbouring_groups_would_fit_as_one(shape, room):
+    found = groups(shape.layers, correction_size, room)
+    for first, second in pairwise(found):
+        assert correction_size([shape.layers[i] for i in [*first, second[0]]]) > room
+
+
+def test_a_shared_input_is_counted_once():
+    up, gate = LayerSize("up", 3, 10, "up", 0), LayerSize("gate", 3, 10, "up", 0)
+    assert covariance_size([up, gate]) == 4 * (100 + 9 + 9)
+    assert correction_size([up, gate]) == 4 * (100 + 9 + 9 + 2 * 30 + 2 * 30)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("2GiB", 2 << 30), ("500MB", 5 * 10**8), ("1.5 gb", 15 * 10**8), ("64", 64)]
+)
+def test_sizes_of_memory(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "8", "GB", "-8GB", "8XB", "8 GB or so", "0GB", "nan", "1e30TB"])
+def test_bad_sizes_of_memory(text):
+    if text == "8":
+        assert parse_memory(text) == 8
+        return
+    with pytest.raises(ConfigError, match="8GB"):
+        parse_memory(text)
+
+
+def test_sizes_of_a_corpus():
+    assert parse_sizes("10000000x512") == (10_000_000, 512)
+    assert [parse_sizes(x) for x in ("corpus.jsonl", "0x5", "5x", "x5", "5x0")] == [None] * 5
+
+
+def test_hardware_of_the_table():
+    one, eight = hardware("h100"), hardware("H100x8")
+    assert (one.devices, eight.devices) == (1, 8)
+    assert one.rates == eight.rates
+    assert hardware("rtx4090").devices == 1
+    assert hardware("rtx4090x2").devices == 2
+    for name in ("a100-80gb", "l40s", "epyc-9554"):
+        rates = hardware(name).rates
+        assert rates["bfloat16"].model > rates["float32"].model >= rates["float64"].model > 0
+
+
+@pytest.mark.parametrize("name", ["h10", "h100x0", "a100", "", "x8"])
+def test_unknown_hardware_names_what_there_is(name):
+    with pytest.raises(ConfigError, match=r"one of .*\b(h100|a100-80gb|l40s)\b"):
+        hardware(name)
+
+
+def test_memory_of_this_machine():
+    left, resident = available_memory(), resident_memory()
+    assert left is None or left > 0
+    assert resident is None or 10**7 < resident < 10**12
+
+
+HERE = Machine("this machine", 1, 10**10, 2, 1e-10, 1e9, 3.0, {"float32": Rates(*[1e11] * 4, 1e10)}, 10**9, 2.0)
+LAYERS = tuple(LayerSize(f"{i}", 512, 256, f"{i}", i) for i in range(4))
+SMALL = Shape(LAYERS, (Block(3e5, 256.0),) * 4, 0.0, 2e6, 0.5, False, 4_000_000, 5000.0, 512, 8192)
+
+
+def test_time_is_linear_in_the_sequences_and_memory_does_not_depend_on_them():
+    plans = [plan_run(Request(n, 128, queries=8, memory=8 * 10**9), SMALL, HERE) for n in (10**5, 2 * 10**5, 4 * 10**5)]
+    scans = [next(p for p in plan.passes if p.name == "scan").seconds for plan in plans]
+    assert scans[1] / scans[0] == pytest.approx(2)
+    assert scans[2] / scans[0] == pytest.approx(4)
+    assert len({plan.peak("trace") for plan in plans}) == 1
+    assert len({plan.seconds("fit") for plan in plans}) == 1  # the sample has its own size
+
+
+def test_a_smaller_limit_costs_passes_and_the_numbers_stay():
+    wide = plan_run(Request(1000, 128, memory=8 * 10**9), SMALL, HERE)
+    tight = plan_run(Request(1000, 128, memory=int(1.3e9), batch_tokens=128), SMALL, HERE)
+    assert wide.fit is not None
+    assert tight.fit is not None
+    assert [len(wide.fit.covariance), len(wide.fit.correction)] == [1, 1]
+    assert tight.peak("fit") <= 1.3e9 < wide.peak("fit")
+    with pytest.raises(ConfigError, match="least that would do"):
+        plan_run(Request(1000, 128, memory=10**9), SMALL, HERE)
+
+
+def test_the_description_names_every_pass_and_what_pays():
+    plan = plan_run(Request(1000, 128, queries=8), SMALL, HERE)
+    lines = describe(plan)
+    text = "\n".join(lines)
+    for name in (
+        "covariance",
+        "eigendecomposition",
+        "correction",
+        "queries",
+        "scan",
+        "rescore",
+        "disk",
+        "bfloat16 pays",
+    ):
+        assert name in text
+    assert max(map(len, lines)) <= 110
+    slow = plan_run(Request(1000, 128), SMALL, HERE._replace(low_precision=1.1))
+    assert "bfloat16" not in "\n".join(describe(slow))
+    assert json.loads(json.dumps(plan.as_dict()))["seconds"]["fit"] == plan.seconds("fit")
+
+
+def test_a_model_too_large_for_one_device_is_spread():
+    layers = tuple(LayerSize(f"{i}", 16384, 4096, f"{i}", i) for i in range(60))
+    large = Shape(layers, (Block(2e8, 4096.0),) * 60, 0.0, 3e8, 0.5, False, 30 * 10**9, 1e6, 16384, 65536)
+    plan = plan_run(Request(10**6, 512), large, hardware("h100x8"))
+    assert plan.spread > 1
+    assert plan.spread * 80e9 > 4 * 30e9
+    assert 8 % plan.spread == 0
+    with pytest.raises(ConfigError, match="least that would do"):
+        plan_run(Request(10**6, 512), large, hardware("l40s"))
