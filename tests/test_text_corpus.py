@@ -246,6 +246,16 @@ def test_a_document_far_longer_than_the_context(tmp_path, capfd):
     assert "longer than" not in capfd.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the list of mapped files is Linux's")
+def test_text_and_tokens_are_read_and_not_mapped(tmp_path):
+    """A mapped page that was touched counts as resident memory, so a pass over a mapped corpus would hold all of it."""
+    corpus = read([{"text": text} for text in TEXTS], tmp_path, seq_len=8)
+    for rows in corpus.plan(64):
+        corpus.batch(rows)
+        assert corpus.text(int(rows[0]))
+    assert not [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".bin")]
+
+
 def test_progress_reaches_the_end(tmp_path):
     seen = []
     path = write_jsonl(tmp_path / "c.jsonl", [{"text": text} for text in TEXTS])

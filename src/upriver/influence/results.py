@@ -36,8 +36,9 @@ def parquet(path: Path, size: int) -> Iterator[Callable[[pd.DataFrame], None]]:
         writers: list[pq.ParquetWriter] = []
 
         def write() -> None:
-            table = pa.Table.from_pandas(pd.concat(held, ignore_index=True), preserve_index=False)
+            frame = held[0] if len(held) == 1 else pd.concat(held, ignore_index=True)
             held.clear()
+            table = pa.Table.from_pandas(frame, preserve_index=False)
             if not writers:
                 writers.append(files.enter_context(pq.ParquetWriter(temporary, table.schema)))
             writers[0].write_table(table)

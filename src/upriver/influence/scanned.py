@@ -19,7 +19,7 @@ from upriver.runtime.store import Stage, atomic
 from upriver.text.candidates import Best
 
 SAMPLE = 64  # random sequences that are rescored to measure the error of the low rank
-CHUNK_BYTES = 16 << 20  # of scores in memory at once
+CHUNK_BYTES = 8 << 20  # of scores in memory at once
 ITEM = 4  # bytes of a float32
 
 
