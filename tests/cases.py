@@ -57,6 +57,7 @@ class Questions:
         self.windows, self.rows = windows, rows
         self.ids = [f"q{i}" for i in range(len(rows))]
         self.fingerprint = digest([windows.fingerprint, rows])
+        self.lengths = np.array([sum(int(windows.lengths_N[row]) for row, _ in pairs) for pairs in rows], np.int32)
 
     def __len__(self) -> int:
         return len(self.rows)

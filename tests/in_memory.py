@@ -43,6 +43,7 @@ class TokenQueries:
         self.tokens, self.prompts = tokens, prompts
         self.ids = [f"q{i}" for i in range(len(tokens))]
         self.fingerprint = digest([[t.tolist() for t in tokens], list(map(int, prompts))])
+        self.lengths = np.array([len(t) for t in tokens], np.int32)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -11,12 +11,22 @@ import torch
 
 import reference
 from cases import CASES, case, close, gradients, measured, pairs
+from upriver import tensors
 from upriver.curvature.base import Damping
-from upriver.curvature.blocks import Eigenblock, Moments
+from upriver.curvature.blocks import Eigenblock, Moments, TokenGradient
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM, fit
 from upriver.errors import ConfigError, MismatchError, NumericalError
 from upriver.model.losses import Sampler, sample
-from upriver.tensors import eigh, rotated_gradients, second_moment, truncated_svd, weighted_low_rank
+from upriver.tensors import (
+    LowRank,
+    add_second_moment,
+    eigh,
+    orthonormal,
+    rotated_gradients,
+    symmetric,
+    truncated_svd,
+    weighted_low_rank,
+)
 
 KINDS = ("ekfac", "kfac", "diagonal", "identity")
 FISHERS = {"sampled": (COVARIANCE_STREAM, CORRECTION_STREAM), "empirical": (None, None)}
@@ -130,7 +140,7 @@ class TestConstructors:
         torch.manual_seed(0)
         O, I, f64 = 4, 6, torch.float64
         a_MI, g_MO = torch.randn(50, I, dtype=f64) ** 3, torch.randn(50, O, dtype=f64)
-        (eig_A, Q_A, _), (eig_S, Q_S, _) = (eigh(second_moment(x, f64) / 50) for x in (a_MI, g_MO))
+        (eig_A, Q_A, _), (eig_S, Q_S, _) = (eigh(x.T @ x / 50) for x in (a_MI, g_MO))
         moments = Moments(Q_A, Q_S, eig_A, eig_S, 5.0)
         lam = torch.rand(O, I, dtype=f64) + 0.1
         return {
@@ -172,7 +182,9 @@ class TestConstructors:
         Q_A, Q_S = (torch.linalg.qr(torch.randn(n, n, generator=generator).to(q)).Q for n in (6, 4))
         eig_A, eig_S = (torch.rand(n, generator=generator).to(q) for n in (6, 4))
         metric = block.basis or Moments(Q_A, Q_S, eig_A, eig_S, 1.0)
-        close(block.solve_low_rank(q, RELATIVE, 4, metric).dense(), block.solve(q, RELATIVE))
+        tokens = [TokenGradient(torch.eye(6).to(q), q_OI.T) for q_OI in q]
+        close(block.solve_tokens(tokens, RELATIVE), block.solve(q, RELATIVE))
+        close(block.solve_low_rank(tokens, RELATIVE, 4, metric).dense(), block.solve(q, RELATIVE))
 
     def test_narrower_type_for_computing(self, block, q):
         close(block.to(q.float()).solve(q.float(), RELATIVE), block.solve(q, RELATIVE), 1e-5)
@@ -225,11 +237,31 @@ def test_the_covariance_and_correction_passes_draw_different_labels():
 class TestTensors:
     def test_both_orders_of_rotation(self):
         torch.manual_seed(0)
-        for T, O, I in ((1, 3, 5), (40, 3, 5)):
+        for T, O, I in ((1, 3, 5), (4, 3, 5), (4, 5, 3), (40, 3, 5)):
             a, g = torch.randn(2, T, I, dtype=torch.float64), torch.randn(2, T, O, dtype=torch.float64)
             Q_A, Q_S = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q for n in (I, O))
             expected = torch.stack([Q_S.T @ (g[n].T @ a[n]) @ Q_A for n in (0, 1)])
             close(rotated_gradients(a, g, Q_A, Q_S), expected)
+            close(rotated_gradients(a @ Q_A, g, None, Q_S), expected)
+
+    @pytest.mark.parametrize("device", ["cpu", "blocks"])
+    @pytest.mark.parametrize("shape", [(0, 3), (7, 1), (50, 3), (20, 33)])
+    def test_symmetric_products(self, device, shape, monkeypatch):
+        if device == "blocks":  # what runs where there is no BLAS
+            monkeypatch.setattr(tensors, "on_cpu", lambda x: False)
+        torch.manual_seed(0)
+        x_MI = torch.randn(shape, dtype=torch.float64)
+        total = torch.zeros(shape[1], shape[1], dtype=torch.float64)
+        add_second_moment(total, x_MI)
+        add_second_moment(total, 2 * x_MI.T.contiguous().T)
+        close(symmetric(total), 5 * x_MI.T @ x_MI)
+
+    def test_orthonormal_columns_span_the_same(self):
+        torch.manual_seed(0)
+        x = torch.randn(40, 6, dtype=torch.float64) * 10.0 ** -torch.arange(6, dtype=torch.float64)
+        basis = orthonormal(orthonormal(x))
+        close(basis.T @ basis, torch.eye(6, dtype=torch.float64))
+        close(basis @ (basis.T @ x), x)
 
     def test_eigenvalues_ascend_and_negatives_are_zero_and_said(self):
         values, vectors, clamped = eigh(torch.diag(torch.tensor([4.0, -1.0, 2.0])))
@@ -257,7 +289,7 @@ class TestTensors:
         def error(low):
             return torch.einsum("noi,qoi->nq", G_NOI, low.dense() - v_QOI).square().mean()
 
-        assert error(weighted_low_rank(v_QOI, 4, eig_S, eig_A)) < 0.5 * error(truncated_svd(v_QOI, 4))
+        assert error(weighted_low_rank(v_QOI, 4, eig_S, eig_A)) < 0.5 * error(truncated(v_QOI, 4))
 
     def test_weighted_low_rank_has_the_least_expected_error(self):
         """Any other factors of the same rank, here by local search around the optimum, do worse in the weighted norm."""
@@ -280,12 +312,19 @@ class TestTensors:
         U, V = (torch.linalg.qr(torch.randn(2, 120, 120, dtype=torch.float64)).Q for _ in range(2))
         s = 1 / torch.arange(1, 121, dtype=torch.float64)
         w_QOI = U * s @ V
-        error = torch.linalg.matrix_norm(truncated_svd(w_QOI, 8).dense() - w_QOI)
+        error = torch.linalg.matrix_norm(truncated(w_QOI, 8).dense() - w_QOI)
         assert (error <= 1.001 * s[8:].square().sum().sqrt()).all()
 
-    def test_randomised_factors_do_not_depend_on_the_other_queries(self):
+    @pytest.mark.parametrize("tokens", [10, 100])
+    def test_factors_from_the_tokens_are_close_to_the_best(self, tokens):
+        """A product of tokens, divided by what is almost, but not quite, an outer product: a solved query."""
         torch.manual_seed(0)
-        w_QOI = torch.randn(3, 120, 100)
-        together = truncated_svd(w_QOI, 4).dense()
-        for q in range(3):
-            close(truncated_svd(w_QOI[q : q + 1], 4).dense()[0], together[q].double(), 1e-4)
+        a, g = torch.randn(tokens, 120).double(), torch.randn(tokens, 150).double()
+        decay = 1 / torch.arange(1, 121, dtype=torch.float64)
+        w_OI = (g.T @ (a * decay)) * (0.5 + torch.rand(150, 120).double())
+        error = torch.linalg.matrix_norm(truncated_svd(w_OI, 8, (a * decay).T).dense() - w_OI)
+        assert error <= 1.01 * torch.linalg.svdvals(w_OI)[8:].square().sum().sqrt()
+
+
+def truncated(w_QOI, rank):
+    return LowRank(*(torch.stack(x) for x in zip(*(truncated_svd(w_OI, rank) for w_OI in w_QOI), strict=True)))

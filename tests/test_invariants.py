@@ -31,7 +31,7 @@ from cases import case, close
 from hook_cases import fit_and_trace, in_processes
 from upriver.curvature.blocks import Moments
 from upriver.curvature.fit import Correction
-from upriver.influence.gradients import solve
+from upriver.influence.gradients import Solver
 from upriver.influence.tokens import output_token_influence, rescore
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.text.batch import Batch
@@ -71,7 +71,7 @@ def dot_products(name: str) -> Tensor:
 def test_invariant_1_layers_tokens_and_output_tokens_each_sum_to_the_total(name, fitted):
     c, factors = case(name), fitted(name)
     layers, queries = tracked_layers(c.model, c.data, c.spec), range(len(c.queries))
-    solved = solve(c.model, layers, factors, c.queries, list(queries), "ekfac", up.Damping())
+    solved = Solver(c.model, layers, factors, c.queries, "ekfac", up.Damping()).full(list(queries))
     wanted = {row: list(queries) for row in range(len(c.data))}
     found = rescore(c.model, layers, c.data, solved, wanted, 30)
 
@@ -176,7 +176,7 @@ def test_invariant_3_trace_is_the_mean_squared_norm_in_any_orthogonal_bases(name
     sweep(c.model, layers, c.data, c.data.plan(30), consumer, Labels(0, 2))
     for x in layers:
         expected = torch.stack([G[x.name].square().sum() for G in cases.truth(name).grads]).mean()
-        close(consumer.sums[f"lam:{x.name}"].sum() / len(c.data), expected)
+        close(consumer.result()[f"lam:{x.name}"].sum() / len(c.data), expected)
         close(factors.block(x.name).lam_OI.sum(), expected)
         close(factors.block(x.name, "diagonal").lam_OI.sum(), expected)
 
@@ -290,9 +290,9 @@ def stopped(consumer: str, after: int, out: Path, monkeypatch) -> None:
 
 
 CONSUMERS = {
-    "upriver.curvature.fit.Covariance": 50,
-    "upriver.curvature.fit.Correction": 50,
-    "upriver.influence.gradients.Gradients": 7,
+    "upriver.curvature.passes.Covariance": 50,
+    "upriver.curvature.passes.Correction": 50,
+    "upriver.influence.gradients.TokenGradients": 7,
     "upriver.influence.score.Score": 50,
     "upriver.influence.tokens.TokenScores": 30,
 }
@@ -317,7 +317,7 @@ def test_invariant_6_resume_point_changes_no_bit(consumer, uninterrupted, tmp_pa
 def test_invariant_6_number_of_processes_changes_no_bit(uninterrupted, tmp_path, monkeypatch):
     fresh, begun = tmp_path / "fresh", tmp_path / "begun"
     begun.mkdir()
-    stopped("upriver.curvature.fit.Correction", 50, begun, monkeypatch)  # one process begins, two go on
+    stopped("upriver.curvature.passes.Correction", 50, begun, monkeypatch)  # one process begins, two go on
     in_processes(2, fit_and_trace_twice, tmp_path)
     assert_equal_bits(fresh, uninterrupted)
     assert_equal_bits(begun, uninterrupted)

@@ -17,7 +17,7 @@ from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.errors import ModelError
 from upriver.influence import score as scoring
 from upriver.influence import stages
-from upriver.influence.gradients import measurements, query_chunks, query_gradients, solve, solve_low_rank
+from upriver.influence.gradients import Solver, measurements, query_chunks, query_gradients
 from upriver.influence.score import Score, choose_orders, count, route
 from upriver.influence.tokens import output_token_influence, rescore, spurious
 from upriver.model.sweep import sweep, tracked_layers
@@ -55,6 +55,10 @@ def indices(c) -> list[int]:
     return list(range(len(c.queries)))
 
 
+def solver(c, factors) -> Solver:
+    return Solver(c.model, c.layers, factors, c.queries, "ekfac", DAMPING)
+
+
 def streamed(c, solutions, order, batch_tokens=30):
     """Scores ``[N, Q]`` and ``[N, Q, L]`` of one pass in one order of contraction."""
     layers, like = tracked_layers(c.model, c.data, c.spec), torch.empty(0, dtype=torch.float64)
@@ -83,7 +87,7 @@ def test_scores_from_end_to_end(name, kind, fitted, tmp_path):
 def test_every_order_of_contraction(name, order, fitted, monkeypatch):
     monkeypatch.setattr(scoring, "CHUNK_BYTES", 1)  # rebuilt queries come one at a time
     c = case(name)
-    v = solve_low_rank(c.model, c.layers, fitted(name, seed=SEED), c.queries, indices(c), "ekfac", DAMPING, 64)
+    v = solver(c, fitted(name, seed=SEED)).low_rank(indices(c), 64)
     low = {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}
     total_NQ, layers_NQL = streamed(c, low, order)
     close(total_NQ, scores(name), STORED)
@@ -96,7 +100,7 @@ def test_every_order_of_contraction(name, order, fitted, monkeypatch):
 def test_truncation_is_that_of_the_weighted_matrix(name, fitted):
     """``Wq = S^1/2 v A^1/2`` truncated and mapped back, with square roots of the dense moments."""
     c = case(name)
-    v = solve_low_rank(c.model, c.layers, fitted(name, seed=SEED), c.queries, indices(c), "ekfac", DAMPING, 2)
+    v = solver(c, fitted(name, seed=SEED)).low_rank(indices(c), 2)
     found, _ = streamed(c, {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}, "tokens")
     moments = reference.moments(pairs(name, COVARIANCE_STREAM, SEED))
     cut = [{n: truncated(v_q[n], moments.S[n], moments.A[n], 2) for n in c.names} for v_q in solved(name)]
@@ -130,7 +134,7 @@ def test_query_gradients_and_measurements(name):
 @pytest.mark.parametrize("name", CASES)
 def test_token_and_layer_scores(name, fitted):
     c = case(name)
-    v = solve(c.model, c.layers, fitted(name, seed=SEED), c.queries, indices(c), "ekfac", DAMPING)
+    v = solver(c, fitted(name, seed=SEED)).full(indices(c))
     wanted = {row: [row % len(c.queries), len(c.queries) - 1] for row in range(0, len(c.data), 2)}
     wanted = {row: sorted(set(slots)) for row, slots in wanted.items()}
     found = rescore(c.model, c.layers, c.data, v, wanted, batch_tokens=20)
@@ -195,7 +199,9 @@ def test_trace_gives_the_same_in_every_order(order, fitted, tmp_path, monkeypatc
 
 
 def test_chunks_of_queries_change_nothing(fitted, tmp_path, monkeypatch):
-    assert query_chunks(case("llama").layers, 5, budget=1) == [[0], [1], [2], [3], [4]]
+    c = case("llama")
+    assert query_chunks(c.layers, c.queries, None, budget=1) == [[q] for q in indices(c)]
+    assert query_chunks(c.layers, c.queries, 4) == [indices(c)]
     monkeypatch.setattr(stages, "query_chunks", partial(query_chunks, budget=1))
     close(traced(case("llama"), fitted("llama", seed=SEED), tmp_path), scores("llama"), STORED)
 

@@ -1,26 +1,27 @@
 """The main path: fit the curvature, solve the queries, stream the corpus past them, look again at the top, write it down."""
 
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from upriver.curvature.fit import Factors, fit_diagonal
+from upriver.curvature.factors import Factors
+from upriver.curvature.fit import fit_diagonal
 from upriver.errors import ModelError, QueryError
 from upriver.influence.gradients import Measured
 from upriver.influence.passages import answers, rank_correlation, top_rows
 from upriver.influence.results import write_scores, write_top
-from upriver.influence.stages import Job, Scanned, extremes, random_rows, rescore_stage, scan_stage, solve_stage
+from upriver.influence.scanned import Scanned, extremes, random_rows
+from upriver.influence.stages import Job, rescore_stage, scan_stage, solve_stage
 from upriver.influence.tokens import Rescored
 from upriver.model.generate import greedy
 from upriver.model.load import Model
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, POSITIVE, TraceOptions, options
-from upriver.runtime.progress import Progress, Say, mute, silent
+from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.store import Stage, digest, locked, write_json
 from upriver.show.scores import Scores
 from upriver.text.batch import Sequences
@@ -99,15 +100,18 @@ def _run(
     with model.computing_in("float64" if fitted.dtype == "float64" else "float32") as exact:
         layers = tracked_layers(exact, corpus, fitted.layers)
         job = Job(stage, exact, layers, corpus, queries, factors, rows, opts, progress)
-        solved = times("queries", lambda: solve_stage(job))
+        with times("queries"):
+            solved = solve_stage(job)
         with exact.computing_in(fitted.dtype) as computing:
             if computing is not exact:
                 layers = tracked_layers(computing, corpus, fitted.layers)
             scanning = job._replace(model=computing, layers=layers)
-            scanned = times("scan", lambda: scan_stage(scanning, solved, say))
+            with times("scan"):
+                scanned = scan_stage(scanning, solved, say)
         ends, sample = extremes(scanned, opts.top), random_rows(scanned, fitted.seed)
         wanted = [np.union1d(rows_q, sample) for rows_q in ends]
-        found = times("rescore", lambda: rescore_stage(job, wanted))
+        with times("rescore"):
+            found = rescore_stage(job, wanted)
         if dist.rank() == 0:
             agreement = rank_correlation(scanned, found, sample)
             write_scores(stage.path, corpus, queries.ids, scanned)
@@ -115,16 +119,6 @@ def _run(
             write_json(stage.path / "queries.json", answers(exact, queries, agreement))
             stage.finish(_manifest(job, scanned, found, agreement, kept, times))
     dist.barrier()
-
-
-class Times(dict[str, float]):
-    """Seconds by stage."""
-
-    def __call__(self, name: str, work: Any) -> Any:
-        start = time.perf_counter()
-        result = work()
-        self[name] = time.perf_counter() - start
-        return result
 
 
 def _check_lengths(model: Model, corpus: Sequences) -> None:

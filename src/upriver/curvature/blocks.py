@@ -16,9 +16,19 @@ from torch import Tensor
 
 from upriver.curvature.base import Curvature, Damping, Grads, Solution
 from upriver.errors import NumericalError
-from upriver.tensors import LowRank, weighted_low_rank
+from upriver.tensors import LowRank, root_weights, truncated_svd, weighted_low_rank
 
 SINGULAR = 1e-12  # of the mean eigenvalue: what a float32 fit leaves where the true eigenvalue is zero
+
+
+class TokenGradient(NamedTuple):
+    """A query's gradient as it arises, a sum over tokens: ``q_OI = sum_m g_m a_m^T``."""
+
+    a_MI: Tensor
+    g_MO: Tensor
+
+    def dense(self) -> Tensor:
+        return self.g_MO.T @ self.a_MI
 
 
 class Moments(NamedTuple):
@@ -38,6 +48,13 @@ class Moments(NamedTuple):
 
     def back_factors(self, low: LowRank) -> LowRank:
         return LowRank(self.Q_S_OO @ low.U_QOR, low.V_QRI @ self.Q_A_II.T)
+
+    def rotate_tokens(self, queries: list[TokenGradient]) -> list[TokenGradient]:
+        """The same queries in the eigenbases; all their tokens go through one product."""
+        sizes = [len(q.a_MI) for q in queries]
+        a_MI = torch.cat([q.a_MI for q in queries]) @ self.Q_A_II
+        g_MO = torch.cat([q.g_MO for q in queries]) @ self.Q_S_OO
+        return list(map(TokenGradient, a_MI.split(sizes), g_MO.split(sizes)))
 
     def to(self, like: Tensor) -> "Moments":
         Q_A, Q_S, eig_A, eig_S = (m.to(like) for m in self[:4])
@@ -82,14 +99,36 @@ class Eigenblock(NamedTuple):
         """
         return self._back(self._divide(q_QOI, damping))
 
-    def solve_low_rank(self, q_QOI: Tensor, damping: Damping, rank: int, metric: Moments) -> LowRank:
-        """The solution at rank ``rank``, truncated in the metric of the layer's second moments; see ``weighted_low_rank``."""
-        v_QOI = self._divide(q_QOI, damping)
+    def solve_tokens(self, queries: list[TokenGradient], damping: Damping) -> Tensor:
+        """The solutions ``[Q, O, I]`` of queries given by their tokens, which are rotated instead of the dense gradients."""
+        denominator_OI = self._denominator(damping)
+        if self.basis is not None:
+            queries = self.basis.rotate_tokens(queries)
+        return torch.stack([self._back(q.dense().div_(denominator_OI)) for q in queries])
+
+    def solve_low_rank(self, queries: list[TokenGradient], damping: Damping, rank: int, metric: Moments) -> LowRank:
+        """The solutions at rank ``rank``, truncated in the metric of the layer's second moments; see :func:`weighted_low_rank`.
+
+        All is done in the eigenbasis, where curvature and weights are diagonal; only the factors are rotated back.
+        """
         if self.basis is None:
-            v_QOI = metric.rotate(v_QOI)
-        return metric.back_factors(weighted_low_rank(v_QOI, rank, metric.eig_S_O, metric.eig_A_I))
+            v_QOI = metric.rotate(self.solve_tokens(queries, damping))
+            return metric.back_factors(weighted_low_rank(v_QOI, rank, metric.eig_S_O, metric.eig_A_I))
+        denominator_OI = self._denominator(damping)
+        s_O, a_I = root_weights(metric.eig_S_O), root_weights(metric.eig_A_I)
+        weight_OI = torch.outer(s_O, a_I).div_(denominator_OI)
+        start_I = a_I / denominator_OI.mean(0)  # what the weights do to the tokens, on average over outputs
+        found = [
+            truncated_svd(q.dense().mul_(weight_OI), rank, (q.a_MI * start_I).T)
+            for q in self.basis.rotate_tokens(queries)
+        ]
+        U_QOR, V_QRI = (torch.stack(x) for x in zip(*found, strict=True))
+        return metric.back_factors(LowRank(U_QOR.div_(s_O[:, None]), V_QRI.div_(a_I)))
 
     def _divide(self, q_QOI: Tensor, damping: Damping) -> Tensor:
+        return self._rotate(q_QOI) / self._denominator(damping)
+
+    def _denominator(self, damping: Damping) -> Tensor:
         denominator_OI = self.lam_OI + damping.of(self.lam_OI)
         mean = float(self.lam_OI.double().mean())
         smallest = float(denominator_OI.min())
@@ -98,7 +137,7 @@ class Eigenblock(NamedTuple):
                 f"the damped curvature is singular: got an eigenvalue plus damping of {smallest:.1e} where their mean is "
                 f"{mean:.1e}; give a larger --damping, such as 0.1x"
             )
-        return self._rotate(q_QOI) / denominator_OI
+        return denominator_OI
 
     def _rotate(self, q_QOI: Tensor) -> Tensor:
         return q_QOI if self.basis is None else self.basis.rotate(q_QOI)

@@ -1,92 +1,45 @@
 """Fit EK-FAC: covariances, their eigenbases, and the eigenvalues measured in them.
 
-FACTORS/key.json, manifest.json
-FACTORS/eigen/unit-K.safetensors      layer K: Q_A, eig_A (when it leads its input's group), Q_S, eig_S
-FACTORS/correction/lam.safetensors    lam of every layer
-FACTORS/covariance/                   sums of A and S; removed when the fit is done
-FACTORS/diagonal/                     eigenvalues in the weights' own basis; made when first asked for
+    for each group of layers that fits in memory:  covariance pass, eigendecompositions
+    for each group of layers that fits in memory:  correction pass
+    with ``until``: the same on twice the sequences, until the scores of the two halves of the sample agree
+
+FACTORS/covariance/layers-A-B/    sums of A and S of a group; removed when the fit is done
+FACTORS/correction/layers-A-B/    sums of squared rotated gradients; likewise
 """
 
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from upriver.curvature.base import Damping
-from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
-from upriver.errors import InputError, MismatchError, NumericalError, StorageError
+from upriver.curvature.factors import Factors, read_moments
+from upriver.curvature.passes import Agreement, Correction, Covariance
+from upriver.errors import NumericalError
 from upriver.model.layers import Layer, coverage
 from upriver.model.load import Model
 from upriver.model.sweep import Labels, split_units, sweep, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
-from upriver.runtime.progress import Progress, Say, mute, silent
-from upriver.runtime.store import Stage, Tensors, accumulate, locked, read_json, read_tensors, write_tensors
-from upriver.tensors import accumulator_dtype, eigh, rotated_gradients, second_moment, sequence_gradients
-from upriver.text.batch import Batch, Sequences
+from upriver.runtime.progress import Progress, Say, Times, mute, silent
+from upriver.runtime.store import Stage, Tensors, accumulate, locked, opened, write_stream
+from upriver.tensors import accumulator_dtype, eigh
+from upriver.text.batch import Sequences
 
 COVARIANCE_STREAM, CORRECTION_STREAM = 1, 2  # the two passes draw different labels
+PROBE_BATCHES, PROBE_ROWS = 16, 4  # sequences that are scored on each other, to see whether the halves agree
 
 
-class Covariance:
-    """Consumer: sums ``A`` over the real tokens of each input, ``S`` over the same tokens of each output (eq. 16)."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype, self.sums, self.real_NT = dtype, {}, None
-
-    def begin(self, batch: Batch) -> None:
-        self.real_NT = None if batch.real_NT is None or bool(batch.real_NT.all()) else batch.real_NT
-
-    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        g_MO = self._real(g_NTO)
-        self._add(f"S:{layer.name}", second_moment(g_MO, self.dtype))
-        self._add(f"count:{layer.name}", torch.tensor([len(g_MO)], dtype=torch.int64))
-        if layer.A_of == layer.name:
-            self._add(f"A:{layer.name}", second_moment(self._real(a_NTI), self.dtype))
-
-    def _real(self, x_NTI: Tensor) -> Tensor:
-        if self.real_NT is None:
-            return x_NTI.flatten(0, 1)
-        calls = x_NTI.shape[1] // self.real_NT.shape[1]
-        return x_NTI[self.real_NT.repeat(1, calls)]
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
-
-
-class Correction:
-    """Consumer: sums squared rotated sequence gradients (eq. 20), in two halves by the parity of the sequences' keys."""
-
-    def __init__(self, dtype: torch.dtype, moments: dict[str, Moments] | None):
-        self.dtype, self.moments = dtype, moments
-        self.sums: Tensors = {"sequences": torch.zeros(2, dtype=torch.int64)}
-        self.half_2N = torch.empty(0)
-
-    def begin(self, batch: Batch) -> None:
-        half_N = torch.from_numpy((batch.keys_N & np.uint64(1)).astype(np.int64))
-        half_2N = torch.nn.functional.one_hot(half_N, 2).T
-        self.sums["sequences"] += half_2N.sum(1)
-        self.half_2N = half_2N.to(self.dtype)
-
-    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        if self.moments is None:
-            G_NOI = sequence_gradients(a_NTI, g_NTO)
-        else:
-            m = self.moments[layer.name]
-            G_NOI = rotated_gradients(a_NTI, g_NTO, m.Q_A_II, m.Q_S_OO)
-        square_NP = G_NOI.to(self.dtype).square_().flatten(1)
-        sums_2OI = (self.half_2N.to(square_NP.device) @ square_NP).unflatten(1, G_NOI.shape[1:])
-        name = f"lam:{layer.name}"
-        self.sums[name] = self.sums[name].add_(sums_2OI) if name in self.sums else sums_2OI
-
-
-class Plan(NamedTuple):
+class Work(NamedTuple):
     """What a fit goes over, decided before it starts."""
 
     model: Model
@@ -95,10 +48,23 @@ class Plan(NamedTuple):
     units: list[list[np.ndarray]]
     labels: tuple[Labels, Labels]
     progress: Progress
+    room: int | None = None  # bytes for sums and bases; None: as much as they take
 
     @property
     def tokens(self) -> int:
         return sum(int(self.data.lengths_N[rows].sum()) for unit in self.units for rows in unit)
+
+    @property
+    def sequences(self) -> int:
+        return sum(len(rows) for unit in self.units for rows in unit)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return accumulator_dtype(self.model.dtype)
+
+    def key(self, top: Stage) -> dict[str, Any]:
+        """Of a stage inside: a resumed run whose batches or sample differ must not add to its sums."""
+        return top.key | {"sequences": self.sequences, "units": len(self.units)}
 
 
 def fit(
@@ -110,11 +76,12 @@ def fit(
     progress: Progress = silent,
     say: Say = mute,
     **given: Any,
-) -> "Factors":
+) -> Factors:
     """Fit the EK-FAC factors of ``model`` on ``data`` into the folder ``out``; reuse what is there when it is the same.
 
     Args:
-        given: ``layers``, ``fisher``, ``max_tokens``, ``dtype``, ``batch_tokens``, ``seed``; see :class:`FitOptions`.
+        given: ``layers``, ``fisher``, ``max_tokens``, ``until``, ``dtype``, ``batch_tokens``, ``seed``, ``memory``; see
+            :class:`FitOptions`.
 
     Raises:
         InputError: an option, the model, or the folder cannot be used.
@@ -128,7 +95,7 @@ def fit(
         "model": model.fingerprint,
         "corpus": data.fingerprint,
         "kernel": model.info.get("attention"),
-        "options": opts.model_dump(),
+        "options": opts.model_dump(exclude={"memory"}),
         "conventions": CONVENTIONS,
     }
     with locked(out):
@@ -138,51 +105,40 @@ def fit(
             say(f"factors: {out} is complete and was made from the same inputs; used as it is")
         else:
             with model.computing_in(opts.dtype) as computing:
-                _run(stage, _plan(computing, data, opts, progress), opts, say)
+                _run(stage, _work(computing, data, opts, progress), opts, say)
     return Factors(out)
 
 
-def _plan(model: Model, data: Sequences, opts: FitOptions, progress: Progress) -> Plan:
+def _work(model: Model, data: Sequences, opts: FitOptions, progress: Progress) -> Work:
     rows = data.sample(opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64)), opts.seed)
     units = split_units(data.plan(opts.batch_tokens, rows), data.lengths_N)
     drawn = opts.fisher == "sampled"
     labels = [Labels(opts.seed, stream if drawn else None) for stream in (COVARIANCE_STREAM, CORRECTION_STREAM)]
-    return Plan(model, data, tracked_layers(model, data, opts.layers), units, (labels[0], labels[1]), progress)
+    return Work(model, data, tracked_layers(model, data, opts.layers), units, (labels[0], labels[1]), progress)
 
 
-def _run(stage: Stage, plan: Plan, opts: FitOptions, say: Say) -> None:
-    started = time.perf_counter()
-    cover = coverage(plan.model.module, plan.layers)
-    sequences = sum(len(rows) for unit in plan.units for rows in unit)
+def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
+    started, times = time.perf_counter(), Times()
+    cover = coverage(work.model.module, work.layers)
     say(f"layers: {cover.line()}")
     say(
-        f"fit: {plan.tokens:,} tokens in {sequences:,} of {len(plan.data):,} sequences, {opts.fisher} labels, seed {opts.seed}"
+        f"fit: {work.tokens:,} tokens in {work.sequences:,} of {len(work.data):,} sequences, {opts.fisher} labels, "
+        f"seed {opts.seed}"
     )
-    times: dict[str, float] = {}
-    dtype = accumulator_dtype(plan.model.dtype)
-
-    sums = _timed(
-        times, "covariance", lambda: _pass(stage, "covariance", plan, plan.labels[0], lambda: Covariance(dtype))
-    )
-    clamped = _timed(times, "eigendecomposition", lambda: _decompose(stage, plan, sums, sequences))
-    del sums
-    moments = {x.name: read_moments(stage.path, plan.layers, x).to(_like(plan.model)) for x in plan.layers}
-    make = lambda: Correction(dtype, moments)  # noqa: E731 - a thunk beside its use
-    sums = _timed(times, "correction", lambda: _pass(stage, "correction", plan, plan.labels[1], make))
-    halves = _finish_lam(stage.path / "correction", plan.layers, sums)
-
+    clamped = _bases(stage, work, times)
+    halves = _eigenvalues(stage, work, times)
     if dist.rank() == 0:
-        say(f"convergence: {halves['what']}: mean {_text(halves['mean'])}, worst layer {_text(halves['worst'])}")
+        say(f"convergence: {halves['what']}: {_text(halves['mean'])}, worst layer {_text(halves['worst'])}")
         if clamped < -1e-6:
             say(
                 f"rank-deficient covariance: negative eigenvalues down to {clamped:.1e} of the largest were set to zero"
             )
         stage.finish(
             {
-                "layers": [_describe(x) for x in plan.layers],
+                "layers": [_describe(x) for x in work.layers],
                 "coverage": cover._asdict() | {"share": cover.share},
-                "fit": {"sequences": sequences, "tokens": plan.tokens, "halves": halves, "clamped": clamped},
-                "data": getattr(plan.data, "info", {}),
+                "fit": {"sequences": work.sequences, "tokens": work.tokens, "halves": halves, "clamped": clamped},
+                "data": getattr(work.data, "info", {}),
                 "timings": times | {"total": time.perf_counter() - started},
             }
         )
@@ -193,81 +149,172 @@ def _run(stage: Stage, plan: Plan, opts: FitOptions, say: Say) -> None:
 def _tidy(folder: Path) -> None:
     """Remove the sums of finished passes: all that counts of them is in ``eigen`` and ``lam``."""
     shutil.rmtree(folder / "covariance", ignore_errors=True)
-    Stage(folder / "correction", {}).drop_parts()
+    for sums in (folder / "correction").glob("layers-*"):
+        shutil.rmtree(sums, ignore_errors=True)
 
 
 def _text(value: float | None) -> str:
-    return "not known (one half is empty)" if value is None else f"{value:.3f}"
+    return "not known (too few sequences)" if value is None else f"{value:.3f}"
 
 
-def _timed(times: dict[str, float], name: str, work: Any) -> Any:
-    start = time.perf_counter()
-    result = work()
-    times[name] = time.perf_counter() - start
-    return result
+def groups(layers: list[Layer], size: Callable[[Layer], int], room: int | None) -> list[list[Layer]]:
+    """Consecutive layers whose sizes add up to ``room`` bytes at most, one layer at least."""
+    out: list[list[Layer]] = []
+    left = 0
+    for x in layers:
+        if not out or (room is not None and size(x) > left):
+            out.append([])
+            left = room or 0
+        out[-1].append(x)
+        left -= size(x)
+    return out
 
 
-def _like(model: Model) -> Tensor:
-    return torch.empty(0, dtype=model.dtype, device=model.device)
+def covariance_bytes(x: Layer) -> int:
+    """Resident for a layer during its covariance pass."""
+    return 4 * (x.O**2 + (x.I**2 if x.A_of == x.name else 0))
 
 
-def _pass(top: Stage, name: str, plan: Plan, labels: Labels, make: Any) -> Tensors:
-    """One accumulating pass over the units of ``plan``, committed unit by unit."""
-    stage = Stage.open(top.path / name, name, top.key)
+def correction_bytes(x: Layer) -> int:
+    """Resident for a layer during its correction pass: bases and two halves of ``lam``."""
+    return 4 * (x.O**2 + x.I**2 + 2 * x.O * x.I)
 
-    with plan.progress(name, plan.tokens) as advance:
+
+def _pass(top: Stage, name: str, work: Work, group: list[Layer], labels: Labels, make: Callable[[], Any]) -> Path:
+    """One accumulating pass over the units of ``work`` for a group of layers, committed unit by unit; the file of the sums."""
+    at = work.layers.index(group[0])
+    stage = Stage.open(top.path / name / f"layers-{at}-{at + len(group) - 1}", name, work.key(top), overwrite=True)
+    label = name if len(group) == len(work.layers) else f"{name}, layers {at + 1} to {at + len(group)}"
+
+    with work.progress(label, work.tokens) as advance:
 
         def compute(unit: int) -> Tensors:
             consumer = make()
-            sweep(plan.model, plan.layers, plan.data, plan.units[unit], consumer, labels, advance)
-            return {key: value.cpu() for key, value in consumer.sums.items()}
+            sweep(work.model, group, work.data, work.units[unit], consumer, labels, advance)
+            return {key: value.cpu() for key, value in consumer.result().items()}
 
-        return accumulate(stage, dist.share(len(plan.units)), len(plan.units), compute, dist.barrier)
+        return accumulate(stage, dist.share(len(work.units)), len(work.units), compute, dist.barrier)
 
 
-def _decompose(top: Stage, plan: Plan, sums: Tensors, sequences: int) -> float:
-    """Eigendecompose ``A`` and ``S`` of every layer, one at a time with one thread; returns the most negative share."""
-    stage = Stage.open(top.path / "eigen", "eigen", top.key)
-    with plan.progress("eigendecomposition", len(plan.layers)) as advance, threadpool_limits(1):
-        for unit in dist.share(len(plan.layers)):
-            if not stage.has(unit):
-                stage.commit(unit, _eigen(plan.layers[unit], sums, sequences, plan.model.device))
+def _bases(top: Stage, work: Work, times: Times) -> float:
+    """Covariance pass and eigendecompositions, group by group; returns the most negative share of an eigenvalue."""
+    stage = Stage.open(top.path / "eigen", "eigen", work.key(top), overwrite=True)
+    missing = [x for i, x in enumerate(work.layers) if not stage.has(i)]
+    for group in groups(missing, covariance_bytes, work.room):
+        with times("covariance"):
+            sums = _pass(top, "covariance", work, group, work.labels[0], partial(Covariance, work.dtype))
+        with times("eigendecomposition"):
+            _decompose(stage, work, group, sums)
+    found = []
+    for unit in range(len(work.layers)):
+        with opened(stage.unit_path(unit)) as file:
+            found.append(float(file.get_tensor("clamped")))
+    return min(found)
+
+
+def _decompose(stage: Stage, work: Work, group: list[Layer], sums: Path) -> None:
+    """Eigendecompose ``A`` and ``S`` of every layer: on the CPU one matrix on each core, with one thread."""
+    mine = [group[i] for i in dist.share(len(group))]
+    mine.sort(key=lambda x: -max(x.O, x.I))
+    largest = 6 * 8 * max(max(x.O, x.I) for x in group) ** 2
+    at_once = 1 if work.model.device.type != "cpu" else torch.get_num_threads()
+    if work.room is not None:
+        at_once = max(1, min(at_once, work.room // largest))
+
+    def decompose(x: Layer) -> None:
+        unit = work.layers.index(x)
+        if not stage.has(unit):
+            stage.commit(unit, _eigen(x, sums, work.sequences, work.model.device))
+
+    with (
+        work.progress("eigendecomposition", len(group)) as advance,
+        threadpool_limits(1),
+        ThreadPoolExecutor(at_once) as pool,
+    ):
+        for _ in pool.map(decompose, mine):
             advance(1)
     dist.barrier()
-    return min(float(stage.read(unit)["clamped"]) for unit in range(len(plan.layers)))
 
 
-def _eigen(layer: Layer, sums: Tensors, sequences: int, device: torch.device) -> Tensors:
-    if f"S:{layer.name}" not in sums:
-        raise NumericalError(f"layer {layer.name!r} got no gradient on any sequence; leave it out with --layers")
-    count = int(sums[f"count:{layer.name}"])
-    eig_S_O, Q_S_OO, low = eigh((sums[f"S:{layer.name}"] / count).to(device))
-    out = {"Q_S": Q_S_OO, "eig_S": eig_S_O}
-    if layer.A_of == layer.name:
-        out["eig_A"], out["Q_A"], low_A = eigh((sums[f"A:{layer.name}"] / count).to(device))
-        low = min(low, low_A)
-    dtype = sums[f"S:{layer.name}"].dtype
+def _eigen(layer: Layer, sums: Path, sequences: int, device: torch.device) -> Tensors:
+    with opened(sums) as file:
+        if f"S:{layer.name}" not in file.keys():  # noqa: SIM118 - not a mapping
+            raise NumericalError(f"layer {layer.name!r} got no gradient on any sequence; leave it out with --layers")
+        count = int(file.get_tensor(f"count:{layer.name}"))
+        S_OO = file.get_tensor(f"S:{layer.name}")
+        dtype = S_OO.dtype
+        eig_S_O, Q_S_OO, low = eigh(S_OO.to(device).double() / count)
+        out = {"Q_S": Q_S_OO, "eig_S": eig_S_O}
+        if layer.A_of == layer.name:
+            A_II = file.get_tensor(f"A:{layer.name}")
+            out["eig_A"], out["Q_A"], low_A = eigh(A_II.to(device).double() / count)
+            low = min(low, low_A)
     extra = {"T_mean": torch.tensor(count / sequences, dtype=torch.float64), "clamped": torch.tensor(low)}
     return {name: value.to(dtype) for name, value in out.items()} | extra
 
 
-def _finish_lam(folder: Path, layers: list[Layer], sums: Tensors) -> dict[str, Any]:
-    """Write ``lam`` of every layer; returns how well the two halves of the sample agree."""
-    n_2 = sums["sequences"]
-    lam = {x.name: sums[f"lam:{x.name}"].sum(0) / n_2.sum() for x in layers}
-    if dist.rank() == 0:
-        write_tensors(folder / "lam.safetensors", lam)
-    found = [_agreement(sums[f"lam:{x.name}"], n_2, lam[x.name]) for x in layers] if int(n_2.min()) else []
-    agreement = [a for a in found if a == a]  # not a number where a layer's eigenvalues are all the same
-    what = "correlation over all eigenvalues of log(lam + 0.1 mean lam) between the two halves of the sample"
-    worst, mean = (min(agreement), sum(agreement) / len(agreement)) if agreement else (None, None)
-    return {"mean": mean, "worst": worst, "what": what}
+def _eigenvalues(top: Stage, work: Work, times: Times) -> dict[str, Any]:
+    """The correction pass, group by group; writes ``lam`` of every layer and returns how well the halves' scores agree."""
+    parts = groups(work.layers, correction_bytes, work.room)
+    files, pairs = [], []
+    for group in parts:
+        moments = read_moments(top.path, work.layers, group, work.model.like)
+        with times("correction"):
+            make = partial(Correction, work.dtype, moments)
+            sums = _pass(top, "correction", work, group, work.labels[1], make)
+        with times("agreement"):
+            pairs.append(_probe(work, group, moments, sums))
+        files += [(sums, x) for x in group]
+    dist.lead(lambda: _write_lam(top.path / "correction" / "lam.safetensors", files))
+    return _agreement(pairs)
 
 
-def _agreement(lam_2OI: Tensor, n_2: Tensor, lam_OI: Tensor) -> float:
-    shift = Damping().of(lam_OI)
-    logs_2P = torch.log(lam_2OI / n_2[:, None, None] + shift).flatten(1).double()
-    return float(torch.corrcoef(logs_2P)[0, 1])
+def _write_lam(path: Path, files: list[tuple[Path, Layer]]) -> None:
+    sums = {x.name: file for file, x in files}
+
+    def lam(name: str) -> Tensor:
+        with opened(sums[name]) as file:
+            return file.get_tensor(f"lam:{name}").sum(0) / file.get_tensor("sequences").sum()
+
+    forms = {}
+    for file, x in files:
+        with opened(file) as held:
+            forms[x.name] = (held.get_slice(f"lam:{x.name}").get_dtype(), [x.O, x.I])
+    write_stream(path, forms, lam)
+
+
+def _probe(work: Work, group: list[Layer], moments: dict[str, Any], sums: Path) -> Tensor | None:
+    """Scores of a few sequences on each other by the eigenvalues of either half, ``[2, L, P]``; None when a half is empty."""
+    with opened(sums) as file:
+        n_2 = file.get_tensor("sequences")
+        if not int(n_2.min()):
+            return None
+        denominators = {}
+        for x in group:
+            lam_2OI = file.get_tensor(f"lam:{x.name}") / n_2[:, None, None]
+            denominators[x.name] = lam_2OI + torch.tensor([Damping().of(lam_OI) for lam_OI in lam_2OI])[:, None, None]
+    rows = np.sort(np.random.default_rng(0).permutation(len(work.data))[: PROBE_BATCHES * PROBE_ROWS])
+    batches = [part for part in np.array_split(rows, max(1, len(rows) // PROBE_ROWS)) if len(part) > 1]
+    consumer = Agreement(moments, denominators)
+    sweep(work.model, group, work.data, batches, consumer, Labels())
+    return consumer.result() if batches else None
+
+
+def _agreement(pairs: list[Tensor | None]) -> dict[str, Any]:
+    """The correlation between the halves' scores, of the sums over layers and of the worst layer."""
+    what = "correlation of the scores of random sequences on each other between the two halves of the sample"
+    known = [p for p in pairs if p is not None]
+    if len(known) < len(pairs) or known[0].shape[2] < 2:
+        return {"mean": None, "worst": None, "what": what}
+    pairs_2LP = torch.cat(known, 1).double()
+    layers = [_correlation(pairs_2LP[:, i]) for i in range(pairs_2LP.shape[1])]
+    numbers = [x for x in layers if x is not None]
+    return {"mean": _correlation(pairs_2LP.sum(1)), "worst": min(numbers, default=None), "what": what}
+
+
+def _correlation(pairs_2P: Tensor) -> float | None:
+    value = float(torch.corrcoef(pairs_2P)[0, 1])
+    return value if value == value else None  # not a number where all scores of a half are the same
 
 
 def _describe(layer: Layer) -> dict[str, Any]:
@@ -280,105 +327,17 @@ def _describe(layer: Layer) -> dict[str, Any]:
     }
 
 
-def read_moments(path: Path, layers: list[Layer] | list[Any], layer: Any) -> Moments:
-    names = [x.name for x in layers]
-    own = read_tensors(path / "eigen" / f"unit-{names.index(layer.name):06d}.safetensors")
-    leader = own
-    if layer.A_of != layer.name:
-        leader = read_tensors(path / "eigen" / f"unit-{names.index(layer.A_of):06d}.safetensors")
-    return Moments(leader["Q_A"], own["Q_S"], leader["eig_A"], own["eig_S"], float(own["T_mean"]))
-
-
-class FactorLayer(NamedTuple):
-    name: str
-    shape: tuple[int, int]
-    block: int | None
-    kind: str
-    A_of: str
-
-
-class Factors:
-    """The fitted factors of a folder, read one layer at a time.
-
-    Raises:
-        InputError: the folder does not hold finished factors.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        make = "make them with: upriver fit MODEL CORPUS --out FACTORS"
-        if not self.path.is_dir():
-            raise InputError(f"no such folder of factors: got {self.path}; {make}")
-        done = (self.path / "manifest.json").exists()
-        if not done and (self.path / "key.json").exists():
-            raise InputError(
-                f"the factors in {self.path} are not finished; give the same `upriver fit` command again, it goes on"
-            )
-        self.manifest = read_json(self.path / "manifest.json") if done else {}
-        if not isinstance(self.manifest, dict) or (self.manifest.get("key") or {}).get("stage") != "fit":
-            raise InputError(f"not a folder of factors: got {self.path}; {make}")
-        self.layers = [FactorLayer(**{**x, "shape": tuple(x["shape"])}) for x in self.manifest["layers"]]
-
-    @property
-    def options(self) -> FitOptions:
-        return FitOptions(**self.manifest["key"]["options"])
-
-    def check(self, model: Model, data: Sequences | None = None) -> None:
-        """Refuse factors of another model, attention kernel or corpus.
-
-        Raises:
-            MismatchError: with the first entry that differs.
-        """
-        key = self.manifest["key"]
-        now = {"model": model.fingerprint, "kernel": model.info.get("attention"), "conventions": CONVENTIONS}
-        if data is not None:
-            now["corpus"] = data.fingerprint
-        for name, value in now.items():
-            if key[name] != value:
-                raise MismatchError(
-                    f"the factors in {self.path} were fitted with another {name}: got {value!r} now, {key[name]!r} then; "
-                    "fit again into another folder, or go back to the earlier one"
-                )
-
-    def moments(self, name: str) -> Moments:
-        return read_moments(self.path, self.layers, self._layer(name))
-
-    def block(self, name: str, kind: str = "ekfac") -> Eigenblock:
-        """One layer's curvature of a kind: ``ekfac``, ``kfac``, ``diagonal`` or ``identity``."""
-        if kind == "identity":
-            return Eigenblock.identity(*self._layer(name).shape)
-        if kind == "diagonal":
-            return Eigenblock.diagonal(self._read("diagonal", name))
-        moments = self.moments(name)
-        return Eigenblock.kfac(moments) if kind == "kfac" else Eigenblock.ekfac(moments, self._read("correction", name))
-
-    def curvature(self, kind: str = "ekfac") -> BlockCurvature:
-        return BlockCurvature([x.name for x in self.layers], lambda name: self.block(name, kind))
-
-    def _layer(self, name: str) -> FactorLayer:
-        return next(x for x in self.layers if x.name == name)
-
-    def _read(self, stage: str, name: str) -> Tensor:
-        path = self.path / stage / "lam.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"cannot read {path}: {error}; fit again with --overwrite") from error
-
-
 def fit_diagonal(model: Model, data: Sequences, factors: Factors, progress: Progress = silent) -> None:
     """Measure the diagonal of the Fisher in the weights' own basis, on the sample that the factors were fitted on."""
     factors.check(model, data)
     top = Stage(factors.path, factors.manifest["key"])
-    if (top.path / "diagonal" / "lam.safetensors").exists():
+    lam = top.path / "diagonal" / "lam.safetensors"
+    if lam.exists():
         return
     opts = factors.options
     with locked(top.path), model.computing_in(opts.dtype) as computing:
-        plan = _plan(computing, data, opts, progress)
-        dtype = accumulator_dtype(computing.dtype)
-        sums = _pass(top, "diagonal", plan, plan.labels[1], lambda: Correction(dtype, None))
-        _finish_lam(top.path / "diagonal", plan.layers, sums)
-        if dist.rank() == 0:
-            Stage(top.path / "diagonal", {}).drop_parts()
+        work = _work(computing, data, opts, progress)
+        sums = _pass(top, "diagonal", work, work.layers, work.labels[1], lambda: Correction(work.dtype, None))
+        dist.lead(lambda: _write_lam(lam, [(sums, x) for x in work.layers]))
+        dist.lead(lambda: [shutil.rmtree(p) for p in lam.parent.glob("layers-*")] and None)
         dist.barrier()

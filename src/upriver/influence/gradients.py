@@ -1,23 +1,26 @@
 """The query side: each measurement's gradient, solved and compressed once; the corpus only streams past it."""
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from upriver.curvature.base import Damping, Grads
-from upriver.curvature.fit import Factors
+from upriver.curvature.blocks import TokenGradient
+from upriver.curvature.factors import Factors
 from upriver.errors import NumericalError
 from upriver.model.capture import capture, frozen
 from upriver.model.layers import Layer
 from upriver.model.load import Model
-from upriver.runtime.store import Tensors, read_tensors
-from upriver.tensors import LowRank, sequence_gradients
-from upriver.text.batch import Batch, Examples
+from upriver.runtime.store import Tensors, opened
+from upriver.tensors import LowRank
+from upriver.text.batch import Batch, Examples, plan
 
-QUERY_BYTES = 1 << 30  # full-rank query gradients held at once
+QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once
+BATCH_TOKENS = 4096
 
 
 class Measured(Protocol):
@@ -27,6 +30,8 @@ class Measured(Protocol):
     def ids(self) -> list[str]: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def lengths(self) -> np.ndarray: ...  # tokens of each query, all its rows together
     def __len__(self) -> int: ...
     def batch(self, indices: Any, /) -> Batch: ...
 
@@ -42,6 +47,7 @@ class Measurements:
         self.examples = examples
         self.ids = ids or [f"q{i}" for i in range(len(examples))]
         self.fingerprint = examples.fingerprint
+        self.lengths = examples.lengths_N
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -51,32 +57,65 @@ class Measurements:
         return Batch(b.rows_N, b.keys_N, b.inputs, b.real_NT, torch.ones(len(b.rows_N)), np.asarray(indices))
 
 
-class Gradients:
-    """Consumer: each query's gradient, summed over its rows with their weights (+1 completion, -1 contrast)."""
+class TokenGradients:
+    """Consumer: the gradient of each query, ``sum g a^T`` over the tokens of its rows (completion +1, contrast -1), as tokens.
 
-    def __init__(self, queries: int):
-        self.queries, self.grads, self.slot_N = queries, {}, torch.empty(0)
+    A query with more tokens than the smaller side of a layer is kept as the rows or columns of its gradient instead: as many
+    "tokens" as that side has, with the same sum.
+    """
 
-    def begin(self, slot_N: Tensor) -> None:
-        self.slot_N = slot_N
+    def __init__(self, layers: list[Layer]):
+        self.parts: dict[str, dict[int, list[TokenGradient]]] = {x.name: {} for x in layers}
+        self.batch: Batch | None = None
+
+    def begin(self, batch: Batch) -> None:
+        self.batch = batch
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        G_NOI = sequence_gradients(a_NTI, g_NTO)
-        if layer.name not in self.grads:
-            self.grads[layer.name] = G_NOI.new_zeros(self.queries, *G_NOI.shape[1:])
-        self.grads[layer.name].index_add_(0, self.slot_N, G_NOI)
+        batch, found = self.batch, self.parts[layer.name]
+        assert batch is not None
+        assert batch.query_N is not None
+        for n, query in enumerate(batch.query_N.tolist()):
+            a_MI, g_MO = a_NTI[n], g_NTO[n]
+            if batch.real_NT is not None:  # a layer called twice has its calls side by side
+                real_M = batch.real_NT[n].repeat(len(a_MI) // batch.real_NT.shape[1])
+                a_MI, g_MO = a_MI[real_M], g_MO[real_M]
+            found.setdefault(query, []).append(TokenGradient(a_MI.clone(), g_MO.clone()))
+
+    def pop(self, layer: Layer, indices: list[int], like: Tensor) -> list[TokenGradient]:
+        """The queries ``indices`` in one layer, which is forgotten; a query that does not reach it has no tokens."""
+        found = self.parts.pop(layer.name)
+        nothing = TokenGradient(like.new_zeros(0, layer.I), like.new_zeros(0, layer.O))
+        return [_joined(found.get(query, [nothing])) for query in indices]
+
+
+def _joined(parts: list[TokenGradient]) -> TokenGradient:
+    whole = parts[0] if len(parts) == 1 else TokenGradient(*(torch.cat(x) for x in zip(*parts, strict=True)))
+    M, I, O = *whole.a_MI.shape, whole.g_MO.shape[1]
+    if min(O, I) >= M:
+        return whole
+    q_OI = whole.dense()
+    eye = torch.eye(min(O, I), dtype=q_OI.dtype, device=q_OI.device)
+    return TokenGradient(q_OI, eye) if O <= I else TokenGradient(eye, q_OI.T.contiguous())
+
+
+def token_gradients(
+    model: Model, layers: list[Layer], queries: Measured, indices: list[int], batch_tokens: int = BATCH_TOKENS
+) -> TokenGradients:
+    """``grad f`` of the queries ``indices`` for every layer, in batches of about equal length."""
+    consumer = TokenGradients(layers)
+    with capture(model.module, layers, consumer) as run:
+        for part in plan(queries.lengths, batch_tokens, np.asarray(indices)):
+            batch = queries.batch(part).to(model.device)
+            consumer.begin(batch)
+            run(len(batch.rows_N), model.task.positions(batch), lambda b=batch: weighted_measurement(model, b))
+    return consumer
 
 
 def query_gradients(model: Model, layers: list[Layer], queries: Measured, indices: list[int]) -> Grads:
     """``grad f`` of the queries ``indices`` for every layer, ``[len(indices), O, I]``; zero where a query does not reach."""
-    consumer = Gradients(len(indices))
-    with capture(model.module, layers, consumer) as run:
-        for slot, index in enumerate(indices):  # one by one: a query is short, and padding costs nothing then
-            batch = queries.batch([index]).to(model.device)
-            consumer.begin(torch.full((len(batch.rows_N),), slot, device=model.device))
-            run(len(batch.rows_N), model.task.positions(batch), lambda b=batch: weighted_measurement(model, b))
-    like = torch.empty(0, dtype=model.dtype, device=model.device)
-    return {x.name: consumer.grads.get(x.name, like.new_zeros(len(indices), x.O, x.I)) for x in layers}
+    found, like = token_gradients(model, layers, queries, indices), model.like
+    return {x.name: torch.stack([q.dense() for q in found.pop(x, indices, like)]) for x in layers}
 
 
 def weighted_measurement(model: Model, batch: Batch) -> Tensor:
@@ -91,49 +130,56 @@ def measurements(model: Model, queries: Measured) -> np.ndarray:
         return np.array([float(weighted_measurement(model, batch)) for batch in rows])
 
 
-def query_chunks(layers: list[Layer], n_queries: int, budget: int = QUERY_BYTES) -> list[list[int]]:
-    """Spans of queries whose full-rank gradients fit in ``budget`` bytes."""
-    size = max(1, budget // (4 * sum(x.parameters for x in layers)))
-    return [list(range(i, min(i + size, n_queries))) for i in range(0, n_queries, size)]
+def query_chunks(
+    layers: list[Layer], queries: Measured, rank: int | None, budget: int = QUERY_BYTES
+) -> list[list[int]]:
+    """Consecutive queries whose gradients and solutions at ``rank`` (None: full) fit in ``budget`` bytes, one at least."""
+    chunks: list[list[int]] = []
+    room = 0
+    for query, tokens in enumerate(queries.lengths.tolist()):
+        size = sum(_query_bytes(x, tokens, rank) for x in layers)
+        if size > room or not chunks:
+            chunks.append([])
+            room = budget
+        chunks[-1].append(query)
+        room -= size
+    return chunks
 
 
-def solve(
-    model: Model,
-    layers: list[Layer],
-    factors: Factors,
-    queries: Measured,
-    indices: list[int],
-    kind: str,
-    damping: Damping,
-) -> Grads:
-    """``v = (G + lambda I)^-1 grad f`` at full rank, ``[len(indices), O, I]`` for every layer."""
-    grads = query_gradients(model, layers, queries, indices)
-    for x in layers:
-        block = factors.block(x.name, kind).to(grads[x.name])
-        grads[x.name] = _finite(x.name, block.solve(grads[x.name], damping))
-    return grads
+def _query_bytes(x: Layer, tokens: int, rank: int | None) -> int:
+    solution = x.parameters if rank is None else (x.O + x.I) * min(rank, x.O, x.I)
+    return 4 * ((x.O + x.I) * min(tokens, x.O, x.I) + solution)
 
 
-def solve_low_rank(
-    model: Model,
-    layers: list[Layer],
-    factors: Factors,
-    queries: Measured,
-    indices: list[int],
-    kind: str,
-    damping: Damping,
-    rank: int,
-) -> Tensors:
-    """The solved queries at rank ``rank``: ``U:layer`` ``[Q, O, R]`` and ``V:layer`` ``[Q, R, I]``."""
-    grads = query_gradients(model, layers, queries, indices)
-    out: Tensors = {}
-    for x in layers:
-        q_QOI = grads.pop(x.name)
-        block = factors.block(x.name, kind).to(q_QOI)
-        metric = block.basis or factors.moments(x.name).to(q_QOI)
-        low = block.solve_low_rank(q_QOI, damping, min(rank, x.O, x.I), metric)
-        out[f"U:{x.name}"], out[f"V:{x.name}"] = _finite(x.name, low.U_QOR), _finite(x.name, low.V_QRI)
-    return out
+class Solver(NamedTuple):
+    """``(G + lambda I)^-1 grad f`` for queries of ``queries``, in ``layers``, with the curvature ``kind`` of ``factors``."""
+
+    model: Model
+    layers: list[Layer]
+    factors: Factors
+    queries: Measured
+    kind: str
+    damping: Damping
+
+    def full(self, indices: list[int]) -> Grads:
+        """At full rank: ``[len(indices), O, I]`` for every layer."""
+        found, like = token_gradients(self.model, self.layers, self.queries, indices), self.model.like
+        out: Grads = {}
+        for x in self.layers:
+            block = self.factors.block(x.name, self.kind).to(like)
+            out[x.name] = _finite(x.name, block.solve_tokens(found.pop(x, indices, like), self.damping))
+        return out
+
+    def low_rank(self, indices: list[int], rank: int) -> Tensors:
+        """At rank ``rank``: ``U:layer`` ``[len(indices), O, R]`` and ``V:layer`` ``[len(indices), R, I]``."""
+        found, like = token_gradients(self.model, self.layers, self.queries, indices), self.model.like
+        out: Tensors = {}
+        for x in self.layers:
+            block = self.factors.block(x.name, self.kind).to(like)
+            metric = block.basis or self.factors.moments(x.name).to(like)
+            low = block.solve_low_rank(found.pop(x, indices, like), self.damping, min(rank, x.O, x.I), metric)
+            out[f"U:{x.name}"], out[f"V:{x.name}"] = _finite(x.name, low.U_QOR), _finite(x.name, low.V_QRI)
+        return out
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
@@ -144,7 +190,9 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
 
 def read_solved(paths: list[Path], layer: str) -> LowRank | Tensor:
     """One layer's solved queries over all chunks: low-rank factors, or ``v_QOI`` at full rank."""
-    parts = [read_tensors(path) for path in paths]
-    if f"v:{layer}" in parts[0]:
-        return torch.cat([p[f"v:{layer}"] for p in parts])
-    return LowRank(torch.cat([p[f"U:{layer}"] for p in parts]), torch.cat([p[f"V:{layer}"] for p in parts]))
+    with ExitStack() as stack:
+        files = [stack.enter_context(opened(path)) for path in paths]
+        if f"v:{layer}" in files[0].keys():  # noqa: SIM118 - not a mapping
+            return torch.cat([file.get_tensor(f"v:{layer}") for file in files])
+        U_QOR, V_QRI = (torch.cat([file.get_tensor(f"{part}:{layer}") for file in files]) for part in "UV")
+        return LowRank(U_QOR, V_QRI)

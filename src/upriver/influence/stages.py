@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from upriver.curvature.base import Damping
-from upriver.curvature.fit import Factors
-from upriver.errors import NumericalError
-from upriver.influence.gradients import Measured, query_chunks, read_solved, solve, solve_low_rank
+from upriver.curvature.factors import Factors
+from upriver.influence.gradients import Measured, Solver, query_chunks, read_solved
+from upriver.influence.scanned import Pass, Scanned, gather
 from upriver.influence.score import Route, Score, choose_orders, route
 from upriver.influence.tokens import Rescored, rescore
 from upriver.model.layers import Layer
@@ -18,10 +18,8 @@ from upriver.model.sweep import UNIT_TOKENS, Labels, split_units, sweep
 from upriver.runtime import dist
 from upriver.runtime.config import TraceOptions
 from upriver.runtime.progress import Progress
-from upriver.runtime.store import Stage
+from upriver.runtime.store import Stage, Tensors
 from upriver.text.batch import Sequences
-
-SAMPLE = 64  # random sequences that are rescored to measure the error of the low rank
 
 
 class Job(NamedTuple):
@@ -41,21 +39,21 @@ class Job(NamedTuple):
     def damping(self) -> Damping:
         return Damping(0.0, False) if self.opts.curvature == "identity" else Damping.parse(self.opts.damping)
 
+    @property
+    def rank(self) -> int | None:
+        return None if self.opts.rank == "full" else self.opts.rank
+
+    @property
+    def solver(self) -> Solver:
+        return Solver(self.model, self.layers, self.factors, self.queries, self.opts.curvature, self.damping)
+
     def open(self, name: str) -> Stage:
         return Stage.open(self.stage.path / name, name, self.stage.key)
 
 
-class Scanned(NamedTuple):
-    """Raw scores of the scanned sequences: ``rows_N`` ascending, ``scores_NQ``, and ``layers_NQL`` when they were asked for."""
-
-    rows_N: np.ndarray
-    scores_NQ: np.ndarray
-    layers_NQL: np.ndarray | None
-
-
 def solve_stage(job: Job) -> list:
     """Solve and compress every query, a chunk at a time; returns the files of the chunks."""
-    stage, chunks = job.open("solved"), query_chunks(job.layers, len(job.queries))
+    stage, chunks = job.open("solved"), query_chunks(job.layers, job.queries, job.rank)
     with job.progress("queries", len(job.queries)) as advance:
         for unit in dist.share(len(chunks)):
             if not stage.has(unit):
@@ -65,21 +63,18 @@ def solve_stage(job: Job) -> list:
     return [stage.unit_path(unit) for unit in range(len(chunks))]
 
 
-def _solved(job: Job, chunk: list[int]) -> dict[str, torch.Tensor]:
-    common = (job.model, job.layers, job.factors, job.queries, chunk, job.opts.curvature, job.damping)
-    if job.opts.rank == "full":
-        return {f"v:{name}": v for name, v in solve(*common).items()}
-    return solve_low_rank(*common, job.opts.rank)
+def _solved(job: Job, chunk: list[int]) -> Tensors:
+    if job.rank is None:
+        return {f"v:{name}": v for name, v in job.solver.full(chunk).items()}
+    return job.solver.low_rank(chunk, job.rank)
 
 
 def plan_routes(job: Job, solved: list, batches: list[np.ndarray]) -> dict[str, Route]:
     """Each layer's order of contraction, chosen for a batch of mean size, and its queries laid out for it."""
     M = float(np.mean([job.data.lengths_N[rows].sum() for rows in batches]))
     N = float(np.mean([len(rows) for rows in batches]))
-    R = None if job.opts.rank == "full" else job.opts.rank
-    orders = choose_orders(job.layers, int(M), max(1, round(N)), len(job.queries), R)
-    like = torch.empty(0, dtype=job.model.dtype, device=job.model.device)
-    return {x.name: route(orders[x.name], read_solved(solved, x.name), like) for x in job.layers}
+    orders = choose_orders(job.layers, int(M), max(1, round(N)), len(job.queries), job.rank)
+    return {x.name: route(orders[x.name], read_solved(solved, x.name), job.model.like) for x in job.layers}
 
 
 def scan_stage(job: Job, solved: list, note: Callable[[str], None]) -> Scanned:
@@ -99,34 +94,8 @@ def scan_stage(job: Job, solved: list, note: Callable[[str], None]) -> Scanned:
             sweep(job.model, job.layers, job.data, units[unit], consumer, Labels(), advance)
             stage.commit(unit, consumer.tensors())
     dist.barrier()
-    return _gather(stage, len(units))
-
-
-def _gather(stage: Stage, n_units: int) -> Scanned:
-    parts = [stage.read(unit) for unit in range(n_units)]
-    rows = torch.cat([p["rows"] for p in parts]).numpy()
-    order = np.argsort(rows)
-    scores = torch.cat([p["scores"] for p in parts]).numpy()[order]
-    if not np.isfinite(scores).all():
-        bad = int((~np.isfinite(scores)).any(1).sum())
-        raise NumericalError(
-            f"{bad} of {len(scores)} sequences got a score that is NaN or infinite; use --dtype float32"
-        )
-    layers = torch.cat([p["layers"] for p in parts]).numpy()[order] if "layers" in parts[0] else None
-    return Scanned(rows[order], scores, layers)
-
-
-def extremes(scanned: Scanned, top: int) -> list[np.ndarray]:
-    """For each query the ``top`` most positive and the ``top`` most negative sequences of the scan; ties by sequence."""
-    k = min(top, len(scanned.rows_N))
-    orders = (np.argsort(-score_N, kind="stable") for score_N in scanned.scores_NQ.T)
-    return [scanned.rows_N[np.unique(np.concatenate([order[:k], order[-k:]]))] for order in orders]
-
-
-def random_rows(scanned: Scanned, seed: int) -> np.ndarray:
-    """A random few of the scanned sequences, on which the error of the low rank is measured."""
-    N = len(scanned.rows_N)
-    return scanned.rows_N[np.random.default_rng(seed).choice(N, min(SAMPLE, N), replace=False)]
+    L = len(job.layers) if job.opts.layer_scores else None
+    return gather([Pass(stage, len(units), slice(0, len(job.queries)))], np.sort(job.rows), L)
 
 
 def rescore_stage(job: Job, wanted: list[np.ndarray]) -> Rescored:
@@ -146,7 +115,7 @@ def rescore_stage(job: Job, wanted: list[np.ndarray]) -> Rescored:
 def _rescore_chunks(job: Job, wanted: list[np.ndarray]) -> list[list[int]]:
     """Chunks of queries that fit in memory at full rank and whose sequences make about one unit of work."""
     chunks: list[list[int]] = []
-    for whole in query_chunks(job.layers, len(job.queries)):
+    for whole in query_chunks(job.layers, job.queries, None):
         tokens = UNIT_TOKENS + 1
         for q in whole:
             cost = int(job.data.lengths_N[wanted[q]].sum())
@@ -159,7 +128,7 @@ def _rescore_chunks(job: Job, wanted: list[np.ndarray]) -> list[list[int]]:
 
 
 def _rescored(job: Job, chunk: list[int], wanted: list[np.ndarray]) -> Rescored:
-    solved = solve(job.model, job.layers, job.factors, job.queries, chunk, job.opts.curvature, job.damping)
+    solved = job.solver.full(chunk)
     pairs: dict[int, list[int]] = {}
     for slot, q in enumerate(chunk):
         for row in wanted[q]:

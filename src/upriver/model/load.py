@@ -43,6 +43,11 @@ class Model:
     def dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
 
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor in the device and dtype of the weights."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of every weight and buffer with its name, and of the architecture's configuration.

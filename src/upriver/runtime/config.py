@@ -43,6 +43,7 @@ class FitOptions(Options):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     batch_tokens: int = Field(4096, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
+    memory: str | None = None  # a promise: resident memory stays below it; never part of a key
 
 
 class TraceOptions(Options):

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +32,9 @@ from upriver.runtime import dist
 
 SCHEMA = 1
 Tensors = dict[str, Tensor]
+Form = tuple[str, list[int]]  # a tensor's type, as safetensors names it, and shape
+DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+DTYPE_BYTES = {"F32": 4, "F64": 8, "I64": 8}
 
 
 def digest(value: Any) -> str:
@@ -98,6 +103,16 @@ def read_tensors(path: Path) -> Tensors:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot read {path}: {error}; delete its folder and give the same command again") from error
+
+
+@contextmanager
+def opened(path: Path, advice: str = "delete its folder and give the same command again") -> Iterator[Any]:
+    """The tensors of a file, read one by one when they are asked for: ``file.get_tensor(name)``."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot read {path}: {error}; {advice}") from error
 
 
 class Stage:
@@ -254,7 +269,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _clear_debris(path: Path) -> None:
     """Remove what a killed run left half-written or half-removed in a folder of ours."""
-    for written in [*path.glob(".*.tmp"), *path.glob("*/.*.tmp")]:
+    for written in path.rglob(".*.tmp"):
         written.unlink(missing_ok=True)
     for removed in path.glob(".*.old"):
         shutil.rmtree(removed, ignore_errors=True)
@@ -273,51 +288,84 @@ def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any]
 
 def accumulate(
     stage: Stage, units: list[int], n_units: int, compute: Callable[[int], Tensors], barrier: Callable[[], None]
-) -> Tensors:
-    """The sum of ``compute(unit)`` over all ``n_units``, added in unit order; ``units`` are the ones of this rank.
+) -> Path:
+    """The file with the sum of ``compute(unit)`` over all ``n_units``, added in unit order; ``units`` are this rank's.
 
-    After each unit the sum so far is committed, so a run that stops goes on where it was.  With several ranks each
-    commits its own units; the sum is formed after the barrier, in the same order, and so to the same bits.
+    The sum lives on the disk: in memory there is one unit's part of it, and one tensor of the sum while the part is added.
+    After each unit the sum so far is committed, so a run that stops goes on where it was.  With several ranks each commits
+    its own units; the first rank forms the sum after the barrier, in the same order, and so to the same bits.
     """
-    first, total = _newest_sum(stage)
+    first = _newest_sum(stage)
     alone = len(units) == n_units
     for unit in (u for u in units if u >= first):
         if alone:
-            partial = stage.read(unit) if stage.has(unit) else compute(unit)
-            first, total = _fold(stage, unit, total, partial)
+            _fold(stage, unit, stage.read(unit) if stage.has(unit) else compute(unit))
         elif not stage.has(unit):
             stage.commit(unit, compute(unit))
     barrier()
-    if not alone:
-        first, total = _newest_sum(stage)  # the rank of a single unit had them all, and added them itself
-    for unit in range(first, n_units):
-        total = add(total, stage.read(unit))
-    barrier()  # nobody removes a unit that another still reads
-    return total
+
+    def fold_rest() -> None:
+        for unit in range(_newest_sum(stage), n_units):
+            _fold(stage, unit, stage.read(unit))
+
+    dist.lead(fold_rest)
+    barrier()
+    return sum_path(stage, n_units)
 
 
-def _newest_sum(stage: Stage) -> tuple[int, Tensors]:
+def sum_path(stage: Stage, n_units: int) -> Path:
+    return stage.path / f"sum-{n_units:06d}.safetensors"
+
+
+def _newest_sum(stage: Stage) -> int:
+    """How many units the newest sum holds."""
     sums = sorted(stage.path.glob("sum-*.safetensors"))
-    if not sums:
-        return 0, {}
     for older in sums[:-1]:  # a kill came between writing the next sum and removing this one
         older.unlink(missing_ok=True)
-    return int(sums[-1].stem.removeprefix("sum-")), read_tensors(sums[-1])
+    return int(sums[-1].stem.removeprefix("sum-")) if sums else 0
 
 
-def _fold(stage: Stage, unit: int, total: Tensors, partial: Tensors) -> tuple[int, Tensors]:
-    total = add(total, partial)
-    write_tensors(stage.path / f"sum-{unit + 1:06d}.safetensors", total)
-    (stage.path / f"sum-{unit:06d}.safetensors").unlink(missing_ok=True)
-    return unit + 1, total
+def _fold(stage: Stage, unit: int, partial: Tensors) -> None:
+    if unit == 0:
+        write_tensors(sum_path(stage, 1), partial)
+        return
+    with opened(sum_path(stage, unit)) as old:
+        held = set(old.keys())
+        forms = {name: _form(t) for name, t in partial.items()}
+        forms |= {name: (old.get_slice(name).get_dtype(), old.get_slice(name).get_shape()) for name in held}
+
+        def total(name: str) -> Tensor:
+            if name not in partial:  # a layer may be called in some units only
+                return old.get_tensor(name)
+            return partial.pop(name) + old.get_tensor(name) if name in held else partial.pop(name)
+
+        write_stream(sum_path(stage, unit + 1), forms, total)
+    sum_path(stage, unit).unlink(missing_ok=True)
 
 
-def add(total: Tensors, partial: Tensors) -> Tensors:
-    if not total:
-        return partial
-    for name, value in partial.items():
-        total[name] = total[name].add_(value) if name in total else value  # a layer may be called in some units only
-    return total
+def _form(tensor: Tensor) -> Form:
+    return DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+
+
+def write_stream(path: Path, forms: dict[str, Form], tensor: Callable[[str], Tensor]) -> None:
+    """A safetensors file written one tensor at a time, so that never more than one is held.
+
+    Args:
+        forms: each tensor's type, by its name in the format, and its shape.
+        tensor: gives the tensor of a name; asked once for each, in order.
+    """
+    header, end = {}, 0
+    for name, (dtype, shape) in forms.items():
+        start, end = end, end + DTYPE_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight bytes
+    with atomic(path) as temporary, open(temporary, "wb") as sink:
+        sink.write(len(text).to_bytes(8, "little") + text)
+        for name, form in forms.items():
+            value = tensor(name).detach().cpu().contiguous()
+            assert _form(value) == form
+            sink.write(value.flatten().view(torch.uint8).numpy().data)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

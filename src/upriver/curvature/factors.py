@@ -1,0 +1,113 @@
+"""The fitted factors of a folder: what :func:`upriver.fit` writes, and everything after it reads.
+
+FACTORS/key.json, manifest.json
+FACTORS/eigen/unit-K.safetensors      layer K: Q_A, eig_A (when it leads its input's group), Q_S, eig_S
+FACTORS/correction/lam.safetensors    lam of every layer
+FACTORS/diagonal/lam.safetensors      eigenvalues in the weights' own basis; made when first asked for
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
+from upriver.errors import InputError, MismatchError
+from upriver.model.load import Model
+from upriver.runtime.config import CONVENTIONS, FitOptions
+from upriver.runtime.store import Tensors, opened, read_json
+from upriver.text.batch import Sequences
+
+
+def read_moments(path: Path, layers: list[Any], wanted: list[Any], like: Tensor | None = None) -> dict[str, Moments]:
+    """The moments of the layers ``wanted`` among ``layers``; those that share an input share its basis in memory too."""
+    unit = {x.name: i for i, x in enumerate(layers)}
+    leaders: dict[str, Tensors] = {}
+    out = {}
+    for x in wanted:
+        if x.A_of not in leaders:
+            leaders[x.A_of] = _read_unit(path, unit[x.A_of], ("Q_A", "eig_A"), like)
+        A, S = leaders[x.A_of], _read_unit(path, unit[x.name], ("Q_S", "eig_S"), like)
+        T_mean = float(_read_unit(path, unit[x.name], ("T_mean",), None)["T_mean"])
+        out[x.name] = Moments(A["Q_A"], S["Q_S"], A["eig_A"], S["eig_S"], T_mean)
+    return out
+
+
+def _read_unit(path: Path, unit: int, names: tuple[str, ...], like: Tensor | None) -> Tensors:
+    with opened(path / "eigen" / f"unit-{unit:06d}.safetensors") as file:
+        found = {name: file.get_tensor(name) for name in names}
+    return found if like is None else {name: value.to(like) for name, value in found.items()}
+
+
+class FactorLayer(NamedTuple):
+    name: str
+    shape: tuple[int, int]
+    block: int | None
+    kind: str
+    A_of: str
+
+
+class Factors:
+    """The fitted factors of a folder, read one layer at a time.
+
+    Raises:
+        InputError: the folder does not hold finished factors.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        make = "make them with: upriver fit MODEL CORPUS --out FACTORS"
+        if not self.path.is_dir():
+            raise InputError(f"no such folder of factors: got {self.path}; {make}")
+        done = (self.path / "manifest.json").exists()
+        if not done and (self.path / "key.json").exists():
+            raise InputError(
+                f"the factors in {self.path} are not finished; give the same `upriver fit` command again, it goes on"
+            )
+        self.manifest = read_json(self.path / "manifest.json") if done else {}
+        if not isinstance(self.manifest, dict) or (self.manifest.get("key") or {}).get("stage") != "fit":
+            raise InputError(f"not a folder of factors: got {self.path}; {make}")
+        self.layers = [FactorLayer(**{**x, "shape": tuple(x["shape"])}) for x in self.manifest["layers"]]
+
+    @property
+    def options(self) -> FitOptions:
+        return FitOptions(**self.manifest["key"]["options"])
+
+    def check(self, model: Model, data: Sequences | None = None) -> None:
+        """Refuse factors of another model, attention kernel or corpus.
+
+        Raises:
+            MismatchError: with the first entry that differs.
+        """
+        key = self.manifest["key"]
+        now = {"model": model.fingerprint, "kernel": model.info.get("attention"), "conventions": CONVENTIONS}
+        if data is not None:
+            now["corpus"] = data.fingerprint
+        for name, value in now.items():
+            if key[name] != value:
+                raise MismatchError(
+                    f"the factors in {self.path} were fitted with another {name}: got {value!r} now, {key[name]!r} then; "
+                    "fit again into another folder, or go back to the earlier one"
+                )
+
+    def moments(self, name: str) -> Moments:
+        return read_moments(self.path, self.layers, [self._layer(name)])[name]
+
+    def block(self, name: str, kind: str = "ekfac") -> Eigenblock:
+        """One layer's curvature of a kind: ``ekfac``, ``kfac``, ``diagonal`` or ``identity``."""
+        if kind == "identity":
+            return Eigenblock.identity(*self._layer(name).shape)
+        if kind == "diagonal":
+            return Eigenblock.diagonal(self._read("diagonal", name))
+        moments = self.moments(name)
+        return Eigenblock.kfac(moments) if kind == "kfac" else Eigenblock.ekfac(moments, self._read("correction", name))
+
+    def curvature(self, kind: str = "ekfac") -> BlockCurvature:
+        return BlockCurvature([x.name for x in self.layers], lambda name: self.block(name, kind))
+
+    def _layer(self, name: str) -> FactorLayer:
+        return next(x for x in self.layers if x.name == name)
+
+    def _read(self, stage: str, name: str) -> Tensor:
+        with opened(self.path / stage / "lam.safetensors", "fit again with --overwrite") as file:
+            return file.get_tensor(name)

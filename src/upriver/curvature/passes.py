@@ -1,0 +1,125 @@
+"""What the passes of a fit sum up: the second moments of inputs and output gradients, and the eigenvalues in their bases.
+
+Axes: N sequences, T positions, M real tokens, I inputs of a layer (+1 with a bias), O outputs.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upriver.curvature.blocks import Moments
+from upriver.model.layers import Layer
+from upriver.runtime.store import Tensors
+from upriver.tensors import add_second_moment, rotated_gradients, sequence_gradients, symmetric
+from upriver.text.batch import Batch
+
+GRADIENT_BYTES = 16 << 20  # sequence gradients held at once: what stays in the caches of a core
+
+
+class Covariance:
+    """Consumer: sums ``A`` over the real tokens of each input, ``S`` over the same tokens of each output (eq. 16)."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.real_NT = dtype, None
+        self._lower: Tensors = {}
+        self._counts: dict[str, int] = {}
+
+    def begin(self, batch: Batch) -> None:
+        self.real_NT = None if batch.real_NT is None or bool(batch.real_NT.all()) else batch.real_NT
+
+    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
+        g_MO = self._real(g_NTO)
+        self._add(f"S:{layer.name}", g_MO)
+        self._counts[f"count:{layer.name}"] = self._counts.get(f"count:{layer.name}", 0) + len(g_MO)
+        if layer.A_of == layer.name:
+            self._add(f"A:{layer.name}", self._real(a_NTI))
+
+    def _real(self, x_NTI: Tensor) -> Tensor:
+        if self.real_NT is None:
+            return x_NTI.flatten(0, 1)
+        calls = x_NTI.shape[1] // self.real_NT.shape[1]
+        return x_NTI[self.real_NT.repeat(1, calls)]
+
+    def _add(self, name: str, x_MI: Tensor) -> None:
+        if name not in self._lower:
+            self._lower[name] = x_MI.new_zeros(x_MI.shape[1], x_MI.shape[1], dtype=self.dtype)
+        add_second_moment(self._lower[name], x_MI)
+
+    def result(self) -> Tensors:
+        """``A:layer`` ``[I, I]``, ``S:layer`` ``[O, O]`` and ``count:layer``, the number of tokens in them; given once."""
+        sums = {name: symmetric(self._lower.pop(name)) for name in list(self._lower)}
+        return sums | {name: torch.tensor([n], dtype=torch.int64) for name, n in self._counts.items()}
+
+
+class Correction:
+    """Consumer: sums squared rotated sequence gradients (eq. 20), in two halves by the parity of the sequences' keys."""
+
+    def __init__(self, dtype: torch.dtype, moments: dict[str, Moments] | None):
+        self.dtype, self.moments = dtype, moments
+        self._sums: Tensors = {"sequences": torch.zeros(2, dtype=torch.int64)}
+        self._half_2N = torch.empty(0)
+        self._rotated: tuple[str, Tensor] = ("", torch.empty(0))  # the last input, which the next layer may share
+
+    def begin(self, batch: Batch) -> None:
+        half_N = torch.from_numpy((batch.keys_N & np.uint64(1)).astype(np.int64))
+        half_2N = torch.nn.functional.one_hot(half_N, 2).T
+        self._sums["sequences"] += half_2N.sum(1)
+        self._half_2N = half_2N.to(self.dtype)
+        self._rotated = ("", torch.empty(0))
+
+    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
+        (N, T, I), O = a_NTI.shape, g_NTO.shape[2]
+        name = f"lam:{layer.name}"
+        if name not in self._sums:
+            self._sums[name] = g_NTO.new_zeros(2, O, I, dtype=self.dtype)
+        moments = None if self.moments is None else self.moments[layer.name]
+        if moments is not None and T <= O:  # the input is rotated token by token, once for the layers that share it
+            a_NTI = self._rotated_input(layer, a_NTI, moments)
+        step = max(1, GRADIENT_BYTES // (g_NTO.element_size() * O * I))
+        for n in range(0, N, step):
+            part = slice(n, n + step)
+            G_NOI = _gradients(a_NTI[part], g_NTO[part], moments, T <= O)
+            square_NP = G_NOI.to(self.dtype).square_().flatten(1)
+            self._sums[name].flatten(1).addmm_(self._half_2N[:, part].to(square_NP.device), square_NP)
+
+    def _rotated_input(self, layer: Layer, a_NTI: Tensor, moments: Moments) -> Tensor:
+        if self._rotated[0] != layer.A_of:
+            self._rotated = (layer.A_of, a_NTI @ moments.Q_A_II)
+        return self._rotated[1]
+
+    def result(self) -> Tensors:
+        """``lam:layer`` ``[2, O, I]``, sums of each half, and ``sequences`` ``[2]``, how many are in it."""
+        return self._sums
+
+
+def _gradients(a_NTI: Tensor, g_NTO: Tensor, moments: Moments | None, rotated: bool) -> Tensor:
+    if moments is None:
+        return sequence_gradients(a_NTI, g_NTO)
+    return rotated_gradients(a_NTI, g_NTO, None if rotated else moments.Q_A_II, moments.Q_S_OO)
+
+
+class Agreement:
+    """Consumer: the scores of the sequences of a batch on each other, by the eigenvalues of either half of the sample.
+
+    ``pairs_2LP``: for each half and layer the scores of P pairs; every two sequences of every batch are a pair.
+    """
+
+    def __init__(self, moments: dict[str, Moments], denominators: dict[str, Tensor]):
+        self.moments, self.denominators = moments, denominators  # lam + lambda: [2, O, I] of each layer
+        self.parts: list[Tensor] = []
+        self.place = {name: i for i, name in enumerate(moments)}
+
+    def begin(self, batch: Batch) -> None:
+        N = len(batch.rows_N)
+        self.upper = torch.triu_indices(N, N, 1)
+        self.parts.append(torch.zeros(2, len(self.place), self.upper.shape[1]))
+
+    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
+        m = self.moments[layer.name]
+        G_NP = rotated_gradients(a_NTI, g_NTO, m.Q_A_II, m.Q_S_OO).flatten(1)
+        for half, denominator_OI in enumerate(self.denominators[layer.name]):
+            scores_NN = (G_NP / denominator_OI.flatten().to(G_NP)) @ G_NP.T
+            self.parts[-1][half, self.place[layer.name]] = scores_NN[self.upper[0], self.upper[1]].float().cpu()
+
+    def result(self) -> Tensor:
+        return torch.cat(self.parts, 2)
