@@ -1,0 +1,96 @@
+"""Our side of the comparison, and the plain training step that times are given in."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from job import Job, load_module
+from meter import Meter
+
+import upriver as up
+from upriver.influence.gradients import Measurements
+from upriver.influence.stages import Job as Trace
+from upriver.influence.stages import scan_stage, solve_stage
+from upriver.model.load import Model
+from upriver.model.sweep import tracked_layers
+from upriver.runtime.config import TraceOptions
+from upriver.runtime.progress import mute, silent
+from upriver.runtime.store import Stage
+from upriver.text.batch import Examples
+
+
+class Sequences(Examples):
+    """Sequences of one length; the tokens after the first ``prompt`` carry loss."""
+
+    def __init__(self, tokens_NT: np.ndarray, prompt: int):
+        rows, length = tokens_NT.shape
+        loss_NT = (torch.arange(length) >= prompt).repeat(rows, 1)
+        super().__init__({"tokens": torch.from_numpy(tokens_NT), "loss": loss_NT})
+        self.lengths_N = np.full(rows, length, np.int32)
+
+
+class Side:
+    def __init__(self, job: Job, folder: Path):
+        self.job, self.folder = job, folder
+        self.model = Model(load_module(job, torch.float32))
+        self.corpus = Sequences(job.corpus_NT, 1)
+        self.settings = f"upriver {version('upriver')}, {job.batch} sequences a batch"
+        self.step(Meter())  # warm up: threads, buffers
+
+    def fit(self, meter: Meter) -> None:
+        with meter("other"):
+            self.factors = self._fit("factors", self.job.dtype, meter)
+
+    def _fit(self, name: str, dtype: str, meter: Meter) -> up.Factors:
+        @contextmanager
+        def phase(name: str, total: int) -> Iterator:
+            with meter(name):
+                yield lambda done: None
+
+        return up.fit(
+            self.model, self.corpus, self.folder / name, fisher="empirical", dtype=dtype, max_tokens=None, overwrite=True,
+            batch_tokens=self.job.batch * self.job.tokens, progress=phase,
+        )  # fmt: skip
+
+    def score(self, meter: Meter, queries: int, rank: int | None) -> tuple[np.ndarray, int]:
+        return self._score(meter, queries, rank, self.factors, self.job.dtype)
+
+    def _score(
+        self, meter: Meter, queries: int, rank: int | None, factors: up.Factors, dtype: str
+    ) -> tuple[np.ndarray, int]:
+        place = self.folder / "scores"
+        shutil.rmtree(place, ignore_errors=True)  # nothing is left to resume from
+        given: dict[str, Any] = {"dtype": dtype} if "dtype" in TraceOptions.model_fields else {}
+        opts = TraceOptions(rank=rank or "full", batch_tokens=self.job.batch * self.job.tokens, **given)
+        with meter("other"):
+            asked = Measurements(Sequences(self.job.queries_QT[:queries], self.job.prompt))
+            layers, rows = tracked_layers(self.model, self.corpus, "mlp"), np.arange(len(self.corpus))
+            stage = Stage.open(place, "trace", {})
+            trace = Trace(stage, self.model, layers, self.corpus, asked, factors, rows, opts, silent)
+            with meter("solve"):
+                solved = solve_stage(trace)
+            stored = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+            with meter("scan"):
+                scanned = scan_stage(trace, solved, mute)
+        return scanned.scores_NQ[:], stored
+
+    def reference(self, queries: int) -> np.ndarray:
+        """Scores in float32 at full rank, from factors in float32."""
+        meter = Meter()
+        self.exact = getattr(self, "exact", None) or self._fit("exact", "float32", meter)
+        return self._score(meter, queries, None, self.exact, "float32")[0]
+
+    def step(self, meter: Meter) -> None:
+        """A plain forward and full backward pass over the corpus in float32, every parameter with a gradient."""
+        module = self.model.module.train()
+        with meter("step"):
+            for rows in self.corpus.plan(self.job.batch * self.job.tokens):
+                tokens_NT = self.corpus.batch(rows).inputs["tokens"]
+                module(input_ids=tokens_NT, labels=tokens_NT, use_cache=False).loss.backward()
+                module.zero_grad(set_to_none=True)
+        module.eval()
