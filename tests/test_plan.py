@@ -214,6 +214,7 @@ def test_a_trace_keeps_its_limit_or_says_what_would_do(shape, job, asked):
     split, job = kept(lambda job: split_trace(shape, asked, job), job)
     assert max(split.peak.values()) <= job.limit
     assert 1 <= split.solve_queries <= asked.queries
+    assert 1 <= split.scan_queries <= asked.queries
     assert 1 <= split.rescore_queries <= asked.queries
     assert job.longest <= split.batch_tokens
 
@@ -276,7 +277,7 @@ def test_memory_of_this_machine():
     assert resident is None or 10**7 < resident < 10**12
 
 
-HERE = Machine("this machine", 1, 10**10, 2, 1e-10, 1e9, 3.0, {"float32": Rates(*[1e11] * 4, 1e10)}, 10**9, 2.0)
+HERE = Machine("this machine", 1, 10**10, 2, 1e-10, 1e9, 3.0, {"float32": Rates(*[1e11] * 4, 1e10)}, 10**9, 0, 2.0)
 LAYERS = tuple(LayerSize(f"{i}", 512, 256, f"{i}", i) for i in range(4))
 SMALL = Shape(LAYERS, (Block(3e5, 256.0),) * 4, 0.0, 2e6, 0.5, False, 4_000_000, 5000.0, 512, 8192)
 

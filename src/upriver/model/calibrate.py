@@ -25,6 +25,7 @@ from upriver.runtime.hardware import (
     Rates,
     default_limit,
     hardware,
+    peak_memory,
     process_seconds,
     resident_memory,
 )
@@ -97,7 +98,6 @@ class Blank:
 
 def machine_here(model: Model, layers: list[Layer], data: Sequences, shape: Shape, request: Request) -> Machine:
     """This machine as it runs this model; measured once per process and compute type."""
-    started = process_seconds() or time.process_time()
     resident = resident_memory() or LIBRARIES + 4 * shape.parameters
     measured = _MEASURED.setdefault(model.module, {})
     own = str(model.dtype).removeprefix("torch.")
@@ -108,7 +108,7 @@ def machine_here(model: Model, layers: list[Layer], data: Sequences, shape: Shap
                 measured[dtype, request.batch_tokens] = _rates(computing, same, data, shape, request.batch_tokens)
     rates = {dtype: x for (dtype, tokens), x in measured.items() if tokens == request.batch_tokens}
     rates.setdefault("float32", rates[own])
-    return _machine(shape, rates, started, resident, model.device)
+    return _machine(shape, rates, resident, model.device)
 
 
 def machine_without(shape: Shape, request: Request) -> Machine:
@@ -120,22 +120,25 @@ def machine_without(shape: Shape, request: Request) -> Machine:
         largest = max(shape.layers, key=lambda x: x.O * x.I)
         product, symmetric, gradient = _product_rates(largest, max(1, round(request.tokens)), 1024, like)
         rates[dtype] = Rates(product, product, symmetric, gradient, _bandwidth(device))
-    return _machine(shape, rates, process_seconds() or 0.0, resident, device)
+    return _machine(shape, rates, resident, device)
 
 
-def _machine(shape: Shape, rates: dict[str, Rates], started: float, resident: int, device: torch.device) -> Machine:
+def _machine(shape: Shape, rates: dict[str, Rates], resident: int, device: torch.device) -> Machine:
     side = max(max(x.O, x.I) for x in shape.layers)
+    eigen, disk = _eigen_rate(min(EIGEN_SIDE, side), device), _disk_rate()
+    faster = _low_precision_speed(min(2048, side), device)
     return Machine(
         name="this machine",
         devices=1,
         memory=default_limit(resident),
         cores=1 if device.type == "cuda" else torch.get_num_threads(),
-        eigen=_eigen_rate(min(EIGEN_SIDE, side), device),
-        disk=_disk_rate(),
-        start=started,
+        eigen=eigen,
+        disk=disk,
+        start=process_seconds() or time.process_time(),  # with the measuring, which every run begins with
         rates=rates,
         resident=resident,
-        low_precision=_low_precision_speed(min(2048, side), device),
+        peak=peak_memory() or 0,
+        low_precision=faster,
     )
 
 

@@ -164,3 +164,33 @@ def rescore(layer: Sized, t: float, T: float, pairs: float) -> float:
     """One query at full rank in one layer (in and out of the eigenbasis), then ``pairs`` sequences token by token."""
     O, I = layer.O, layer.I
     return t * O * I + 2 * O * I * (O + I) + pairs * T * O * (I + 1)
+
+
+class Cost(NamedTuple):
+    """What one pass does for one token in one layer."""
+
+    multiplications: float
+    moved: float  # bytes: each operand read once and each result written once a batch, nothing kept in a cache
+
+
+def per_token(layer: Sized, T: float, M: float, Q: int, R: int) -> dict[str, Cost]:
+    """Each pass of the method in one layer, for batches of ``M`` tokens in sequences of ``T``; numbers of 4 bytes."""
+    O, I, OI = float(layer.O), float(layer.I), float(layer.O) * layer.I
+    turn, squares, ends = correction(layer, T), O * O + I * I, O + I
+    numbers = {
+        "forward": (OI, ends + OI / M),
+        "backward to activations": (OI, ends + OI / M),
+        "backward to weights": (OI, ends + OI / M),
+        "covariances, full": (covariance(layer, 1), ends + 2 * squares / M),
+        "covariances, symmetric": (covariance(layer), ends + squares / M),
+        "correction, tokens turned": (OI + O * O + I * I, 3 * ends + squares / M + 2 * OI / T + 4 * OI / M),
+        "correction, gradients turned": (
+            OI + turn.left_gradient + turn.right_gradient,
+            ends + squares / M + 6 * OI / T + 4 * OI / M,
+        ),
+        "gradient of each sequence": (OI, ends + OI / T),
+        "its dot with the queries": (OI * Q / T, OI / T + Q * OI / M),
+        "queries multiplied out": (Q * OI * R / M, Q * (ends * R + OI) / M),
+        "token path": (ends * Q * R, ends + 4 * Q * R + ends * Q * R / M),
+    }
+    return {name: Cost(float(m), 4 * float(n)) for name, (m, n) in numbers.items()}

@@ -40,6 +40,7 @@ class Machine(NamedTuple):
     start: float  # seconds until model and corpus are there
     rates: dict[str, Rates]  # by dtype
     resident: int | None  # bytes in use now, the model loaded in float32; None: not measured
+    peak: int  # the most bytes that were in use so far
     low_precision: float  # speed of bfloat16 products over float32
 
     def of(self, dtype: str) -> Rates:
@@ -174,6 +175,7 @@ def hardware(name: str) -> Machine:
         start=assumed["start"],
         rates=rates,
         resident=None,
+        peak=0,
         low_precision=entry["bfloat16"] / entry["float32"],
     )
 

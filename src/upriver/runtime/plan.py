@@ -76,7 +76,8 @@ class Plan(NamedTuple):
     devices: int
     spread: int  # devices that one copy of the model needs
     limit: int
-    start: float
+    start: float  # seconds
+    started: int  # bytes in use at most until then
     passes: list[Pass]
     fit: FitSplit | None
     trace: TraceSplit | None
@@ -87,7 +88,7 @@ class Plan(NamedTuple):
         return self.start + sum(p.seconds for p in self.passes if p.verb == verb)
 
     def peak(self, verb: str) -> int:
-        return max((p.peak for p in self.passes if p.verb == verb), default=0)
+        return max([self.started, *(p.peak for p in self.passes if p.verb == verb)])
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
@@ -130,7 +131,20 @@ def plan_run(request: Request, shape: Shape, machine: Machine) -> Plan:
         passes += _Passes(request, shape, machine, request.scan).trace(trace)
     disk = _disk(request, shape)
     advice = _advice(request, machine, spread)
-    return Plan(request, machine.name, machine.devices, spread, limit, machine.start, passes, fit, trace, disk, advice)
+    return Plan(
+        request,
+        machine.name,
+        machine.devices,
+        spread,
+        limit,
+        machine.start,
+        machine.peak,
+        passes,
+        fit,
+        trace,
+        disk,
+        advice,
+    )
 
 
 def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, FitSplit | None, TraceSplit | None]:
@@ -222,37 +236,35 @@ class _Passes:
         return self._pass("queries", "trace", chunks, Q * t / chunks, through + solving, moved, seconds, split.peak)
 
     def scan(self, split: TraceSplit) -> Pass:
-        r = self.r
+        r, Q = self.r, split.scan_queries
+        passes = -(-r.queries // Q)
         tokens = r.sequences * self.T
         M = min(split.batch_tokens, tokens)
-        N = max(1.0, M / self.T)
+        N, room = max(1.0, M / self.T), float(split.dense_bytes)
         work, entries = 0.0, 0.0
-        room = float(split.dense_bytes)
         for x in self.layers:
-            order = counts.cheapest(x, M, N, r.queries, r.rank, room)
-            full = r.queries * x.O * x.I * ITEM[r.scan]
-            room -= full if order == "dense" else 0
-            work += getattr(counts.orders(x.O, x.I, M, N, r.queries, r.rank or 1), order) / M
-            entries += self._touched(x, order, M, N) / M
-        through = tokens * self.model()
-        seconds = through / self.rates.model + 2 * tokens * work / self.rates.gradient
-        seconds += ITEM[r.scan] * tokens * entries / self.rates.bandwidth
+            order = counts.cheapest(x, M, N, Q, r.rank, room)
+            room -= SUM * Q * x.O * x.I if order == "dense" else 0
+            work += getattr(counts.orders(x.O, x.I, M, N, Q, r.rank or 1), order) / M
+            entries += self._touched(x, order, M, N, Q) / M
+        flop = passes * tokens * (self.model() + 2 * work)
+        seconds = self.model() / self.rates.model + 2 * work / self.rates.gradient
+        seconds += ITEM[r.scan] * entries / self.rates.bandwidth
         moved = 4.0 * r.sequences * r.queries
-        return self._pass("scan", "trace", 1, tokens, through + 2 * tokens * work, moved, seconds, split.peak)
+        return self._pass("scan", "trace", passes, tokens, flop, moved, passes * tokens * seconds, split.peak)
 
-    def _touched(self, x: Any, order: str, M: float, N: float) -> float:
+    def _touched(self, x: Any, order: str, M: float, N: float, Q: int) -> float:
         """Numbers that a batch reads and writes beside its products."""
         if order == "tokens":
-            return 3 * M * self.r.queries * (self.r.rank or 1)
-        queries = self.r.queries * x.O * x.I
-        return 2 * N * x.O * x.I + queries * (1 if order == "dense" else 3)
+            return 3 * M * Q * (self.r.rank or 1)
+        return 2 * N * x.O * x.I + Q * x.O * x.I * (1 if order == "dense" else 3)
 
     def rescore(self, split: TraceSplit) -> Pass:
         r = self.r
-        pairs = min(r.sequences, 2 * r.top + SAMPLE)
-        chunks = -(-r.queries // split.rescore_queries)
-        sample = min(SAMPLE, r.sequences)
-        rows = sum(min(r.sequences, n * (pairs - sample) + sample) for n in _portions(r.queries, split.rescore_queries))
+        pairs, sample = min(r.sequences, 2 * r.top + SAMPLE), min(SAMPLE, r.sequences)
+        together = max(1, min(split.rescore_queries, int(UNIT_TOKENS / (pairs * self.T))))
+        chunks = -(-r.queries // together)
+        rows = sum(min(r.sequences, n * (pairs - sample) + sample) for n in _portions(r.queries, together))
         tokens = rows * self.T + r.queries * r.query_tokens
         through = tokens * self.model()
         each = 2.0 * r.queries * sum(counts.rescore(x, r.query_tokens, self.T, pairs) for x in self.layers)

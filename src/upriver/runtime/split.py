@@ -51,6 +51,7 @@ class TraceSplit(NamedTuple):
     batch_tokens: int
     solve_queries: int  # solved at once
     solve_bytes: int  # their gradients (as tokens) and solutions
+    scan_queries: int  # scored in one pass over the corpus
     rescore_queries: int  # held at full rank at once
     rescore_bytes: int
     dense_bytes: int
@@ -208,32 +209,41 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
     layers, free = shape.layers, job.limit - job.fixed - SLACK
     rebuild_one = SUM * max(x.O * x.I for x in layers)
 
+    def scan(queries: int, tokens: int) -> int:
+        return scan_size(shape, asked._replace(queries=queries), job, tokens) + rebuild_one
+
     def least(tokens: int) -> int:
-        scan = scan_size(shape, asked, job, tokens) + rebuild_one
-        return max(scan, solve_size(shape, asked, 1, tokens), rescore_size(shape, asked, 1, tokens))
+        return max(scan(1, tokens), solve_size(shape, asked, 1, tokens), rescore_size(shape, asked, 1, tokens))
+
+    def together(tokens: int) -> int:
+        return _most(asked.queries, free, lambda q: scan(q, tokens))
 
     _refuse("trace", job, least(job.longest))
-    tokens = next(b for b in _halvings(job.batch_tokens, job.longest) if least(b) <= free)
+    fitting = [b for b in _halvings(job.batch_tokens, job.longest) if least(b) <= free]
+    tokens = max(fitting, key=together)  # the fewest passes over the corpus, then the largest batch
+    passes = -(-asked.queries // together(tokens))
+    scanned = -(-asked.queries // passes)
     most, full = max(QUERY_BYTES, job.limit // 4), asked._replace(rank=None)
-    solved = _most(asked, free, most // query_size(layers, asked), lambda q: solve_size(shape, asked, q, tokens))
-    rescored = _most(asked, free, most // query_size(layers, full), lambda q: rescore_size(shape, asked, q, tokens))
-    scan = scan_size(shape, asked, job, tokens)
-    whole = asked.queries * sum(x.O * x.I for x in layers) * ITEM[job.dtype]
-    rebuild = int(min(REBUILD_BYTES, asked.queries * rebuild_one, max(rebuild_one, (free - scan) // 2)))
-    dense = int(max(0, min(max(DENSE_BYTES, job.limit // 4), whole, free - scan - rebuild)))
+    each = (query_size(layers, asked), query_size(layers, full))
+    solved = _most(min(asked.queries, most // each[0]), free, lambda q: solve_size(shape, asked, q, tokens))
+    rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore_size(shape, asked, q, tokens))
+    held = scan_size(shape, asked._replace(queries=scanned), job, tokens)
+    whole = scanned * sum(x.O * x.I for x in layers) * ITEM[job.dtype]
+    rebuild = int(min(REBUILD_BYTES, scanned * rebuild_one, max(rebuild_one, (free - held) // 2)))
+    dense = int(max(0, min(max(DENSE_BYTES, job.limit // 4), whole, free - held - rebuild)))
     base = job.fixed + SLACK
     peak = {
         "queries": base + solve_size(shape, asked, solved, tokens),
-        "scan": base + scan + rebuild + dense,
+        "scan": base + held + rebuild + dense,
         "rescore": base + rescore_size(shape, asked, rescored, tokens),
     }
-    held = (solved * query_size(layers, asked), rescored * query_size(layers, full))
-    return TraceSplit(tokens, solved, held[0], rescored, held[1], dense, rebuild, peak)
+    sizes = (solved * each[0], rescored * each[1])
+    return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], dense, rebuild, peak)
 
 
-def _most(asked: Asked, room: int, at_most: int, size: Callable[[int], int]) -> int:
+def _most(at_most: int, room: int, size: Callable[[int], int]) -> int:
     """The most queries at once, at least one, whose size stays in the room."""
-    low, high = 1, max(1, min(asked.queries, at_most))
+    low, high = 1, max(1, at_most)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if size(middle) <= room else (low, middle - 1)
