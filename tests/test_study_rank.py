@@ -9,6 +9,7 @@ import torch
 
 from cases import case, close, gradients, measured
 from upriver.curvature.base import Damping
+from upriver.curvature.blocks import TokenGradient
 
 STUDY = Path(__file__).parent.parent / "studies" / "rank" / "study.py"
 
@@ -49,7 +50,7 @@ def test_one_component_of_each_layer_is_the_nearest_matrix_of_rank_one(study, fi
     rng = torch.Generator().manual_seed(0)
     O, I = block.lam_OI.shape
     draw = lambda n: torch.randn(3, n, generator=rng, dtype=torch.float64)  # noqa: E731
-    solved = study.solve(block, [study.Tokens(draw(I), draw(O))])
+    solved = study.solve(block, [TokenGradient(draw(I), draw(O))])
     low = solved.components["plain"]
     error = (solved.v_QOI - low.U_QOR[..., :1] @ low.V_QRI[:, :1]).norm()
     rest = torch.linalg.svdvals(solved.v_QOI[0])[1:].norm()

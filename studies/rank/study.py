@@ -12,7 +12,7 @@ for are not scored.
 A query's ``v_QOI`` is taken apart once, by an exact singular value decomposition: component ``k`` of a layer adds
 ``u_k^T G w_k`` to the score of a sequence with gradient ``G``, so running sums over ``k`` are the scores at every rank.
 
-Axes: N scored sequences, Q queries, R ranks, T positions, M tokens of a query, O outputs and I inputs of a layer.
+Axes: N scored sequences, Q queries, R ranks, T positions, O outputs and I inputs of a layer.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import importlib.util
 import json
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -32,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import upriver as up
-from upriver.curvature.blocks import Eigenblock
-from upriver.model.capture import capture
+from upriver.curvature.blocks import Eigenblock, TokenGradient
+from upriver.influence.gradients import token_gradients
 from upriver.model.layers import Layer, find_layers
 from upriver.model.sweep import sweep
 from upriver.tensors import LowRank, sequence_gradients, weighted_low_rank
@@ -58,37 +57,6 @@ class Setup(NamedTuple):
 SETUPS = {"demo": Setup(100_000, 32, 256), "smollm2": Setup(12_800, 16, 100)}
 
 
-class Tokens(NamedTuple):
-    """A query's gradient in one layer, as the sum over tokens that it is: ``q_OI = sum_m g_m a_m^T``."""
-
-    a_MI: Tensor
-    g_MO: Tensor
-
-
-class QueryTokens:
-    """Consumer: the tokens of every query, layer by layer."""
-
-    def __init__(self) -> None:
-        self.of: dict[str, list[Tokens]] = defaultdict(list)
-
-    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        self.of[layer.name].append(Tokens(a_NTI.flatten(0, 1), g_NTO.flatten(0, 1)))
-
-
-def query_tokens(model: up.Model, layers: list[Layer], queries: Any) -> dict[str, list[Tokens]]:
-    consumer = QueryTokens()
-    with capture(model.module, layers, consumer) as run:
-        for i in range(len(queries)):
-            batch = queries.batch([i]).to(model.device)
-            run(len(batch.rows_N), model.task.positions(batch), lambda b=batch: measurement(model, b))
-    return consumer.of
-
-
-def measurement(model: up.Model, batch: Batch) -> Tensor:
-    f_N = model.task.measurement(model.module, batch)
-    return f_N.sum() if batch.weight_N is None else (batch.weight_N.to(f_N) * f_N).sum()
-
-
 class Solved(NamedTuple):
     """One layer's solved queries: at full rank, and their leading components by each truncation."""
 
@@ -96,14 +64,14 @@ class Solved(NamedTuple):
     components: dict[str, LowRank]
 
 
-def solve(block: Eigenblock, queries: list[Tokens]) -> Solved:
+def solve(block: Eigenblock, queries: list[TokenGradient]) -> Solved:
     """``v = (G + lambda I)^-1 grad f`` (eq. 21) and its singular components, weighted and plain.
 
     The plain decomposition is the weighted one with all weights equal; asked for at full rank, either is exact.
     """
     m = block.basis
     assert m is not None
-    q_QOI = torch.stack([(g_MO @ m.Q_S_OO).T @ (a_MI @ m.Q_A_II) for a_MI, g_MO in queries])
+    q_QOI = torch.stack([q.dense() for q in m.rotate_tokens(queries)])
     v_QOI = q_QOI / (block.lam_OI + up.Damping().of(block.lam_OI))
     metrics = {
         "weighted": (m.eig_S_O, m.eig_A_I),
@@ -155,10 +123,11 @@ def layer_groups(layers: list[Layer], queries: int, budget: int = GROUP_BYTES) -
 def score(model: up.Model, data: Any, rows_N: np.ndarray, queries: Any, factors: up.Factors) -> RankScores:
     """Scores of the sequences ``rows_N`` at every rank; one pass over them for each group of layers."""
     layers = find_layers(model.module, factors.options.layers)
-    tokens, scores = query_tokens(model, layers, queries), RankScores(rows_N, len(queries), model.dtype)
+    indices, scores = list(range(len(queries))), RankScores(rows_N, len(queries), model.dtype)
+    tokens = token_gradients(model, layers, queries, indices)
     for group in layer_groups(layers, len(queries)):
         start = time.perf_counter()
-        scores.solved = {x.name: solve(factors.block(x.name), tokens.pop(x.name)) for x in group}
+        scores.solved = {x.name: solve(factors.block(x.name), tokens.pop(x, indices, model.like)) for x in group}
         solved = time.perf_counter()
         sweep(model, group, data, data.plan(BATCH_TOKENS, rows_N), scores)
         done = time.perf_counter()
