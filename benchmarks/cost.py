@@ -1,10 +1,11 @@
 """Operations of each pass, the limit that follows, and what was reached: the tables of docs/cost.md.
 
     python benchmarks/cost.py [--model FOLDER] [--corpus FILE] [--queries 8] [--tokens 32768] [--repeats 3]
+    python benchmarks/cost.py --model benchmarks/configs/llama-7b.json --seq-len 512 --queries 100
     python benchmarks/cost.py --layer 11008x4096 --seq-len 512 --queries 100
 
 The first measures: everything is a multiple of a plain training step (forward and full backward) over the same batches, in
-one run.  The second counts one layer of O x I and measures nothing.
+one run.  The others count, a model of which the configuration is enough or one layer of O x I, and measure nothing.
 """
 
 import argparse
@@ -20,21 +21,24 @@ from scan import timed, training_pass
 import upriver as up
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.curvature.passes import Correction, Covariance
-from upriver.influence.score import Score, choose_orders, route
-from upriver.model.shape import model_shape
+from upriver.influence.score import Score, route
+from upriver.model.shape import config_only, config_shape, model_shape
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.runtime import counts
 from upriver.runtime.hardware import show_bytes
 from upriver.tensors import LowRank
 
 
-def added(layers, orders, T, M, N, Q, R):
+def added(layers, chosen, T, M, N, Q, R):
     """Multiplications a token that each pass adds to forward and backward, over the tracked layers."""
-    score = sum(getattr(counts.orders(x.O, x.I, M, N, Q, R), orders[x.name]) / M for x in layers)
+    score = 0.0
+    for x in layers:
+        costs, order = counts.orders(x.O, x.I, M, N, Q, R), chosen.orders[x.name]
+        score += costs.dense + Q * x.O * x.I * R / chosen.hold if order == "rebuilt" else getattr(costs, order)
     return {
         "covariance": sum(map(counts.covariance, layers)),
         "correction": sum(counts.correction(x, T).cheapest for x in layers),
-        "score": score,
+        "score": score / M,
     }
 
 
@@ -53,6 +57,30 @@ def count_layer(args):
         print(f"| {name} | {2e-6 * cost.multiplications:,.2f} | {step:.2f} | {show_bytes(cost.moved)} |")
 
 
+def limits_of(shape, chosen, M, N, Q, R):
+    """Each pass in plain training steps, as far as multiplications go."""
+    T = M / N
+    through, step = shape.forward(T) + shape.backward(T), shape.step(T)
+    return {name: (through + more) / step for name, more in added(shape.layers, chosen, T, M, N, Q, R).items()}
+
+
+def count_model(args):
+    """The limits of a model of which only the configuration is there."""
+    name, shape = config_shape(args.model, "mlp")
+    M, N = float(args.batch_tokens), args.batch_tokens / args.seq_len
+    print(f"{name}, {shape.parameters / 1e9:.1f}e9 parameters, sequences of {args.seq_len} tokens, rank {args.rank};")
+    print("in plain training steps over the same tokens:\n")
+    counted = [1, 8, args.queries] if args.queries > 8 else [args.queries]
+    rows = {}
+    for Q in counted:
+        limits = limits_of(shape, counts.contraction(shape.layers, M, N, Q, args.rank), M, N, Q, args.rank)
+        rows |= {"covariance": limits["covariance"], "correction": limits["correction"]}
+        rows[f"score, {Q} {'query' if Q == 1 else 'queries'}"] = limits["score"]
+    print("| pass | counted limit |\n|---|---|")
+    for name, limit in rows.items():
+        print(f"| {name} | {limit:.2f} |")
+
+
 def passes(args, folder):
     """The work of each pass on one model and corpus, a plain step over the same batches, and what each adds and costs."""
     model = up.load_model(args.model)
@@ -63,13 +91,13 @@ def passes(args, folder):
     moments = {x.name: factors.moments(x.name) for x in layers}
     M = float(np.mean([corpus.lengths_N[rows].sum() for rows in batches]))
     N = float(np.mean([len(rows) for rows in batches]))
-    orders = choose_orders(layers, int(M), max(1, round(N)), args.queries, args.rank)
+    chosen = counts.contraction(layers, M, N, args.queries, args.rank)
     sizes = {x.name: (x.O, x.I) for x in layers}
     random = {
         name: LowRank(torch.randn(args.queries, O, args.rank), torch.randn(args.queries, args.rank, I))
         for name, (O, I) in sizes.items()
     }
-    routes = {name: route(orders[name], low, model.like) for name, low in random.items()}
+    routes = {name: route(chosen.orders[name], low, model.like) for name, low in random.items()}
 
     def run(consumer, stream=None):
         sweep(model, layers, corpus, batches, consumer, Labels(0, stream))
@@ -77,12 +105,9 @@ def passes(args, folder):
     work = {
         "covariance": lambda: run(Covariance(torch.float32), COVARIANCE_STREAM),
         "correction": lambda: run(Correction(torch.float32, moments), CORRECTION_STREAM),
-        "score": lambda: run(Score(routes, args.queries, False)),
+        "score": lambda: run(Score(routes, args.queries, False, chosen.hold)),
     }
-    shape = model_shape(model, layers, corpus)
-    extra = added(layers, orders, M / N, M, N, args.queries, args.rank)
-    through, step = shape.forward(M / N) + shape.backward(M / N), shape.step(M / N)
-    limits = {name: (through + more) / step for name, more in extra.items()}
+    limits = limits_of(model_shape(model, layers, corpus), chosen, M, N, args.queries, args.rank)
     return work, lambda: training_pass(model, corpus, batches), limits, int(M)
 
 
@@ -101,6 +126,8 @@ def main():
     args = parser.parse_args()
     if args.layer:
         return count_layer(args)
+    if config_only(args.model):
+        return count_model(args)
 
     with tempfile.TemporaryDirectory() as folder:
         work, step, limits, M = passes(args, folder)

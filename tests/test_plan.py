@@ -179,6 +179,8 @@ jobs = st.builds(
     longest=st.integers(1, 2000),
     dtype=st.sampled_from(["float32", "bfloat16"]),
     cores=st.integers(1, 8),
+    sequences=st.integers(0, 300),
+    copy=st.integers(0, 10**8),
 )
 
 
@@ -202,7 +204,7 @@ def test_a_fit_keeps_its_limit_or_says_what_would_do(shape, job):
     for found, size in ((split.covariance, covariance_size), (split.correction, correction_size)):
         assert [i for group in found for i in group] == everything
         for group in found:
-            assert job.fixed + batch + size([shape.layers[i] for i in group]) <= job.limit
+            assert job.fixed + job.copy + batch + size([shape.layers[i] for i in group]) <= job.limit
     assert max(split.peak.values()) <= job.limit
     assert job.longest <= split.batch_tokens <= max(job.batch_tokens, job.longest)
     assert 1 <= split.eigen_workers <= job.cores

@@ -1,5 +1,7 @@
 """A plan for this machine: a few seconds of measuring, with the model and the operations that the passes are made of."""
 
+import dataclasses
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -49,6 +51,8 @@ def plan_here(model: Model, layers: list[Layer], data: Sequences, request: Reque
         NumericalError: the model's loss is not finite.
     """
     shape = model_shape(model, layers, data)
+    most = max(map(len, data.plan(request.batch_tokens)))
+    request = dataclasses.replace(request, batch_sequences=most)
     return plan_run(request, shape, machine_here(model, layers, data, shape, request))
 
 
@@ -224,6 +228,7 @@ def _disk_rate() -> float:
         start = time.perf_counter()
         file.write(block)
         file.flush()
+        os.fsync(file.fileno())
         return WRITTEN / (time.perf_counter() - start)
 
 

@@ -13,8 +13,12 @@ Axes: ``I`` inputs and ``O`` outputs of a layer, ``T`` tokens of a sequence, ``M
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+Order = Literal["tokens", "dense", "rebuilt"]
+NUMBER = 4  # bytes
+DENSE_BYTES = 2 << 30  # queries, or batches that wait for them, held through a scan
+ENOUGH = 10  # batches wait until multiplying out takes a tenth of forming their gradients
 OVERSAMPLE, PRODUCTS = 16, 10  # of the randomised singular value decomposition: extra columns, products with the matrix
 
 
@@ -138,16 +142,6 @@ def orders(O: int, I: int, M: float, N: float, Q: int, R: int) -> Orders:
     return Orders(M * (O + I) * Q * R, gradient, gradient + Q * O * I * R)
 
 
-def cheapest(layer: Sized, M: float, N: float, Q: int, R: int | None, room: float) -> str:
-    """The order of contraction of one layer: the fewest multiplications of those that ``room`` bytes of queries allow."""
-    if R is None:
-        return "dense"
-    costs = orders(layer.O, layer.I, M, N, Q, R)
-    if costs.dense < costs.tokens and room >= 4 * Q * layer.O * layer.I:
-        return "dense"
-    return "tokens" if costs.tokens <= costs.rebuilt else "rebuilt"
-
-
 def solve(layer: Sized, t: float, R: int | None) -> float:
     """One query of ``t`` tokens in one layer: into the eigenbasis, divided, compressed (or kept whole), and back."""
     O, I = layer.O, layer.I
@@ -194,3 +188,35 @@ def per_token(layer: Sized, T: float, M: float, Q: int, R: int) -> dict[str, Cos
         "token path": (ends * Q * R, ends + 4 * Q * R + ends * Q * R / M),
     }
     return {name: Cost(float(m), 4 * float(n)) for name, (m, n) in numbers.items()}
+
+
+class Contraction(NamedTuple):
+    """How each layer is contracted with the queries, and how many batches wait for queries that are multiplied out."""
+
+    orders: dict[str, Order]
+    hold: int
+
+
+def contraction(
+    layers: Sequence[Sized], M: float, N: float, Q: int, R: int | None, room: float = DENSE_BYTES
+) -> Contraction:
+    """The cheapest order of each layer, by operations and memory.
+
+    Where sequence gradients are cheaper than tokens, the queries are multiplied out once and held, if those of all such layers
+    fit in ``room`` bytes; else the inputs and output gradients of some batches are, and the queries are multiplied out once
+    for all of these.
+    """
+    if R is None:
+        return Contraction(dict.fromkeys((x.name for x in layers), "dense"), 1)
+    costs = {x.name: orders(x.O, x.I, M, N, Q, R) for x in layers}
+    formed = [x for x in layers if costs[x.name].dense < costs[x.name].tokens]
+    chosen: dict[str, Order] = dict.fromkeys((x.name for x in layers), "tokens")
+    if sum(NUMBER * Q * x.O * x.I for x in formed) <= room:
+        chosen.update(dict.fromkeys((x.name for x in formed), "dense"))
+        return Contraction(chosen, 1)
+    waiting = sum(NUMBER * M * (x.O + x.I) for x in formed)
+    hold = max(1, min(int(room / waiting), round(ENOUGH * Q * R / M)))
+    for x in formed:
+        if costs[x.name].dense + Q * x.O * x.I * R / hold < costs[x.name].tokens:
+            chosen[x.name] = "rebuilt"
+    return Contraction(chosen, hold if "rebuilt" in chosen.values() else 1)

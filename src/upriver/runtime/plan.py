@@ -43,6 +43,7 @@ class Request:
     dtype: str = "float32"
     scan_dtype: str = ""  # as dtype
     batch_tokens: int = 4096
+    batch_sequences: int = 0  # in the batch with most; 0: all are as long as the longest
     memory: int | None = None  # bytes; None: 80 % of what is available
     fit: bool = True
 
@@ -166,11 +167,10 @@ def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, FitSp
 
 
 def _job(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> Job:
-    resident = machine.resident
-    if resident is None:
-        resident = LIBRARIES + SUM * shape.parameters * (dtype == "float32")
+    """The model is there in float32, for queries and the second look; another compute type is a copy beside it."""
+    resident = LIBRARIES + SUM * shape.parameters if machine.resident is None else machine.resident
     copy = ITEM[dtype] * shape.parameters if dtype != "float32" else 0
-    return Job(limit, resident + copy, r.batch_tokens, r.longest_tokens, dtype, machine.cores)
+    return Job(limit, resident, r.batch_tokens, r.longest_tokens, dtype, machine.cores, r.batch_sequences, copy)
 
 
 class _Passes:
@@ -240,12 +240,14 @@ class _Passes:
         passes = -(-r.queries // Q)
         tokens = r.sequences * self.T
         M = min(split.batch_tokens, tokens)
-        N, room = max(1.0, M / self.T), float(split.dense_bytes)
+        N = max(1.0, M / self.T)
+        chosen = counts.contraction(self.layers, M, N, Q, r.rank, float(split.dense_bytes))
         work, entries = 0.0, 0.0
         for x in self.layers:
-            order = counts.cheapest(x, M, N, Q, r.rank, room)
-            room -= SUM * Q * x.O * x.I if order == "dense" else 0
-            work += getattr(counts.orders(x.O, x.I, M, N, Q, r.rank or 1), order) / M
+            order = chosen.orders[x.name]
+            costs = counts.orders(x.O, x.I, M, N, Q, r.rank or 1)
+            again = (costs.rebuilt - costs.dense) * (1 - 1 / chosen.hold) if order == "rebuilt" else 0.0
+            work += (getattr(costs, order) - again) / M
             entries += self._touched(x, order, M, N, Q) / M
         flop = passes * tokens * (self.model() + 2 * work)
         seconds = self.model() / self.rates.model + 2 * work / self.rates.gradient

@@ -18,6 +18,7 @@ HEAD_COPIES = 3  # logits, their logarithms, and what either is made from
 EIGEN_COPIES = 6  # n x n in float64: matrix, its copy, eigenvectors, workspace of two, what the layer's other side left
 GRADIENT_BYTES = 16 << 20  # gradients of single sequences held at once: what stays in the caches of a core
 GRADIENT_COPIES = 3
+SCORED_BYTES = 256 << 20  # as GRADIENT_BYTES, in a scan
 TRANSIENT = 4  # tensors of the widest layer alive at once in the backward pass
 SLACK = 64 << 20  # what the allocator keeps to itself
 SYMMETRIC_COPIES = 3  # of the largest matrix, while a triangle is made whole and added to the sums on disk
@@ -35,6 +36,8 @@ class Job(NamedTuple):
     longest: int  # tokens of the longest sequence
     dtype: str = "float32"
     cores: int = 1
+    sequences: int = 0  # most sequences of a batch; 0: all are as long as the longest
+    copy: int = 0  # of the weights, in the compute type of a fit or a scan; queries and the second look do without
 
 
 class FitSplit(NamedTuple):
@@ -140,6 +143,7 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
     Raises:
         ConfigError: not even one layer and one sequence at a time fit; the sentence says what would do.
     """
+    job = job._replace(fixed=job.fixed + job.copy, copy=0)
     layers, free = shape.layers, job.limit - job.fixed - SLACK
     extra = {"covariance": covariance_work(layers), "correction": correction_work(layers)}
     sizes = {"covariance": covariance_size, "correction": correction_size}
@@ -193,11 +197,13 @@ def rescore_size(shape: Shape, asked: Asked, at_once: int, tokens: int) -> int:
 
 
 def scan_size(shape: Shape, asked: Asked, job: Job, tokens: int) -> int:
-    """Compressed queries, laid out, and one batch with the gradients of its sequences."""
+    """The model in its compute type, compressed queries, laid out, and one batch with the gradients of its sequences."""
     held = ITEM[job.dtype] * asked.queries * factors_of(shape.layers, asked)
     largest = ITEM[job.dtype] * max(x.O * x.I for x in shape.layers)
-    gradients = max(GRADIENT_BYTES, largest)
-    return batch_size(shape, tokens, job.dtype) + held + 2 * gradients
+    at_once = -(-(job.sequences or job.batch_tokens // job.longest) * tokens // job.batch_tokens)
+    gradients = max(largest, min(SCORED_BYTES, max(1, at_once) * largest))
+    by_token = 2 * ITEM[job.dtype] * tokens * min(asked.queries * (asked.rank or 0), shape.widest)
+    return job.copy + batch_size(shape, tokens, job.dtype) + held + max(gradients, by_token)
 
 
 def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
