@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 import upriver as up
 from upriver.influence.gradients import Measurements
-from upriver.influence.stages import Job, scan_stage, solve_stage
+from upriver.influence.stages import Job, divide, scan_stage, solve_stage
 from upriver.model.load import Model
 from upriver.model.sweep import tracked_layers
 from upriver.runtime.config import TraceOptions
@@ -106,8 +106,9 @@ class Ours:
             stage = Stage.open(place, "trace", {})
             layers = tracked_layers(self.model, self.corpus, "mlp")
             rows, asked = np.arange(len(self.corpus)), Measurements(queries)
-            job = Job(stage, self.model, layers, self.corpus, asked, self.factors, rows, opts, silent)
-            return scan_stage(job, solve_stage(job), mute).scores_NQ
+            split = divide(self.model, layers, self.corpus, asked, opts, "float32")
+            job = Job(stage, self.model, layers, self.corpus, asked, self.factors, rows, opts, silent, split)
+            return scan_stage(job, solve_stage(job), mute).scores_NQ[:]
 
         with tempfile.TemporaryDirectory(
             dir=self.folder

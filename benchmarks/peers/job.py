@@ -36,6 +36,7 @@ class Job:
     query_batch: int  # queries in a batch, where a side wants a number
     dtype: str
     threads: int
+    memory: str | None  # the limit that ours is given
 
     @property
     def model(self) -> str:
@@ -134,8 +135,9 @@ def _plain(module: Any, layers: int) -> Any:
     """A copy that can be saved (one read from a GGUF file cannot), of the first few blocks where ``layers`` is not 0."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kept: dict[str, Any] = {name: value for name, value in module.config.to_dict().items() if name != "quantization_config"}
-    config = AutoConfig.for_model(**kept | ({"num_hidden_layers": layers} if layers else {}))
+    kept = module.config.to_dict() | ({"num_hidden_layers": layers} if layers else {})
+    kept.pop("quantization_config", None)
+    config = AutoConfig.for_model(kept.pop("model_type"), **kept)
     copy = AutoModelForCausalLM.from_config(config)
     missing = copy.load_state_dict(module.state_dict(), strict=False).missing_keys
     assert not missing, missing

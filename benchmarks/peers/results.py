@@ -37,6 +37,8 @@ class Results:
     def fit(self, side: str, reply: dict[str, Any]) -> None:
         for phase in FIT:
             self._phase(phase, side, reply["seconds"][phase], reply["peak"][phase])
+        if "other" in reply["seconds"]:
+            self._phase("rest of the fit", side, reply["seconds"]["other"], reply["peak"]["other"])
         self._phase("**fit in all**", side, sum(reply["seconds"].values()), max(reply["peak"].values()))
 
     def score(self, asked: Asked, side: str, reply: dict[str, Any]) -> None:

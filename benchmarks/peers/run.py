@@ -74,7 +74,7 @@ def make_job(args: argparse.Namespace, folder: str) -> Job:
     given: dict[str, Any] = {
         name: usual if getattr(args, name) is None else getattr(args, name) for name, usual in sizes
     }
-    names = ("query_tokens", "width", "vocabulary", "batch", "query_batch", "dtype", "threads")
+    names = ("query_tokens", "width", "vocabulary", "batch", "query_batch", "dtype", "threads", "memory")
     given |= {name: getattr(args, name) for name in names}
     job = Job(folder=folder, kind=args.job, queries=max(args.queries), **given)
     subprocess.run([sys.executable, str(HERE / "job.py"), json.dumps(asdict(job))], check=True)
@@ -135,12 +135,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--query-memory", type=float, default=8.0, help="GB of full-rank queries beyond which none are made"
     )
+    parser.add_argument("--memory", help="the limit that ours is given, such as 2GB; default: 80 %% of what is free")
     parser.add_argument("--venvs", type=Path, default=BUILD / "peers-venv")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    BUILD.mkdir(exist_ok=True)
     pythons = {side: python_of(side, args.venvs) for side in ("ours", *args.sides)}
     with tempfile.TemporaryDirectory(prefix="peers-", dir=BUILD) as folder:
         job = make_job(args, folder)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +16,12 @@ from upriver.influence.gradients import Measurements
 from upriver.influence.stages import Job as Trace
 from upriver.influence.stages import scan_stage, solve_stage
 from upriver.model.load import Model
+from upriver.model.memory import memory_job
+from upriver.model.shape import model_shape
 from upriver.model.sweep import tracked_layers
-from upriver.runtime.config import TraceOptions
+from upriver.runtime.config import TraceOptions, options
 from upriver.runtime.progress import mute, silent
+from upriver.runtime.split import Asked, split_trace
 from upriver.runtime.store import Stage
 from upriver.text.batch import Examples
 
@@ -38,8 +40,10 @@ class Side:
     def __init__(self, job: Job, folder: Path):
         self.job, self.folder = job, folder
         self.model = Model(load_module(job, torch.float32))
-        self.corpus = Sequences(job.corpus_NT, 1)
-        self.settings = f"upriver {version('upriver')}, {job.batch} sequences a batch"
+        self.corpus, self.batch_tokens = Sequences(job.corpus_NT, 1), job.batch * job.tokens
+        self.settings = (
+            f"upriver {version('upriver')}, {job.batch} sequences a batch, memory {job.memory or 'not limited'}"
+        )
         self.step(Meter())  # warm up: threads, buffers
 
     def fit(self, meter: Meter) -> None:
@@ -54,7 +58,7 @@ class Side:
 
         return up.fit(
             self.model, self.corpus, self.folder / name, fisher="empirical", dtype=dtype, max_tokens=None, overwrite=True,
-            batch_tokens=self.job.batch * self.job.tokens, progress=phase,
+            batch_tokens=self.batch_tokens, memory=self.job.memory, progress=phase,
         )  # fmt: skip
 
     def score(self, meter: Meter, queries: int, rank: int | None) -> tuple[np.ndarray, int]:
@@ -63,21 +67,30 @@ class Side:
     def _score(
         self, meter: Meter, queries: int, rank: int | None, factors: up.Factors, dtype: str
     ) -> tuple[np.ndarray, int]:
+        """As :func:`upriver.trace` does it: solved in float32, scanned in ``dtype``; nothing is scored a second time."""
         place = self.folder / "scores"
         shutil.rmtree(place, ignore_errors=True)  # nothing is left to resume from
-        given: dict[str, Any] = {"dtype": dtype} if "dtype" in TraceOptions.model_fields else {}
-        opts = TraceOptions(rank=rank or "full", batch_tokens=self.job.batch * self.job.tokens, **given)
         with meter("other"):
-            asked = Measurements(Sequences(self.job.queries_QT[:queries], self.job.prompt))
-            layers, rows = tracked_layers(self.model, self.corpus, "mlp"), np.arange(len(self.corpus))
-            stage = Stage.open(place, "trace", {})
-            trace = Trace(stage, self.model, layers, self.corpus, asked, factors, rows, opts, silent)
+            trace = self._trace(place, queries, rank, factors, dtype)
             with meter("solve"):
                 solved = solve_stage(trace)
             stored = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-            with meter("scan"):
-                scanned = scan_stage(trace, solved, mute)
+            with meter("scan"), self.model.computing_in(dtype) as computing:
+                layers = tracked_layers(computing, self.corpus, "mlp")
+                scanned = scan_stage(trace._replace(model=computing, layers=layers), solved, mute)
         return scanned.scores_NQ[:], stored
+
+    def _trace(self, place: Path, queries: int, rank: int | None, factors: up.Factors, dtype: str) -> Trace:
+        given = {"rank": rank or "full", "batch_tokens": self.batch_tokens, "memory": self.job.memory}
+        asked = Measurements(Sequences(self.job.queries_QT[:queries], self.job.prompt))
+        layers, rows = tracked_layers(self.model, self.corpus, "mlp"), np.arange(len(self.corpus))
+        shape = model_shape(self.model, layers, self.corpus)
+        room = memory_job(self.model, self.corpus, self.batch_tokens, self.job.memory, dtype)
+        split = split_trace(shape, Asked(queries, self.job.query_tokens, rank), room)
+        stage = Stage.open(place, "trace", {})
+        return Trace(
+            stage, self.model, layers, self.corpus, asked, factors, rows, options(TraceOptions, given), silent, split
+        )
 
     def reference(self, queries: int) -> np.ndarray:
         """Scores in float32 at full rank, from factors in float32."""
@@ -89,7 +102,7 @@ class Side:
         """A plain forward and full backward pass over the corpus in float32, every parameter with a gradient."""
         module = self.model.module.train()
         with meter("step"):
-            for rows in self.corpus.plan(self.job.batch * self.job.tokens):
+            for rows in self.corpus.plan(self.batch_tokens):
                 tokens_NT = self.corpus.batch(rows).inputs["tokens"]
                 module(input_ids=tokens_NT, labels=tokens_NT, use_cache=False).loss.backward()
                 module.zero_grad(set_to_none=True)

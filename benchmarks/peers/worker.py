@@ -37,6 +37,7 @@ def answer(side: Any, command: dict[str, Any], folder: Path) -> dict[str, Any]:
     if scores_NQ is not None:
         reply["scores"] = str(folder / "scores.npy")
         np.save(reply["scores"], scores_NQ)
+    settle()  # what it holds while the others work
     return reply | {"seconds": meter.seconds, "peak": meter.peak, "before": before}
 
 
