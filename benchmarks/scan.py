@@ -17,7 +17,7 @@ import torch
 
 import upriver as up
 from upriver.influence.score import Score
-from upriver.influence.stages import Job, plan_routes, solve_stage
+from upriver.influence.stages import Job, divide, plan_routes, solve_stage
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.runtime.config import TraceOptions
 from upriver.runtime.progress import silent
@@ -41,10 +41,10 @@ def timed(work):
 
 
 def compare(job, batches, repeats):
-    routes = plan_routes(job, solve_stage(job), batches)
+    routes, hold = plan_routes(job, solve_stage(job), batches)
 
     def scan():
-        sweep(job.model, job.layers, job.data, batches, Score(routes, len(job.queries), False), Labels())
+        sweep(job.model, job.layers, job.data, batches, Score(routes, len(job.queries), False, hold), Labels())
 
     scan(), training_pass(job.model, job.data, batches[:2])  # warm up
     return [(timed(scan), timed(lambda: training_pass(job.model, job.data, batches))) for _ in range(repeats)]
@@ -70,7 +70,8 @@ def main():
         batches = corpus.plan(opts.batch_tokens, rows)
         stage = Stage.open(Path(folder) / "scores", "bench", {})
         layers = tracked_layers(model, corpus, "mlp")
-        job = Job(stage, model, layers, corpus, queries, factors, rows, opts, silent)
+        split = divide(model, layers, corpus, queries, opts, "float32")
+        job = Job(stage, model, layers, corpus, queries, factors, rows, opts, silent, split)
         times = compare(job, batches, args.repeats)
     tokens = int(corpus.lengths_N[rows].sum())
     ratio = statistics.median(plain / scan for scan, plain in times)

@@ -5,25 +5,23 @@ import torch
 
 import reference
 from cases import CASES, case, gradients, measured
-from upriver.influence.score import choose_orders, contract, count, route
+from upriver.influence.score import Score, route
 from upriver.model.layers import Layer
 from upriver.model.sweep import sweep, tracked_layers
+from upriver.runtime.counts import contraction, orders
 from upriver.tensors import LowRank
 
 
-class Contractions:
-    """Consumer: the scores of one order, float64 ``[N, Q]`` by corpus row."""
+class Contractions(Score):
+    """Consumer: the scores of one order, float64 ``[N, Q]`` by corpus row; two batches wait, one query is rebuilt at a time."""
 
     def __init__(self, order, solved: dict[str, LowRank | torch.Tensor], N: int, Q: int):
         like = torch.empty(0, dtype=torch.float64)
-        self.routes = {n: route(order, v, like) for n, v in solved.items()}
-        self.scores_NQ = torch.zeros(N, Q, dtype=torch.float64)
+        super().__init__({n: route(order, v, like) for n, v in solved.items()}, Q, False, hold=2, rebuild_bytes=1)
+        self.exact_NQ = torch.zeros(N, Q, dtype=torch.float64)
 
-    def begin(self, batch) -> None:
-        self.rows = torch.from_numpy(batch.rows_N)
-
-    def __call__(self, layer, a_NTI, g_NTO) -> None:
-        self.scores_NQ[self.rows] -= contract(self.routes[layer.name], a_NTI, g_NTO)
+    def _add(self, batch, name, products_NQ, queries=slice(None)) -> None:
+        self.exact_NQ[torch.from_numpy(self.rows[batch]), queries] -= products_NQ
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 1000], ids=["alone", "padded"])
@@ -43,20 +41,29 @@ def test_every_order_gives_the_scores_of_the_oracle(name, order, batch_tokens):
     consumer = Contractions(order, held, len(c.data), 3)
     sweep(c.model, tracked_layers(c.model, c.data, c.spec), c.data, c.data.plan(batch_tokens), consumer)
     wanted = [[reference.score({n: v[q] for n, v in dense.items()}, G) for q in range(3)] for G in gradients(name)]
-    torch.testing.assert_close(consumer.scores_NQ, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-11)
+    consumer.tensors()
+    torch.testing.assert_close(consumer.exact_NQ, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-11)
 
 
 def test_costs_are_the_multiplications_written_out():
     O, I, M, N, Q, R = 3, 4, 10, 2, 5, 2
     tokens = sum(M * O * R + M * I * R for _ in range(Q))  # g_t U and V a_t
     form, dots, rebuild = M * O * I, N * Q * O * I, sum(O * R * I for _ in range(Q))
-    assert count(O, I, M, N, Q, R) == (tokens, form + dots, form + dots + rebuild)
+    assert orders(O, I, M, N, Q, R) == (tokens, form + dots, form + dots + rebuild)
 
 
 def test_one_query_goes_by_tokens_and_many_by_dense_gradients_or_rebuilt():
     wide = [Layer(n, (), 512, 512, False, 0, n) for n in "ab"]
-    assert choose_orders(wide, M=512, N=1, Q=1, R=32) == {"a": "tokens", "b": "tokens"}
-    assert choose_orders(wide, M=4096, N=8, Q=200, R=32) == {"a": "dense", "b": "dense"}
-    assert choose_orders(wide, M=4096, N=8, Q=200, R=32, budget=0) == {"a": "rebuilt", "b": "rebuilt"}
-    room_for_one = 4 * 200 * 512 * 512
-    assert choose_orders(wide, M=4096, N=8, Q=200, R=32, budget=room_for_one) == {"a": "dense", "b": "rebuilt"}
+
+    def chosen(**given):
+        found = contraction(wide, R=32, **given)
+        return set(found.orders.values()), found.hold
+
+    assert chosen(M=512, N=1, Q=1) == ({"tokens"}, 1)
+    assert chosen(M=4096, N=8, Q=200) == ({"dense"}, 1)
+    waiting = 2 * 4 * 4096 * (512 + 512)  # one batch's inputs and output gradients, of both layers
+    assert chosen(M=4096, N=8, Q=200, room=0) == ({"rebuilt"}, 1)
+    assert chosen(M=4096, N=8, Q=200, room=3 * waiting) == ({"rebuilt"}, 3)
+    assert chosen(M=4096, N=8, Q=200, room=20 * waiting - 1) == ({"dense"}, 1)
+    whole = contraction(wide, M=4096, N=8, Q=200, R=None)
+    assert set(whole.orders.values()) == {"dense"}

@@ -3,7 +3,7 @@
 Axes: N sequences, Q queries, T positions, O outputs, I inputs.
 """
 
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -15,13 +15,14 @@ from cases import CASES, case, close, gradients, measured, pairs
 from upriver.curvature.base import Damping
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.errors import ModelError
-from upriver.influence import score as scoring
 from upriver.influence import stages
 from upriver.influence.gradients import Solver, measurements, query_chunks, query_gradients
-from upriver.influence.score import Score, choose_orders, count, route
+from upriver.influence.score import Score, route
 from upriver.influence.tokens import output_token_influence, rescore, spurious
 from upriver.model.sweep import sweep, tracked_layers
 from upriver.pipeline import trace
+from upriver.runtime.counts import Contraction, contraction, orders
+from upriver.runtime.split import split_trace
 from upriver.tensors import LowRank
 
 KINDS = ("ekfac", "kfac", "diagonal", "identity")
@@ -63,7 +64,7 @@ def streamed(c, solutions, order, batch_tokens=30):
     """Scores ``[N, Q]`` and ``[N, Q, L]`` of one pass in one order of contraction."""
     layers, like = tracked_layers(c.model, c.data, c.spec), torch.empty(0, dtype=torch.float64)
     routes = {x.name: route(order, solutions[x.name], like) for x in layers}
-    consumer = Score(routes, len(c.queries), keep_layers=True)
+    consumer = Score(routes, len(c.queries), keep_layers=True, hold=3, rebuild_bytes=1)  # rebuilt queries one at a time
     sweep(c.model, layers, c.data, c.data.plan(batch_tokens), consumer)
     found = consumer.tensors()
     place = torch.argsort(found["rows"])
@@ -84,8 +85,7 @@ def test_scores_from_end_to_end(name, kind, fitted, tmp_path):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", CASES)
-def test_every_order_of_contraction(name, order, fitted, monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 1)  # rebuilt queries come one at a time
+def test_every_order_of_contraction(name, order, fitted):
     c = case(name)
     v = solver(c, fitted(name, seed=SEED)).low_rank(indices(c), 64)
     low = {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}
@@ -174,26 +174,18 @@ def test_output_token_influence_needs_a_language_model():
 def test_the_order_that_is_chosen_costs_least():
     layers, least = case("llama").layers, {}
     for M, N, Q, R in ((100, 1, 1, 2), (64, 64, 50, 8), (4096, 4, 300, 32), (7, 2, 1000, 3)):
-        found = choose_orders(layers, M, N, Q, R)
+        found = contraction(layers, M, N, Q, R).orders
         for x in layers:
-            costs = count(x.O, x.I, M, N, Q, R)
+            costs = orders(x.O, x.I, M, N, Q, R)
             least[found[x.name]] = True
             assert getattr(costs, found[x.name]) == min(costs)
     assert set(least) == {"tokens", "dense"}, "both were met"
 
 
-def test_dense_queries_stay_within_their_budget():
-    layers = case("llama").layers
-    size = 4 * 300 * layers[0].O * layers[0].I
-    within = choose_orders(layers, 4096, 4, 300, 32, budget=2 * size)
-    assert sum(order == "dense" for order in within.values()) == 2
-    assert set(choose_orders(layers, 4096, 4, 300, 32, budget=0).values()) <= {"tokens", "rebuilt"}
-    assert set(choose_orders(layers, 4096, 4, 300, None).values()) == {"dense"}
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_trace_gives_the_same_in_every_order(order, fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "choose_orders", lambda layers, *a: dict.fromkeys((x.name for x in layers), order))
+    chosen = lambda layers, *a: Contraction(dict.fromkeys((x.name for x in layers), order), 2)  # noqa: E731
+    monkeypatch.setattr(stages, "contraction", chosen)
     found = traced(case("llama"), fitted("llama", seed=SEED), tmp_path, rank=32)
     close(found, scores("llama"), STORED)
 
@@ -202,7 +194,8 @@ def test_chunks_of_queries_change_nothing(fitted, tmp_path, monkeypatch):
     c = case("llama")
     assert query_chunks(c.layers, c.queries, None, budget=1) == [[q] for q in indices(c)]
     assert query_chunks(c.layers, c.queries, 4) == [indices(c)]
-    monkeypatch.setattr(stages, "query_chunks", partial(query_chunks, budget=1))
+    one = lambda *a: split_trace(*a)._replace(solve_bytes=1, scan_queries=2, rescore_bytes=1)  # noqa: E731
+    monkeypatch.setattr(stages, "split_trace", one)
     close(traced(case("llama"), fitted("llama", seed=SEED), tmp_path), scores("llama"), STORED)
 
 

@@ -1,5 +1,6 @@
 """The main path: fit the curvature, solve the queries, stream the corpus past them, look again at the top, write it down."""
 
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from upriver.influence.gradients import Measured
 from upriver.influence.passages import answers, rank_correlation, top_rows
 from upriver.influence.results import write_scores, write_top
 from upriver.influence.scanned import Scanned, extremes, random_rows
-from upriver.influence.stages import Job, rescore_stage, scan_stage, solve_stage
+from upriver.influence.stages import Job, divide, rescore_stage, scan_stage, solve_stage
 from upriver.influence.tokens import Rescored
 from upriver.model.generate import greedy
 from upriver.model.load import Model
@@ -46,8 +47,8 @@ def trace(
     """Score every sequence of ``corpus`` by its influence on every query, and look again at the most influential.
 
     Args:
-        given: ``rank``, ``damping``, ``top``, ``candidates``, ``curvature``, ``layer_scores``, ``batch_tokens``; see
-            :class:`TraceOptions`.
+        given: ``rank``, ``damping``, ``top``, ``candidates``, ``curvature``, ``layer_scores``, ``dtype`` (of the scan),
+            ``batch_tokens``, ``memory``; see :class:`TraceOptions`.
 
     Returns:
         The results in ``out``: raw scores are ``I_f`` (eq. 25); divided by the number of training sequences they are nats.
@@ -70,12 +71,13 @@ def trace(
         "corpus": corpus.fingerprint,
         "queries": queries.fingerprint,
         "factors": digest(factors.manifest["key"]),
-        "options": opts.model_dump(),
+        "options": opts.key(),
         "conventions": CONVENTIONS,
     }
     with locked(out):
         stage = Stage.open(out, "trace", key, overwrite)
         if stage.done:
+            dist.lead(lambda: _tidy(out))  # a kill may have come between the two
             say(f"scores: {out} is complete and was made from the same inputs; used as it is")
         else:
             _run(stage, model, corpus, queries, factors, opts, progress, say)
@@ -99,10 +101,12 @@ def _run(
     rows, kept = _candidates(corpus, queries, opts.candidates)
     with model.computing_in("float64" if fitted.dtype == "float64" else "float32") as exact:
         layers = tracked_layers(exact, corpus, fitted.layers)
-        job = Job(stage, exact, layers, corpus, queries, factors, rows, opts, progress)
+        scan_dtype = opts.dtype or fitted.dtype
+        split = divide(exact, layers, corpus, queries, opts, scan_dtype)
+        job = Job(stage, exact, layers, corpus, queries, factors, rows, opts, progress, split)
         with times("queries"):
             solved = solve_stage(job)
-        with exact.computing_in(fitted.dtype) as computing:
+        with exact.computing_in(scan_dtype) as computing:
             if computing is not exact:
                 layers = tracked_layers(computing, corpus, fitted.layers)
             scanning = job._replace(model=computing, layers=layers)
@@ -118,7 +122,14 @@ def _run(
             write_top(stage.path, top_rows(job, scanned, ends, found))
             write_json(stage.path / "queries.json", answers(exact, queries, agreement))
             stage.finish(_manifest(job, scanned, found, agreement, kept, times))
+            _tidy(stage.path)
     dist.barrier()
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what the stages left: all that counts of it is in the tables."""
+    for name in ("solved", "scan", "rescored"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _check_lengths(model: Model, corpus: Sequences) -> None:
@@ -165,6 +176,7 @@ def _manifest(
             "fingerprint": job.stage.key["model"],
             "parameters": factors["coverage"]["total"],
             "dtype": fitted.dtype,
+            "scan_dtype": opts.dtype or fitted.dtype,
             **model.info,
         },
         "tokenizer": {"fingerprint": tokenizer_fingerprint(model.tokenizer)} if model.tokenizer else None,

@@ -10,7 +10,7 @@ FACTORS/correction/layers-A-B/    sums of squared rotated gradients; likewise
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,13 @@ from upriver.curvature.passes import Agreement, Correction, Covariance
 from upriver.errors import NumericalError
 from upriver.model.layers import Layer, coverage
 from upriver.model.load import Model
+from upriver.model.memory import memory_job
+from upriver.model.shape import model_shape
 from upriver.model.sweep import Labels, split_units, sweep, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
+from upriver.runtime.split import FitSplit, split_fit
 from upriver.runtime.store import Stage, Tensors, accumulate, locked, opened, write_stream
 from upriver.tensors import accumulator_dtype, eigh
 from upriver.text.batch import Sequences
@@ -48,7 +51,7 @@ class Work(NamedTuple):
     units: list[list[np.ndarray]]
     labels: tuple[Labels, Labels]
     progress: Progress
-    room: int | None = None  # bytes for sums and bases; None: as much as they take
+    split: FitSplit
 
     @property
     def tokens(self) -> int:
@@ -62,9 +65,16 @@ class Work(NamedTuple):
     def dtype(self) -> torch.dtype:
         return accumulator_dtype(self.model.dtype)
 
+    def groups(self, parts: list[list[int]]) -> list[list[Layer]]:
+        return [[self.layers[i] for i in part] for part in parts]
+
     def key(self, top: Stage) -> dict[str, Any]:
-        """Of a stage inside: a resumed run whose batches or sample differ must not add to its sums."""
-        return top.key | {"sequences": self.sequences, "units": len(self.units)}
+        """Of a stage inside: a run that goes on with other batches must not add to its sums."""
+        return top.key | {"split": self.split.batch_tokens}
+
+    def whole_key(self, top: Stage) -> dict[str, Any]:
+        """Of what is made from all the units."""
+        return self.key(top) | {"units": len(self.units)}
 
 
 def fit(
@@ -95,7 +105,7 @@ def fit(
         "model": model.fingerprint,
         "corpus": data.fingerprint,
         "kernel": model.info.get("attention"),
-        "options": opts.model_dump(exclude={"memory"}),
+        "options": opts.key(),
         "conventions": CONVENTIONS,
     }
     with locked(out):
@@ -110,11 +120,15 @@ def fit(
 
 
 def _work(model: Model, data: Sequences, opts: FitOptions, progress: Progress) -> Work:
+    layers = tracked_layers(model, data, opts.layers)
+    split = split_fit(model_shape(model, layers, data), memory_job(model, data, opts.batch_tokens, opts.memory))
     rows = data.sample(opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64)), opts.seed)
-    units = split_units(data.plan(opts.batch_tokens, rows), data.lengths_N)
+    batches = data.plan(split.batch_tokens, rows)
+    if opts.until is not None:  # any first part of them is then a fair sample
+        batches = [batches[i] for i in np.random.default_rng(opts.seed).permutation(len(batches))]
     drawn = opts.fisher == "sampled"
     labels = [Labels(opts.seed, stream if drawn else None) for stream in (COVARIANCE_STREAM, CORRECTION_STREAM)]
-    return Work(model, data, tracked_layers(model, data, opts.layers), units, (labels[0], labels[1]), progress)
+    return Work(model, data, layers, split_units(batches, data.lengths_N), (labels[0], labels[1]), progress, split)
 
 
 def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
@@ -122,28 +136,56 @@ def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
     cover = coverage(work.model.module, work.layers)
     say(f"layers: {cover.line()}")
     say(
-        f"fit: {work.tokens:,} tokens in {work.sequences:,} of {len(work.data):,} sequences, {opts.fisher} labels, "
-        f"seed {opts.seed}"
+        f"fit: {'at most ' if opts.until else ''}{work.tokens:,} tokens in {work.sequences:,} of {len(work.data):,} "
+        f"sequences, {opts.fisher} labels, seed {opts.seed}"
     )
-    clamped = _bases(stage, work, times)
-    halves = _eigenvalues(stage, work, times)
+    clamped, halves = 0.0, {}
+    for part in _rounds(stage, work, opts.until):
+        clamped = _bases(stage, part, times, keep=opts.until is not None)
+        halves = _eigenvalues(stage, part, times)
+        say(
+            f"convergence after {part.tokens:,} tokens: {halves['what']}: {_text(halves['mean'])}, "
+            f"worst layer {_text(halves['worst'])}"
+        )
+        if opts.until is not None and (halves["mean"] or -1.0) >= opts.until:
+            break
+    if opts.until is not None and (halves["mean"] or -1.0) < opts.until:
+        say(f"the agreement asked for, {opts.until}, was not reached: there are no more tokens (see --max-tokens)")
     if dist.rank() == 0:
-        say(f"convergence: {halves['what']}: {_text(halves['mean'])}, worst layer {_text(halves['worst'])}")
         if clamped < -1e-6:
             say(
                 f"rank-deficient covariance: negative eigenvalues down to {clamped:.1e} of the largest were set to zero"
             )
         stage.finish(
             {
-                "layers": [_describe(x) for x in work.layers],
+                "layers": [_describe(x) for x in part.layers],
                 "coverage": cover._asdict() | {"share": cover.share},
-                "fit": {"sequences": work.sequences, "tokens": work.tokens, "halves": halves, "clamped": clamped},
-                "data": getattr(work.data, "info", {}),
-                "timings": times | {"total": time.perf_counter() - started},
+                "fit": {"sequences": part.sequences, "tokens": part.tokens, "halves": halves, "clamped": clamped},
+                "data": getattr(part.data, "info", {}),
+                "timings": times | {"passes": _passes(part.split), "total": time.perf_counter() - started},
             }
         )
         _tidy(stage.path)
     dist.barrier()
+
+
+def _passes(split: FitSplit) -> dict[str, int]:
+    """How the work was divided, which changes no result."""
+    parts = {"covariance": len(split.covariance), "correction": len(split.correction)}
+    return parts | {"batch_tokens": split.batch_tokens}
+
+
+def _rounds(top: Stage, work: Work, until: float | None) -> Iterator[Work]:
+    """The whole sample, or more and more of it: every round twice as many units, from where an earlier run had come to."""
+    count = len(work.units)
+    if until is not None:
+        summed = [int(p.stem.removeprefix("sum-")) for p in (top.path / "covariance").glob("layers-*/sum-*")]
+        count = min(count, 1 << (max(summed, default=1) - 1).bit_length())
+    while True:
+        yield work._replace(units=work.units[:count])
+        if count == len(work.units):
+            return
+        count = min(2 * count, len(work.units))
 
 
 def _tidy(folder: Path) -> None:
@@ -157,54 +199,39 @@ def _text(value: float | None) -> str:
     return "not known (too few sequences)" if value is None else f"{value:.3f}"
 
 
-def groups(layers: list[Layer], size: Callable[[Layer], int], room: int | None) -> list[list[Layer]]:
-    """Consecutive layers whose sizes add up to ``room`` bytes at most, one layer at least."""
-    out: list[list[Layer]] = []
-    left = 0
-    for x in layers:
-        if not out or (room is not None and size(x) > left):
-            out.append([])
-            left = room or 0
-        out[-1].append(x)
-        left -= size(x)
-    return out
-
-
-def covariance_bytes(x: Layer) -> int:
-    """Resident for a layer during its covariance pass."""
-    return 4 * (x.O**2 + (x.I**2 if x.A_of == x.name else 0))
-
-
-def correction_bytes(x: Layer) -> int:
-    """Resident for a layer during its correction pass: bases and two halves of ``lam``."""
-    return 4 * (x.O**2 + x.I**2 + 2 * x.O * x.I)
-
-
-def _pass(top: Stage, name: str, work: Work, group: list[Layer], labels: Labels, make: Callable[[], Any]) -> Path:
+def _pass(top: Stage, name: str, work: Work, group: list[Layer], make: Callable[[], Any]) -> Path:
     """One accumulating pass over the units of ``work`` for a group of layers, committed unit by unit; the file of the sums."""
-    at = work.layers.index(group[0])
-    stage = Stage.open(top.path / name / f"layers-{at}-{at + len(group) - 1}", name, work.key(top), overwrite=True)
+    at, first = work.layers.index(group[0]), name == "covariance"
+    key = work.key(top) if first else work.whole_key(top)  # covariances go on from round to round
+    stage = Stage.open(top.path / name / f"layers-{at}-{at + len(group) - 1}", name, key, overwrite=True)
     label = name if len(group) == len(work.layers) else f"{name}, layers {at + 1} to {at + len(group)}"
 
     with work.progress(label, work.tokens) as advance:
 
         def compute(unit: int) -> Tensors:
             consumer = make()
-            sweep(work.model, group, work.data, work.units[unit], consumer, labels, advance)
+            sweep(work.model, group, work.data, work.units[unit], consumer, work.labels[not first], advance)
             return {key: value.cpu() for key, value in consumer.result().items()}
 
         return accumulate(stage, dist.share(len(work.units)), len(work.units), compute, dist.barrier)
 
 
-def _bases(top: Stage, work: Work, times: Times) -> float:
-    """Covariance pass and eigendecompositions, group by group; returns the most negative share of an eigenvalue."""
-    stage = Stage.open(top.path / "eigen", "eigen", work.key(top), overwrite=True)
-    missing = [x for i, x in enumerate(work.layers) if not stage.has(i)]
-    for group in groups(missing, covariance_bytes, work.room):
+def _bases(top: Stage, work: Work, times: Times, keep: bool) -> float:
+    """Covariance pass and eigendecompositions, group by group; returns the most negative share of an eigenvalue.
+
+    Args:
+        keep: the sums, because a next round adds to them.
+    """
+    stage = Stage.open(top.path / "eigen", "eigen", work.whole_key(top), overwrite=True)
+    for group in work.groups(work.split.covariance):
+        if all(stage.has(work.layers.index(x)) for x in group):
+            continue
         with times("covariance"):
-            sums = _pass(top, "covariance", work, group, work.labels[0], partial(Covariance, work.dtype))
+            sums = _pass(top, "covariance", work, group, partial(Covariance, work.dtype))
         with times("eigendecomposition"):
             _decompose(stage, work, group, sums)
+        if not keep:
+            dist.lead(lambda done=sums.parent: shutil.rmtree(done, ignore_errors=True))
     found = []
     for unit in range(len(work.layers)):
         with opened(stage.unit_path(unit)) as file:
@@ -216,10 +243,7 @@ def _decompose(stage: Stage, work: Work, group: list[Layer], sums: Path) -> None
     """Eigendecompose ``A`` and ``S`` of every layer: on the CPU one matrix on each core, with one thread."""
     mine = [group[i] for i in dist.share(len(group))]
     mine.sort(key=lambda x: -max(x.O, x.I))
-    largest = 6 * 8 * max(max(x.O, x.I) for x in group) ** 2
-    at_once = 1 if work.model.device.type != "cpu" else torch.get_num_threads()
-    if work.room is not None:
-        at_once = max(1, min(at_once, work.room // largest))
+    at_once = work.split.eigen_workers if work.model.device.type == "cpu" else 1
 
     def decompose(x: Layer) -> None:
         unit = work.layers.index(x)
@@ -255,13 +279,12 @@ def _eigen(layer: Layer, sums: Path, sequences: int, device: torch.device) -> Te
 
 def _eigenvalues(top: Stage, work: Work, times: Times) -> dict[str, Any]:
     """The correction pass, group by group; writes ``lam`` of every layer and returns how well the halves' scores agree."""
-    parts = groups(work.layers, correction_bytes, work.room)
     files, pairs = [], []
-    for group in parts:
+    for group in work.groups(work.split.correction):
         moments = read_moments(top.path, work.layers, group, work.model.like)
         with times("correction"):
             make = partial(Correction, work.dtype, moments)
-            sums = _pass(top, "correction", work, group, work.labels[1], make)
+            sums = _pass(top, "correction", work, group, make)
         with times("agreement"):
             pairs.append(_probe(work, group, moments, sums))
         files += [(sums, x) for x in group]
@@ -337,7 +360,7 @@ def fit_diagonal(model: Model, data: Sequences, factors: Factors, progress: Prog
     opts = factors.options
     with locked(top.path), model.computing_in(opts.dtype) as computing:
         work = _work(computing, data, opts, progress)
-        sums = _pass(top, "diagonal", work, work.layers, work.labels[1], lambda: Correction(work.dtype, None))
+        sums = _pass(top, "diagonal", work, work.layers, partial(Correction, work.dtype, None))
         dist.lead(lambda: _write_lam(lam, [(sums, x) for x in work.layers]))
         dist.lead(lambda: [shutil.rmtree(p) for p in lam.parent.glob("layers-*")] and None)
         dist.barrier()

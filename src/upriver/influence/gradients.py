@@ -188,11 +188,15 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def read_solved(paths: list[Path], layer: str) -> LowRank | Tensor:
+def read_solved(paths: list[Path], layer: str, queries: slice = slice(None)) -> LowRank | Tensor:
     """One layer's solved queries over all chunks: low-rank factors, or ``v_QOI`` at full rank."""
     with ExitStack() as stack:
         files = [stack.enter_context(opened(path)) for path in paths]
+
+        def whole(part: str) -> Tensor:
+            held = [file.get_tensor(f"{part}:{layer}") for file in files]
+            return held[0][queries] if len(held) == 1 else torch.cat(held)[queries]
+
         if f"v:{layer}" in files[0].keys():  # noqa: SIM118 - not a mapping
-            return torch.cat([file.get_tensor(f"v:{layer}") for file in files])
-        U_QOR, V_QRI = (torch.cat([file.get_tensor(f"{part}:{layer}") for file in files]) for part in "UV")
-        return LowRank(U_QOR, V_QRI)
+            return whole("v")
+        return LowRank(whole("U"), whole("V"))

@@ -3,26 +3,27 @@
     I_f(z) = - sum over layers of < v, sum_t g_t a_t^T >                                   eq. 25, 30
 
 Three contractions give the same number.  Which is cheapest depends on the layer, the batch, the queries and the rank, and is
-decided before the pass, by counting multiplications and bytes:
+decided before the pass, by counting multiplications and bytes (:func:`upriver.runtime.counts.contraction`):
 
     tokens     sum_t (g_t U) . (V a_t)               M (O + I) Q R
     dense      form sum_t g_t a_t^T, times every v   M O I + N O I Q          and Q O I numbers held
-    rebuilt    as dense, v = U V in each batch       M O I + N O I Q + Q O I R
+    rebuilt    as dense, v = U V for every few batches, which wait until then with their M (O + I) numbers
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from upriver.model.layers import Layer
-from upriver.tensors import LowRank, sequence_gradients
+from upriver.runtime import counts
+from upriver.tensors import LowRank, accumulator_dtype, sequence_gradients
 from upriver.text.batch import Batch
 
-DENSE_BYTES = 2 << 30  # rebuilt queries held through the pass, over all layers
-CHUNK_BYTES = 256 << 20  # rebuilt queries held at once in one layer and batch
-Order = Literal["tokens", "dense", "rebuilt"]
+GRADIENT_BYTES = 256 << 20  # sequence gradients held at once
+REBUILD_BYTES = 256 << 20  # multiplied-out queries of one layer held at once
+Order = counts.Order
 
 
 class Route(NamedTuple):
@@ -34,35 +35,6 @@ class Route(NamedTuple):
     v_PQ: Tensor | None  # dense: P = O I rows
     low: LowRank | None  # rebuilt
     Q: int
-
-
-class Costs(NamedTuple):
-    """Multiplications of one batch in one layer, by order."""
-
-    tokens: float
-    dense: float
-    rebuilt: float
-
-
-def count(O: int, I: int, M: int, N: int, Q: int, R: int) -> Costs:
-    """Multiplications for a batch of ``M`` tokens in ``N`` sequences, ``Q`` queries of rank ``R``."""
-    gradient = M * O * I + N * O * I * Q
-    return Costs(M * (O + I) * Q * R, gradient, gradient + Q * O * I * R)
-
-
-def choose_orders(
-    layers: list[Layer], M: int, N: int, Q: int, R: int | None, budget: int = DENSE_BYTES
-) -> dict[str, Order]:
-    """The cheapest order of each layer, as long as all dense queries together stay within ``budget`` bytes."""
-    orders: dict[str, Order] = {}
-    for x in layers:
-        costs = count(x.O, x.I, M, N, Q, R or 1)
-        size = 4 * Q * x.O * x.I
-        if R is None or (costs.dense < costs.tokens and size <= budget):
-            orders[x.name], budget = "dense", budget - size
-        else:
-            orders[x.name] = "tokens" if costs.tokens <= costs.rebuilt else "rebuilt"
-    return orders
 
 
 def route(order: Order, solved: LowRank | Tensor, like: Tensor) -> Route:
@@ -80,36 +52,39 @@ def route(order: Order, solved: LowRank | Tensor, like: Tensor) -> Route:
 
 
 def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
-    """``< v_q, sum_t g_t a_t^T >`` for each sequence and query, ``[N, Q]``."""
+    """``< v_q, sum_t g_t a_t^T >`` for each sequence and query, ``[N, Q]``, by tokens or by dense queries."""
     if r.order == "tokens":
         assert r.U_OP is not None
         assert r.V_IP is not None
         product_NTP = (g_NTO @ r.U_OP).mul_(a_NTI @ r.V_IP)
-        return product_NTP.unflatten(2, (r.Q, -1)).sum((1, 3), dtype=_sum_dtype(product_NTP))
-    G_NP = sequence_gradients(a_NTI, g_NTO).flatten(1)
-    if r.v_PQ is not None:
-        return G_NP @ r.v_PQ
-    assert r.low is not None
-    chunk = max(1, CHUNK_BYTES // (4 * G_NP.shape[1]))
-    parts = zip(r.low.U_QOR.split(chunk), r.low.V_QRI.split(chunk), strict=True)
-    return torch.cat([G_NP @ (U @ V).flatten(1).T for U, V in parts], 1)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+        return product_NTP.unflatten(2, (r.Q, -1)).sum((1, 3), dtype=accumulator_dtype(product_NTP.dtype))
+    assert r.v_PQ is not None
+    step = max(1, GRADIENT_BYTES // (g_NTO.element_size() * len(r.v_PQ)))
+    parts = zip(a_NTI.split(step), g_NTO.split(step), strict=True)
+    return torch.cat([sequence_gradients(a, g).flatten(1) @ r.v_PQ for a, g in parts])
 
 
 class Score:
-    """Consumer: raw influence of each sequence of a pass on every query, in total and layer by layer."""
+    """Consumer: raw influence of each sequence of a pass on every query, in total and layer by layer.
 
-    def __init__(self, routes: dict[str, Route], Q: int, keep_layers: bool):
+    Args:
+        hold: how many batches wait, where queries are multiplied out for them.
+    """
+
+    def __init__(
+        self, routes: dict[str, Route], Q: int, keep_layers: bool, hold: int = 1, rebuild_bytes: int = REBUILD_BYTES
+    ):
         self.routes, self.Q, self.keep_layers = routes, Q, keep_layers
+        self.hold, self.rebuild_bytes = hold, rebuild_bytes
         self.place = {name: i for i, name in enumerate(routes)}
         self.rows: list[np.ndarray] = []
         self.scores_NQ: list[Tensor] = []
         self.layers_NQL: list[Tensor] = []
+        self.waiting: dict[str, list[tuple[int, Tensor, Tensor]]] = {}  # batch, a, g
 
     def begin(self, batch: Batch) -> None:
+        if len(self.rows) % self.hold == 0:
+            self._flush()
         N = len(batch.rows_N)
         self.rows.append(batch.rows_N)
         self.scores_NQ.append(torch.zeros(N, self.Q))
@@ -117,11 +92,37 @@ class Score:
             self.layers_NQL.append(torch.zeros(N, self.Q, len(self.routes)))
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        scores_NQ = -contract(self.routes[layer.name], a_NTI, g_NTO).float().cpu()
-        self.scores_NQ[-1] += scores_NQ
+        route, batch = self.routes[layer.name], len(self.rows) - 1
+        if route.order == "rebuilt":
+            self.waiting.setdefault(layer.name, []).append((batch, a_NTI, g_NTO))
+            if self.hold == 1:
+                self._flush()
+        else:
+            self._add(batch, layer.name, contract(route, a_NTI, g_NTO))
+
+    def _flush(self) -> None:
+        """Score what waits: a layer and a chunk of multiplied-out queries at a time."""
+        for name, held in self.waiting.items():
+            route = self.routes[name]
+            assert route.low is not None
+            O, I = route.low.U_QOR.shape[1], route.low.V_QRI.shape[2]
+            chunk = max(1, self.rebuild_bytes // (route.low.U_QOR.element_size() * O * I))
+            for q in range(0, route.Q, chunk):
+                part = slice(q, q + chunk)
+                v_PQ = (route.low.U_QOR[part] @ route.low.V_QRI[part]).flatten(1).T
+                dense = Route("dense", None, None, v_PQ, None, v_PQ.shape[1])
+                for batch, a_NTI, g_NTO in held:
+                    self._add(batch, name, contract(dense, a_NTI, g_NTO), part)
+        self.waiting = {}
+
+    def _add(self, batch: int, name: str, products_NQ: Tensor, queries: slice = slice(None)) -> None:
+        scores_NQ = -products_NQ.float().cpu()
+        self.scores_NQ[batch][:, queries] += scores_NQ
         if self.keep_layers:
-            self.layers_NQL[-1][:, :, self.place[layer.name]] = scores_NQ
+            self.layers_NQL[batch][:, queries, self.place[name]] = scores_NQ
 
     def tensors(self) -> dict[str, Tensor]:
+        """``rows`` ``[N]``, ``scores`` ``[N, Q]`` and, where they are kept, ``layers`` ``[N, Q, L]``."""
+        self._flush()
         out = {"rows": torch.from_numpy(np.concatenate(self.rows)), "scores": torch.cat(self.scores_NQ)}
         return out | ({"layers": torch.cat(self.layers_NQL)} if self.keep_layers else {})

@@ -1,6 +1,7 @@
 """The resumable stages of a trace: solved queries, the scan of the corpus, and the full-rank second look at the top."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,14 +11,18 @@ from upriver.curvature.base import Damping
 from upriver.curvature.factors import Factors
 from upriver.influence.gradients import Measured, Solver, query_chunks, read_solved
 from upriver.influence.scanned import Pass, Scanned, gather
-from upriver.influence.score import Route, Score, choose_orders, route
+from upriver.influence.score import Route, Score, route
 from upriver.influence.tokens import Rescored, rescore
 from upriver.model.layers import Layer
 from upriver.model.load import Model
+from upriver.model.memory import memory_job
+from upriver.model.shape import model_shape
 from upriver.model.sweep import UNIT_TOKENS, Labels, split_units, sweep
 from upriver.runtime import dist
 from upriver.runtime.config import TraceOptions
+from upriver.runtime.counts import contraction
 from upriver.runtime.progress import Progress
+from upriver.runtime.split import Asked, TraceSplit, split_trace
 from upriver.runtime.store import Stage, Tensors
 from upriver.text.batch import Sequences
 
@@ -34,6 +39,7 @@ class Job(NamedTuple):
     rows: np.ndarray  # the sequences that are scored
     opts: TraceOptions
     progress: Progress
+    split: TraceSplit
 
     @property
     def damping(self) -> Damping:
@@ -47,13 +53,28 @@ class Job(NamedTuple):
     def solver(self) -> Solver:
         return Solver(self.model, self.layers, self.factors, self.queries, self.opts.curvature, self.damping)
 
-    def open(self, name: str) -> Stage:
-        return Stage.open(self.stage.path / name, name, self.stage.key)
+    def open(self, name: str, **how: Any) -> Stage:
+        """A stage inside; begun with another division of the work, it is begun again."""
+        return Stage.open(self.stage.path / name, name.split("/")[0], self.stage.key | {"split": how}, overwrite=True)
 
 
-def solve_stage(job: Job) -> list:
+def divide(
+    model: Model, layers: list[Layer], data: Sequences, queries: Measured, opts: TraceOptions, dtype: str
+) -> TraceSplit:
+    """How a trace divides its work so that it stays within the memory.
+
+    Args:
+        dtype: of the scan.
+    """
+    asked = Asked(len(queries), int(np.max(queries.lengths)), None if opts.rank == "full" else opts.rank)
+    memory = memory_job(model, data, opts.batch_tokens, opts.memory, dtype)
+    return split_trace(model_shape(model, layers, data), asked, memory)
+
+
+def solve_stage(job: Job) -> list[Path]:
     """Solve and compress every query, a chunk at a time; returns the files of the chunks."""
-    stage, chunks = job.open("solved"), query_chunks(job.layers, job.queries, job.rank)
+    stage = job.open("solved", bytes=job.split.solve_bytes)
+    chunks = query_chunks(job.layers, job.queries, job.rank, job.split.solve_bytes)
     with job.progress("queries", len(job.queries)) as advance:
         for unit in dist.share(len(chunks)):
             if not stage.has(unit):
@@ -69,38 +90,60 @@ def _solved(job: Job, chunk: list[int]) -> Tensors:
     return job.solver.low_rank(chunk, job.rank)
 
 
-def plan_routes(job: Job, solved: list, batches: list[np.ndarray]) -> dict[str, Route]:
-    """Each layer's order of contraction, chosen for a batch of mean size, and its queries laid out for it."""
+def plan_routes(
+    job: Job, solved: list[Path], batches: list[np.ndarray], queries: slice = slice(None)
+) -> tuple[dict[str, Route], int]:
+    """Each layer's order of contraction, for a batch of mean size, with its queries laid out; and how many batches wait."""
     M = float(np.mean([job.data.lengths_N[rows].sum() for rows in batches]))
     N = float(np.mean([len(rows) for rows in batches]))
-    orders = choose_orders(job.layers, int(M), max(1, round(N)), len(job.queries), job.rank)
-    return {x.name: route(orders[x.name], read_solved(solved, x.name), job.model.like) for x in job.layers}
+    Q = len(range(len(job.queries))[queries])
+    chosen = contraction(job.layers, M, N, Q, job.rank, job.split.dense_bytes)
+    like = job.model.like
+    routes = {x.name: route(chosen.orders[x.name], read_solved(solved, x.name, queries), like) for x in job.layers}
+    return routes, chosen.hold
 
 
-def scan_stage(job: Job, solved: list, note: Callable[[str], None]) -> Scanned:
-    """Score every wanted sequence against all queries in one pass, committed unit by unit."""
-    stage = job.open("scan")
-    batches = job.data.plan(job.opts.batch_tokens, job.rows)
+def scan_stage(job: Job, solved: list[Path], note: Callable[[str], None]) -> Scanned:
+    """Score every wanted sequence against all queries, in as few passes as memory allows, committed unit by unit."""
+    batches = job.data.plan(job.split.batch_tokens, job.rows)
     units = split_units(batches, job.data.lengths_N)
-    routes = plan_routes(job, solved, batches)
+    Q, at_once = len(job.queries), job.split.scan_queries
+    parts = [slice(q, min(q + at_once, Q)) for q in range(0, Q, at_once)]
+    passes = [Pass(_scan(job, solved, batches, units, part, note), len(units), part) for part in parts]
+    dist.barrier()
+    return gather(passes, np.sort(job.rows), len(job.layers) if job.opts.layer_scores else None)
+
+
+def _scan(
+    job: Job,
+    solved: list[Path],
+    batches: list[np.ndarray],
+    units: list[list[np.ndarray]],
+    queries: slice,
+    note: Callable[[str], None],
+) -> Stage:
+    """One pass over the corpus for some of the queries."""
+    stage = job.open(f"scan/queries-{queries.start}-{queries.stop - 1}", batch_tokens=job.split.batch_tokens)
+    routes, hold = plan_routes(job, solved, batches, queries)
     counts = {order: sum(r.order == order for r in routes.values()) for order in ("tokens", "dense", "rebuilt")}
-    note("contraction: " + ", ".join(f"{n} layers by {order}" for order, n in counts.items() if n))
-    with job.progress("scan", int(job.data.lengths_N[job.rows].sum())) as advance:
+    waiting = f", for {hold} batches at a time" if hold > 1 else ""
+    note("contraction: " + ", ".join(f"{n} layers by {order}" for order, n in counts.items() if n) + waiting)
+    Q = queries.stop - queries.start
+    name = "scan" if len(job.queries) == Q else f"scan, queries {queries.start + 1} to {queries.stop}"
+    with job.progress(name, int(job.data.lengths_N[job.rows].sum())) as advance:
         for unit in dist.share(len(units)):
             if stage.has(unit):
                 advance(sum(int(job.data.lengths_N[rows].sum()) for rows in units[unit]))
                 continue
-            consumer = Score(routes, len(job.queries), job.opts.layer_scores)
+            consumer = Score(routes, Q, job.opts.layer_scores, hold, job.split.rebuild_bytes)
             sweep(job.model, job.layers, job.data, units[unit], consumer, Labels(), advance)
             stage.commit(unit, consumer.tensors())
-    dist.barrier()
-    L = len(job.layers) if job.opts.layer_scores else None
-    return gather([Pass(stage, len(units), slice(0, len(job.queries)))], np.sort(job.rows), L)
+    return stage
 
 
 def rescore_stage(job: Job, wanted: list[np.ndarray]) -> Rescored:
     """Full-rank scores of the wanted pairs, computed in the model's dtype, kept in float32; a chunk of queries at a time."""
-    stage = job.open("rescored")
+    stage = job.open("rescored", bytes=job.split.rescore_bytes, batch_tokens=job.split.batch_tokens)
     chunks = _rescore_chunks(job, wanted)
     with job.progress("rescore", sum(len(rows) for rows in wanted)) as advance:
         for unit in dist.share(len(chunks)):
@@ -115,7 +158,7 @@ def rescore_stage(job: Job, wanted: list[np.ndarray]) -> Rescored:
 def _rescore_chunks(job: Job, wanted: list[np.ndarray]) -> list[list[int]]:
     """Chunks of queries that fit in memory at full rank and whose sequences make about one unit of work."""
     chunks: list[list[int]] = []
-    for whole in query_chunks(job.layers, job.queries, None):
+    for whole in query_chunks(job.layers, job.queries, None, job.split.rescore_bytes):
         tokens = UNIT_TOKENS + 1
         for q in whole:
             cost = int(job.data.lengths_N[wanted[q]].sum())
@@ -133,7 +176,7 @@ def _rescored(job: Job, chunk: list[int], wanted: list[np.ndarray]) -> Rescored:
     for slot, q in enumerate(chunk):
         for row in wanted[q]:
             pairs.setdefault(int(row), []).append(slot)
-    found = rescore(job.model, job.layers, job.data, solved, pairs, job.opts.batch_tokens)
+    found = rescore(job.model, job.layers, job.data, solved, pairs, job.split.batch_tokens)
     return found._replace(queries_P=np.array(chunk)[found.queries_P])
 
 

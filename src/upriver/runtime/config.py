@@ -33,6 +33,10 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    def key(self) -> dict[str, Any]:
+        """What a result depends on: not how much memory it was made in."""
+        return self.model_dump(exclude={"memory"})
+
 
 class FitOptions(Options):
     """What :func:`upriver.fit` may be told."""
@@ -40,10 +44,11 @@ class FitOptions(Options):
     layers: str = "mlp"
     fisher: Literal["sampled", "empirical"] = "sampled"
     max_tokens: int | None = Field(1_000_000, ge=1)
+    until: float | None = Field(None, gt=0, le=1)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     batch_tokens: int = Field(4096, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
-    memory: str | None = None  # a promise: resident memory stays below it; never part of a key
+    memory: str | None = None
 
 
 class TraceOptions(Options):
@@ -55,7 +60,9 @@ class TraceOptions(Options):
     candidates: int | None = Field(None, ge=1)
     curvature: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
     layer_scores: bool = False
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None  # of the scan; None: that of the factors
     batch_tokens: int = Field(4096, ge=1)
+    memory: str | None = None
 
     @field_validator("rank", mode="before")
     @classmethod
@@ -82,6 +89,7 @@ class TraceOptions(Options):
 class RunOptions(FitOptions, TraceOptions):
     """A run file: fit + trace + report, with the same keys as the flags."""
 
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     model: str
     corpus: str
     queries: str

@@ -1,0 +1,32 @@
+"""How much memory a run may take, and how much is taken before it starts."""
+
+import torch
+
+from upriver.model.load import Model
+from upriver.runtime.hardware import DEFAULT_SHARE, default_limit, parse_memory, resident_memory
+from upriver.runtime.split import Job
+from upriver.text.batch import Sequences
+
+
+def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | None, dtype: str = "") -> Job:
+    """What the division of the work depends on: on a GPU its own memory, else that of the process.
+
+    Args:
+        memory: a limit such as ``8GB``; None: 80 % of what is free.
+        dtype: of the passes, where it is not the model's: a copy of the weights is made for them.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    asked = parse_memory(memory) if memory else None
+    if model.device.type == "cuda":
+        fixed = torch.cuda.memory_allocated(model.device)
+        limit = asked or fixed + int(DEFAULT_SHARE * torch.cuda.mem_get_info(model.device)[0])
+    else:
+        fixed = resident_memory() or 0
+        limit = asked or default_limit(fixed)
+    own = str(model.dtype).removeprefix("torch.")
+    if dtype not in ("", own):
+        fixed += sum(p.numel() for p in model.module.parameters()) * getattr(torch, dtype).itemsize
+    cores = 1 if model.device.type == "cuda" else torch.get_num_threads()
+    return Job(limit, fixed, batch_tokens, int(data.lengths_N.max()), dtype or own, cores)
