@@ -14,14 +14,11 @@ from meter import Meter
 import upriver as up
 from upriver.influence.gradients import Measurements
 from upriver.influence.stages import Job as Trace
-from upriver.influence.stages import scan_stage, solve_stage
+from upriver.influence.stages import divide, scan_stage, solve_stage
 from upriver.model.load import Model
-from upriver.model.memory import memory_job
-from upriver.model.shape import model_shape
 from upriver.model.sweep import tracked_layers
 from upriver.runtime.config import TraceOptions, options
 from upriver.runtime.progress import mute, silent
-from upriver.runtime.split import Asked, split_trace
 from upriver.runtime.store import Stage
 from upriver.text.batch import Examples
 
@@ -82,15 +79,12 @@ class Side:
 
     def _trace(self, place: Path, queries: int, rank: int | None, factors: up.Factors, dtype: str) -> Trace:
         given = {"rank": rank or "full", "batch_tokens": self.batch_tokens, "memory": self.job.memory}
+        opts = options(TraceOptions, given)
         asked = Measurements(Sequences(self.job.queries_QT[:queries], self.job.prompt))
         layers, rows = tracked_layers(self.model, self.corpus, "mlp"), np.arange(len(self.corpus))
-        shape = model_shape(self.model, layers, self.corpus)
-        room = memory_job(self.model, self.corpus, self.batch_tokens, self.job.memory, dtype)
-        split = split_trace(shape, Asked(queries, self.job.query_tokens, rank), room)
+        split = divide(self.model, layers, self.corpus, asked, opts, dtype)
         stage = Stage.open(place, "trace", {})
-        return Trace(
-            stage, self.model, layers, self.corpus, asked, factors, rows, options(TraceOptions, given), silent, split
-        )
+        return Trace(stage, self.model, layers, self.corpus, asked, factors, rows, opts, silent, split)
 
     def reference(self, queries: int) -> np.ndarray:
         """Scores in float32 at full rank, from factors in float32."""
