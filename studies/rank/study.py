@@ -54,7 +54,7 @@ class Setup(NamedTuple):
     sequences: int
 
 
-SETUPS = {"demo": Setup(100_000, 32, 256), "smollm2": Setup(12_800, 16, 100)}
+SETUPS = {"demo": Setup(100_000, 32, 256), "smollm2": Setup(12_800, 16, 64)}
 
 
 class Solved(NamedTuple):
