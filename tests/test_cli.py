@@ -121,7 +121,7 @@ def test_a_skipped_record_is_listed_by_fit_and_trace(tiny, tmp_path, call):
         assert f"{bad}:7: the field 'text' is empty" in ran.err
 
 
-VERBS = {"fit": 2, "trace": 3, "report": 1, "run": 1, "demo": 0}
+VERBS = {"fit": 2, "trace": 3, "plan": 2, "report": 1, "run": 1, "demo": 0}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -129,7 +129,7 @@ def test_help_is_complete_and_short(call, verb):
     parameters = get_command(cli.app).commands[verb].params  # pyright: ignore
     flags = [p for p in parameters if p.param_type_name == "option"]
     arguments = [p for p in parameters if p.param_type_name == "argument"]
-    assert len(flags) <= 12
+    assert len(flags) <= 14
     assert len(arguments) == VERBS[verb]
     assert all(p.help and p.help.endswith(".") for p in parameters)
     ran = call(verb, "--help")

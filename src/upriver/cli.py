@@ -29,9 +29,14 @@ from rich.text import Text
 
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, QueryError, UpriverError
+from upriver.model.calibrate import Blank, plan_model
 from upriver.model.load import Model, load_model
+from upriver.model.shape import config_only
 from upriver.pipeline import complete, trace
 from upriver.runtime.config import FitOptions, Options, RunOptions, TraceOptions, options
+from upriver.runtime.hardware import parse_memory
+from upriver.runtime.plan import Request, describe, parse_sizes, request_for
+from upriver.runtime.store import write_json
 from upriver.show.report import write_report
 from upriver.show.terminal import terminal_summary
 from upriver.text.corpus import Corpus
@@ -52,6 +57,11 @@ QueriesArg = Annotated[
     str, typer.Argument(help="JSONL with id, prompt, completion and optionally contrast.", metavar="QUERIES")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
+Memory = Annotated[
+    str | None, typer.Option(help="A promise, as 8GB: the work is divided to stay below it; 80 % of what is free.")
+]
+MaxTokens = Annotated[int, typer.Option(help="Tokens to fit on, from random sequences.", min=1)]
+BatchTokens = Annotated[int, typer.Option(help="Tokens of a batch, padding counted.", min=1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the folder.")]
 
 
@@ -71,9 +81,13 @@ def fit_command(
     ] = 512,
     pack: Annotated[bool, typer.Option("--pack", help="Join documents with the end token before cutting.")] = False,
     fisher: Annotated[str, typer.Option(help="sampled or empirical labels.")] = "sampled",
-    max_tokens: Annotated[int, typer.Option(help="Tokens to fit on, from random sequences.", min=1)] = 1_000_000,
+    max_tokens: MaxTokens = 1_000_000,
+    until: Annotated[
+        float | None, typer.Option(help="Stop when the scores by either half of the sample correlate so well, as 0.99.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch, padding counted.", min=1)] = 4096,
+    batch_tokens: BatchTokens = 4096,
+    memory: Memory = None,
     seed: Annotated[int, typer.Option(help="Of the sampled labels and sequences.", min=0)] = 0,
     device: Device = "auto",
     on_bad_record: Annotated[str, typer.Option(help="error, or skip and list.")] = "error",
@@ -81,8 +95,8 @@ def fit_command(
 ) -> None:
     """Fit the EK-FAC factors of MODEL on CORPUS: once per model, for any number of questions."""
     given: dict[str, Any] = {
-        "layers": layers, "fisher": fisher, "max_tokens": max_tokens, "dtype": dtype, "batch_tokens": batch_tokens,
-        "seed": seed,
+        "layers": layers, "fisher": fisher, "max_tokens": max_tokens, "until": until, "dtype": dtype,
+        "batch_tokens": batch_tokens, "memory": memory, "seed": seed,
     }  # fmt: skip
     options(FitOptions, given)
     loaded = _load_model(model, device)
@@ -109,13 +123,15 @@ def trace_command(
     complete: Annotated[
         int | None, typer.Option(help="Let the model answer queries without completion, in N tokens.", min=1)
     ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the scan: float32 or bfloat16; that of the factors.")] = None,
+    memory: Memory = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Score every passage of CORPUS by its influence on each answer in QUERIES."""
     given: dict[str, Any] = {
         "rank": rank, "damping": damping, "top": top, "candidates": candidates, "curvature": curvature,
-        "layer_scores": layer_scores,
+        "layer_scores": layer_scores, "dtype": dtype, "memory": memory,
     }  # fmt: skip
     options(TraceOptions, given)
     fitted = Factors(factors)
@@ -140,6 +156,61 @@ def report_command(
     page = _write_report(scores, out)
     if open_page:
         webbrowser.open(page.resolve().as_uri())
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[
+        str, typer.Argument(help="As for fit; or a config.json of a model that is not there.", metavar="MODEL")
+    ],
+    corpus: Annotated[str, typer.Argument(help="As for fit; or its size, as 1000000x512.", metavar="CORPUS")],
+    queries: Annotated[str, typer.Option(help="A file of queries, or their number; 0 plans the fit alone.")] = "100",
+    layers: Annotated[str, typer.Option(help="mlp, attention, all, or globs separated by commas.")] = "mlp",
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 512,
+    max_tokens: MaxTokens = 1_000_000,
+    rank: Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")] = "32",
+    top: Annotated[int, typer.Option(help="Passages a side that are looked at again.", min=1)] = 100,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    batch_tokens: BatchTokens = 4096,
+    memory: Memory = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="A machine that is not here, as h100x8; without it, this one is measured.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the plan as JSON.")] = None,
+) -> None:
+    """Passes, operations, time, memory and disk of a fit and a trace, before anything starts."""
+    traced = options(TraceOptions, {"rank": rank, "top": top})
+    options(FitOptions, {"max_tokens": max_tokens, "dtype": dtype, "batch_tokens": batch_tokens})
+    alone, size = config_only(model), parse_sizes(corpus)
+    what = alone or _load_model(model, "auto")
+    if isinstance(what, Path) and size is None:
+        raise ConfigError(
+            f"a configuration has no tokenizer to read a corpus with: got {corpus!r}; give its size, as 1000000x512"
+        )
+    data = Blank(*size) if isinstance(what, Path) or size else _read_corpus(corpus, what, seq_len, False, "error")
+    asked: dict[str, Any] = {
+        "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top, "dtype": dtype,
+        "batch_tokens": batch_tokens, "memory": parse_memory(memory) if memory else None,
+    }  # fmt: skip
+    asked |= _query_size(queries, what)
+    request = Request(*size, **asked) if size else request_for(data.lengths_N, **asked)
+    plan = plan_model(what, data, layers, request, hardware)
+    for line in describe(plan):
+        globals()["out"].print(line, markup=False)
+    if out:
+        write_json(out, plan.as_dict())
+
+
+def _query_size(queries: str, model: Model | Path) -> dict[str, int]:
+    """How many queries there are, and how long they are where that can be told."""
+    if queries.isdecimal():
+        return {"queries": int(queries)}
+    if isinstance(model, Path):
+        raise ConfigError(f"no tokenizer to read queries with: got {queries!r}; give their number")
+    read = Queries.read(queries, model.tokenizer, complete=1)
+    if read.needs_completion:
+        return {"queries": len(read)}
+    return {"queries": len(read), "query_tokens": max(1, round(float(read.lengths.mean())))}
 
 
 @app.command("run")

@@ -17,11 +17,14 @@ from upriver.influence.results import write_scores, write_top
 from upriver.influence.scanned import Scanned, extremes, random_rows
 from upriver.influence.stages import Job, divide, rescore_stage, scan_stage, solve_stage
 from upriver.influence.tokens import Rescored
+from upriver.model.calibrate import plan_here
 from upriver.model.generate import greedy
 from upriver.model.load import Model
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, POSITIVE, TraceOptions, options
+from upriver.runtime.hardware import parse_memory
+from upriver.runtime.plan import describe, request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.store import Stage, digest, locked, write_json
 from upriver.show.scores import Scores
@@ -104,6 +107,8 @@ def _run(
         scan_dtype = opts.dtype or fitted.dtype
         split = divide(exact, layers, corpus, queries, opts, scan_dtype)
         job = Job(stage, exact, layers, corpus, queries, factors, rows, opts, progress, split)
+        if say is not mute:
+            _announce(job, scan_dtype, say)
         with times("queries"):
             solved = solve_stage(job)
         with exact.computing_in(scan_dtype) as computing:
@@ -124,6 +129,18 @@ def _run(
             stage.finish(_manifest(job, scanned, found, agreement, kept, times))
             _tidy(stage.path)
     dist.barrier()
+
+
+def _announce(job: Job, dtype: str, say: Say) -> None:
+    """What the trace will take, from a few seconds of measuring."""
+    opts = job.opts
+    request = request_for(
+        job.data.lengths_N[job.rows], fit=False, queries=len(job.queries), rank=job.rank, top=opts.top, scan_dtype=dtype,
+        query_tokens=max(1, round(float(np.mean(job.queries.lengths)))), batch_tokens=opts.batch_tokens,
+        memory=parse_memory(opts.memory) if opts.memory else None,
+    )  # fmt: skip
+    for line in describe(plan_here(job.model, job.layers, job.data, request)):
+        say(line)
 
 
 def _tidy(folder: Path) -> None:

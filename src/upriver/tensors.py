@@ -131,7 +131,7 @@ def truncated_svd(w_OI: Tensor, rank: int, start_IK: Tensor | None = None) -> Lo
 
     Args:
         start_IK: columns that span most of what ``w`` acts on, where they are known: one step from there is as good as four
-            from random ones (within 0.2 % of the least error on a slowly decaying spectrum).
+            from random ones (0.2 to 2 % above the least error on slowly decaying spectra).
 
     The random numbers depend on the shape alone, so the other queries of a run change nothing.
     """

@@ -25,6 +25,7 @@ from upriver.curvature.base import Damping
 from upriver.curvature.factors import Factors, read_moments
 from upriver.curvature.passes import Agreement, Correction, Covariance
 from upriver.errors import NumericalError
+from upriver.model.calibrate import plan_here
 from upriver.model.layers import Layer, coverage
 from upriver.model.load import Model
 from upriver.model.memory import memory_job
@@ -32,6 +33,8 @@ from upriver.model.shape import model_shape
 from upriver.model.sweep import Labels, split_units, sweep, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
+from upriver.runtime.hardware import parse_memory
+from upriver.runtime.plan import describe, request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.split import FitSplit, split_fit
 from upriver.runtime.store import Stage, Tensors, accumulate, locked, opened, write_stream
@@ -139,13 +142,20 @@ def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
         f"fit: {'at most ' if opts.until else ''}{work.tokens:,} tokens in {work.sequences:,} of {len(work.data):,} "
         f"sequences, {opts.fisher} labels, seed {opts.seed}"
     )
+    if say is not mute:
+        request = request_for(
+            work.data.lengths_N, fit_tokens=work.tokens, dtype=opts.dtype, batch_tokens=opts.batch_tokens,
+            memory=parse_memory(opts.memory) if opts.memory else None,
+        )  # fmt: skip
+        for line in describe(plan_here(work.model, work.layers, work.data, request)):
+            say(line)
     clamped, halves = 0.0, {}
     for part in _rounds(stage, work, opts.until):
         clamped = _bases(stage, part, times, keep=opts.until is not None)
         halves = _eigenvalues(stage, part, times)
         say(
-            f"convergence after {part.tokens:,} tokens: {halves['what']}: {_text(halves['mean'])}, "
-            f"worst layer {_text(halves['worst'])}"
+            f"convergence: {halves['what']}: {_text(halves['mean'])}, worst layer {_text(halves['worst'])}"
+            + (f" (after {part.tokens:,} tokens)" if opts.until else "")
         )
         if opts.until is not None and (halves["mean"] or -1.0) >= opts.until:
             break

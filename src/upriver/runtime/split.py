@@ -104,11 +104,15 @@ def correction_groups(layers: Sequence[Sized], room: int) -> list[list[int]]:
     return groups(layers, correction_size, room)
 
 
-def batch_size(shape: Shape, tokens: int, dtype: str) -> int:
-    """Activations of a batch, what comes and goes in its backward pass, and the head's chunk of logits."""
+def batch_size(shape: Shape, tokens: int, dtype: str, work: int = 0) -> int:
+    """Activations of a batch, and the larger of what comes after them: the head's chunks of logits, or the backward pass.
+
+    Args:
+        work: what a layer's consumer takes in the backward pass.
+    """
     logits = min(HEAD_BYTES, SUM * shape.vocabulary * tokens)
-    held = int(ITEM[dtype] * tokens * (shape.activation + TRANSIENT * shape.widest))
-    return held + HEAD_COPIES * logits
+    held, backward = shape.activation * tokens, TRANSIENT * shape.widest * tokens
+    return int(ITEM[dtype] * held) + max(HEAD_COPIES * logits, int(ITEM[dtype] * backward) + work)
 
 
 def _sides(layers: Sequence[Sized]) -> list[int]:
@@ -145,24 +149,27 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
     """
     job = job._replace(fixed=job.fixed + job.copy, copy=0)
     layers, free = shape.layers, job.limit - job.fixed - SLACK
-    extra = {"covariance": covariance_work(layers), "correction": correction_work(layers)}
+    work = {"covariance": covariance_work(layers), "correction": correction_work(layers)}
     sizes = {"covariance": covariance_size, "correction": correction_size}
-    least_batch = batch_size(shape, job.longest, job.dtype)
-    least = max(max(size([x]) for x in layers) + extra[name] for name, size in sizes.items()) + least_batch
+
+    def batch(name: str, tokens: int) -> int:
+        return batch_size(shape, tokens, job.dtype, work[name])
+
+    least = max(max(size([x]) for x in layers) + batch(name, job.longest) for name, size in sizes.items())
     _refuse("fit", job, max(least, eigen_size(layers, 1)))
 
     def divide(tokens: int) -> dict[str, list[list[int]]] | None:
-        room = free - batch_size(shape, tokens, job.dtype)
-        found = {name: groups(layers, size, room - extra[name]) for name, size in sizes.items()}
-        fits = all(sizes[n]([layers[i] for i in g]) <= room - extra[n] for n, all_g in found.items() for g in all_g)
+        room = {name: free - batch(name, tokens) for name in sizes}
+        found = {name: groups(layers, size, room[name]) for name, size in sizes.items()}
+        fits = all(sizes[n]([layers[i] for i in g]) <= room[n] for n, all_g in found.items() for g in all_g)
         return found if fits else None
 
     tried = [(tokens, found) for tokens in _halvings(job.batch_tokens, job.longest) if (found := divide(tokens))]
     tokens, found = min(tried, key=lambda x: sum(map(len, x[1].values())))
     workers = max(k for k in range(1, job.cores + 1) if k == 1 or eigen_size(layers, k) <= free)
-    batch = job.fixed + SLACK + batch_size(shape, tokens, job.dtype)
-    peak = {n: batch + extra[n] + max(sizes[n]([layers[i] for i in g]) for g in found[n]) for n in sizes}
-    peak["eigendecomposition"] = job.fixed + SLACK + eigen_size(layers, workers)
+    base = job.fixed + SLACK
+    peak = {n: base + batch(n, tokens) + max(sizes[n]([layers[i] for i in g]) for g in found[n]) for n in sizes}
+    peak["eigendecomposition"] = base + eigen_size(layers, workers)
     return FitSplit(tokens, found["covariance"], found["correction"], workers, peak)
 
 
@@ -183,17 +190,17 @@ def query_size(layers: Sequence[Sized], asked: Asked) -> int:
 
 
 def solve_size(shape: Shape, asked: Asked, at_once: int, batch_tokens: int) -> int:
-    """Some queries, one layer's curvature, and their gradients in it."""
+    """Some queries, and either their batch or, layer by layer, its curvature and their gradients in it."""
     tokens = max(asked.tokens, min(batch_tokens, at_once * asked.tokens))
-    dense = 3 * SUM * max(x.O * x.I for x in shape.layers)
-    each = query_size(shape.layers, asked) + dense
-    return batch_size(shape, tokens, "float32") + _block(shape.layers) + at_once * each
+    layer = _block(shape.layers) + at_once * 3 * SUM * max(x.O * x.I for x in shape.layers)
+    return max(batch_size(shape, tokens, "float32"), layer) + at_once * query_size(shape.layers, asked)
 
 
 def rescore_size(shape: Shape, asked: Asked, at_once: int, tokens: int) -> int:
-    """Some queries at full rank, and a batch of sequences."""
-    each = query_size(shape.layers, asked._replace(rank=None)) + SUM * max(x.O * x.I for x in shape.layers)
-    return batch_size(shape, tokens, "float32") + _block(shape.layers) + at_once * each
+    """Some queries at full rank, and then a batch of sequences."""
+    full = asked._replace(rank=None)
+    batch = batch_size(shape, tokens, "float32", SUM * tokens * shape.widest)
+    return max(solve_size(shape, full, at_once, tokens), batch + at_once * query_size(shape.layers, full))
 
 
 def scan_size(shape: Shape, asked: Asked, job: Job, tokens: int) -> int:
@@ -203,7 +210,7 @@ def scan_size(shape: Shape, asked: Asked, job: Job, tokens: int) -> int:
     at_once = -(-(job.sequences or job.batch_tokens // job.longest) * tokens // job.batch_tokens)
     gradients = max(largest, min(SCORED_BYTES, max(1, at_once) * largest))
     by_token = 2 * ITEM[job.dtype] * tokens * min(asked.queries * (asked.rank or 0), shape.widest)
-    return job.copy + batch_size(shape, tokens, job.dtype) + held + max(gradients, by_token)
+    return job.copy + held + batch_size(shape, tokens, job.dtype, max(gradients, by_token))
 
 
 def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:

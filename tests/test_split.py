@@ -1,0 +1,120 @@
+"""What divides a run changes none of its numbers: groups of layers and of queries, rounds of ``until``; and what it promises."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cases import case, close
+from in_memory import TokenCorpus
+from test_resume import killed, results, tiny_corpus, tiny_model, tiny_queries
+from upriver.curvature import fit as fitting
+from upriver.curvature.fit import fit
+from upriver.errors import ConfigError
+from upriver.model import sweep
+from upriver.pipeline import trace
+from upriver.runtime.split import split_fit
+
+GIVEN = {"batch_tokens": 40}
+
+
+def factors_of(folder) -> dict[str, bytes]:
+    return {name: content for name, content in results(folder).items() if name.endswith(".safetensors")}
+
+
+@pytest.fixture(autouse=True)
+def _small_units(monkeypatch):
+    monkeypatch.setattr(sweep, "UNIT_TOKENS", 60)
+
+
+def in_groups_of(size: int):
+    def split(shape, job):
+        parts = [list(range(i, min(i + size, len(shape.layers)))) for i in range(0, len(shape.layers), size)]
+        return split_fit(shape, job)._replace(covariance=parts, correction=parts)
+
+    return split
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", ["llama", "twice", "gpt2"])
+def test_groups_of_layers_give_the_same_bits(name, size, tmp_path, monkeypatch):
+    """Groups of four cut a block in two, so that a layer and the one whose input it shares are in different ones."""
+    c = case(name)
+    fit(c.model, c.data, tmp_path / "whole", layers=c.spec, **GIVEN)
+    monkeypatch.setattr(fitting, "split_fit", in_groups_of(size))
+    fit(c.model, c.data, tmp_path / "parts", layers=c.spec, **GIVEN)
+    assert factors_of(tmp_path / "parts") == factors_of(tmp_path / "whole")
+
+
+def test_a_fit_in_groups_goes_on_where_it_died(tmp_path, monkeypatch):
+    model, corpus = tiny_model(), tiny_corpus()
+    fit(model, corpus, tmp_path / "whole", **GIVEN)
+    monkeypatch.setattr(fitting, "split_fit", in_groups_of(2))
+    for room in (3, 9, 7):
+        killed(monkeypatch, room, lambda: fit(model, corpus, tmp_path / "parts", **GIVEN))
+    monkeypatch.setattr(fitting, "split_fit", split_fit)  # with more memory than before
+    fit(model, corpus, tmp_path / "parts", **GIVEN)
+    assert factors_of(tmp_path / "parts") == factors_of(tmp_path / "whole")
+    assert {p.name for p in (tmp_path / "parts" / "correction").iterdir()} <= {"lam.safetensors", "key.json"}
+
+
+def test_memory_that_is_too_small_is_refused_with_what_would_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"too small for this fit: got 1 MB; the least that would do is [\d.]+ [GM]B"):
+        fit(tiny_model(), tiny_corpus(), tmp_path / "factors", memory="1MB")
+    factors = fit(tiny_model(), tiny_corpus(), tmp_path / "factors")
+    with pytest.raises(ConfigError, match=r"too small for this trace: got 1 MB; the least that would do is"):
+        trace(tiny_model(), tiny_corpus(), tiny_queries(), factors, tmp_path / "scores", memory="1MB")
+    with pytest.raises(ConfigError, match="bad size of memory: got '7 cows'"):
+        fit(tiny_model(), tiny_corpus(), tmp_path / "other", memory="7 cows")
+
+
+def long_corpus() -> TokenCorpus:
+    rng = np.random.default_rng(1)
+    return TokenCorpus([rng.integers(0, 23, rng.integers(4, 13)) for _ in range(200)])
+
+
+def test_until_stops_when_the_halves_agree(tmp_path):
+    model, corpus, said = tiny_model(), long_corpus(), []
+    whole = fit(model, corpus, tmp_path / "whole", **GIVEN).manifest["fit"]
+    early = fit(model, corpus, tmp_path / "early", until=0.9, say=said.append, **GIVEN).manifest["fit"]
+    assert early["tokens"] < whole["tokens"]
+    assert early["halves"]["mean"] >= 0.9
+    agreements = [line for line in said if line.startswith("convergence")]
+    assert len(agreements) > 1, "it stopped at once"
+    never = fit(model, corpus, tmp_path / "never", until=1.0, say=said.append, **GIVEN).manifest["fit"]
+    assert never["tokens"] == whole["tokens"]
+    assert any("was not reached" in line for line in said)
+
+
+def test_until_goes_on_where_it_died(tmp_path, monkeypatch):
+    model, corpus = tiny_model(), long_corpus()
+    fit(model, corpus, tmp_path / "alone", until=0.9, **GIVEN)
+    for room in (2, 12, 5, 20):
+        killed(monkeypatch, room, lambda: fit(model, corpus, tmp_path / "killed", until=0.9, **GIVEN))
+    fit(model, corpus, tmp_path / "killed", until=0.9, **GIVEN)
+    assert results(tmp_path / "killed") == results(tmp_path / "alone")
+
+
+def test_halves_that_are_the_same_agree_and_noise_does_not(tmp_path):
+    """A sample of which each half holds the same sequences, and one of two sequences only."""
+    c = case("llama")
+    few = fit(c.model, c.data, tmp_path / "few", layers=c.spec, max_tokens=14, dtype="float64").manifest["fit"]
+    many = fit(c.model, c.data, tmp_path / "many", layers=c.spec, dtype="float64").manifest["fit"]
+    assert few["halves"]["mean"] is None or few["halves"]["mean"] < many["halves"]["mean"]
+    assert many["halves"]["worst"] <= 1
+
+
+def test_the_top_is_in_float32_whatever_the_scan_used(tmp_path):
+    model, corpus = tiny_model(), tiny_corpus()
+    factors = fit(model, corpus, tmp_path / "factors", **GIVEN)
+    tables = {}
+    for dtype in (None, "bfloat16"):
+        out = tmp_path / str(dtype)
+        trace(model, corpus, tiny_queries(), factors, out, rank=8, top=50, dtype=dtype, **GIVEN)
+        tables[dtype] = (pd.read_parquet(out / "top.parquet"), pd.read_parquet(out / "scores.parquet"))
+    exact, rough = (top.set_index(["query", "sequence"])["score"].sort_index() for top, _ in tables.values())
+    pd.testing.assert_series_equal(rough, exact, rtol=1e-5)
+    ids = tiny_queries().ids
+    scans = [torch.tensor(scores[ids].to_numpy()) for _, scores in tables.values()]
+    assert not torch.equal(*scans)
+    close(scans[1], scans[0].double(), 0.05)
