@@ -155,9 +155,8 @@ def solve(layer: Sized, t: float, R: int | None) -> float:
 
 
 def rescore(layer: Sized, t: float, T: float, pairs: float) -> float:
-    """One query at full rank in one layer (in and out of the eigenbasis), then ``pairs`` sequences token by token."""
-    O, I = layer.O, layer.I
-    return t * O * I + 2 * O * I * (O + I) + pairs * T * O * (I + 1)
+    """One query at full rank in one layer, then ``pairs`` sequences token by token."""
+    return solve(layer, t, None) + pairs * T * layer.O * (layer.I + 1)
 
 
 class Cost(NamedTuple):
