@@ -279,7 +279,9 @@ def test_memory_of_this_machine():
     assert resident is None or 10**7 < resident < 10**12
 
 
-HERE = Machine("this machine", 1, 10**10, 2, 1e-10, 1e9, 3.0, {"float32": Rates(*[1e11] * 4, 1e10)}, 10**9, 0, 2.0)
+HERE = Machine(
+    "this machine", 1, 10**10, 2, 1e-10, 1e9, 3.0, {"float32": Rates(*[1e11] * 4, 1e10)}, 10**9, "float32", 0, 2.0
+)
 LAYERS = tuple(LayerSize(f"{i}", 512, 256, f"{i}", i) for i in range(4))
 SMALL = Shape(LAYERS, (Block(3e5, 256.0),) * 4, 0.0, 2e6, 0.5, False, 4_000_000, 5000.0, 512, 8192)
 

@@ -22,6 +22,7 @@ from upriver.model.shape import config_shape, model_shape
 from upriver.model.sweep import tracked_layers
 from upriver.runtime.counts import LayerSize, Shape
 from upriver.runtime.hardware import (
+    DEFAULT_SHARE,
     LIBRARIES,
     Machine,
     Rates,
@@ -31,13 +32,14 @@ from upriver.runtime.hardware import (
     process_seconds,
     resident_memory,
 )
-from upriver.runtime.plan import Plan, Request, plan_run
+from upriver.runtime.plan import Plan, Request, plan_run, smallest_batch
+from upriver.runtime.split import ITEM
 from upriver.tensors import add_second_moment, eigh, sequence_gradients
 from upriver.text.batch import Batch, Sequences, pad, plan, sample
 
 TIMED_FLOP = 1.5e11  # of one calibration pass through the model: about a second on two cores
 EIGEN_SIDE = 768  # of the matrix that is decomposed to measure
-MOVED = 64 << 20  # bytes copied to measure bandwidth
+MOVED = 32 << 20  # bytes copied to measure bandwidth
 WRITTEN = 32 << 20
 
 _MEASURED: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Rates]] = WeakKeyDictionary()  # once per process
@@ -101,48 +103,54 @@ class Blank:
 
 
 def machine_here(model: Model, layers: list[Layer], data: Sequences, shape: Shape, request: Request) -> Machine:
-    """This machine as it runs this model; measured once per process and compute type."""
-    resident = resident_memory() or LIBRARIES + 4 * shape.parameters
+    """This machine as it runs this model; measured once per process and compute type, in batches that keep the limit.
+
+    Raises:
+        ConfigError: the run cannot be kept within the memory.
+    """
+    machine = _machine(shape, str(model.dtype).removeprefix("torch."), 0, model.device)
+    tokens = smallest_batch(request, shape, machine)
     measured = _MEASURED.setdefault(model.module, {})
-    own = str(model.dtype).removeprefix("torch.")
-    for dtype in dict.fromkeys((own, request.dtype, request.scan)):
-        if (dtype, request.batch_tokens) not in measured:
+    for dtype in dict.fromkeys((machine.loaded, request.dtype, request.scan)):
+        if (dtype, tokens) not in measured:
             with model.computing_in(dtype) as computing:
                 same = layers if computing is model else _same(computing, layers)
-                measured[dtype, request.batch_tokens] = _rates(computing, same, data, shape, request.batch_tokens)
-    rates = {dtype: x for (dtype, tokens), x in measured.items() if tokens == request.batch_tokens}
-    rates.setdefault("float32", rates[own])
-    return _machine(shape, rates, resident, model.device)
+                measured[dtype, tokens] = _rates(computing, same, data, shape, tokens)
+    rates = {dtype: x for (dtype, n), x in measured.items() if n == tokens}
+    return _timed(machine._replace(rates={"float32": rates[machine.loaded], **rates}), shape, model.device)
 
 
 def machine_without(shape: Shape, request: Request) -> Machine:
     """This machine for a model that is not here: as fast as its products."""
-    resident = (resident_memory() or LIBRARIES) + 4 * shape.parameters
     device, rates = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
     for dtype in dict.fromkeys(("float32", request.dtype, request.scan)):
         like = torch.empty(0, dtype=dtype_named(dtype), device=device)
         largest = max(shape.layers, key=lambda x: x.O * x.I)
         product, symmetric, gradient = _product_rates(largest, max(1, round(request.tokens)), 1024, like)
         rates[dtype] = Rates(product, product, symmetric, gradient, _bandwidth(device))
-    return _machine(shape, rates, resident, device)
+    return _timed(_machine(shape, "float32", 4 * shape.parameters, device)._replace(rates=rates), shape, device)
 
 
-def _machine(shape: Shape, rates: dict[str, Rates], resident: int, device: torch.device) -> Machine:
+def _machine(shape: Shape, loaded: str, to_come: int, device: torch.device) -> Machine:
+    """What is known of this machine before anything is measured; ``to_come``: bytes of a model that is not loaded yet."""
+    resident = (resident_memory() or LIBRARIES + ITEM[loaded] * shape.parameters) + to_come
+    cores = torch.get_num_threads()
+    if device.type == "cuda":
+        resident, cores = torch.cuda.memory_allocated(device) + to_come, 1
+    memory = default_limit(resident)
+    if device.type == "cuda":
+        memory = resident + int(DEFAULT_SHARE * torch.cuda.mem_get_info(device)[0])
+    return Machine("this machine", 1, memory, cores, 0.0, 1.0, 0.0, {}, resident, loaded, 0, 1.0)
+
+
+def _timed(machine: Machine, shape: Shape, device: torch.device) -> Machine:
     side = max(max(x.O, x.I) for x in shape.layers)
-    eigen, disk = _eigen_rate(min(EIGEN_SIDE, side), device), _disk_rate()
-    faster = _low_precision_speed(min(2048, side), device)
-    return Machine(
-        name="this machine",
-        devices=1,
-        memory=default_limit(resident),
-        cores=1 if device.type == "cuda" else torch.get_num_threads(),
-        eigen=eigen,
-        disk=disk,
+    return machine._replace(
+        eigen=_eigen_rate(min(EIGEN_SIDE, side), device),
+        disk=_disk_rate(),
+        low_precision=_low_precision_speed(min(2048, side), device),
+        peak=0 if device.type == "cuda" else peak_memory() or 0,
         start=process_seconds() or time.process_time(),  # with the measuring, which every run begins with
-        rates=rates,
-        resident=resident,
-        peak=peak_memory() or 0,
-        low_precision=faster,
     )
 
 

@@ -39,7 +39,8 @@ class Machine(NamedTuple):
     disk: float  # bytes/s
     start: float  # seconds until model and corpus are there
     rates: dict[str, Rates]  # by dtype
-    resident: int | None  # bytes in use now, the model loaded in float32; None: not measured
+    resident: int | None  # bytes in use now, with the model; None: not measured
+    loaded: str  # the type that it is in
     peak: int  # the most bytes that were in use so far
     low_precision: float  # speed of bfloat16 products over float32
 
@@ -175,6 +176,7 @@ def hardware(name: str) -> Machine:
         start=assumed["start"],
         rates=rates,
         resident=None,
+        loaded="float32",
         peak=0,
         low_precision=entry["bfloat16"] / entry["float32"],
     )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from upriver.errors import ConfigError
 from upriver.runtime import counts
 from upriver.runtime.counts import Shape
-from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, Machine, default_limit, show_bytes
+from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, Machine, show_bytes
 from upriver.runtime.split import ITEM, SUM, Asked, FitSplit, Job, TraceSplit, factors_of, split_fit, split_trace
 
 UNIT_TOKENS = 65_536  # after so many the sums of a pass go to disk
@@ -148,10 +148,19 @@ def plan_run(request: Request, shape: Shape, machine: Machine) -> Plan:
     )
 
 
+def smallest_batch(request: Request, shape: Shape, machine: Machine) -> int:
+    """Tokens of the smaller of the batches that fit and trace are divided into; nothing of it depends on the machine's rates.
+
+    Raises:
+        ConfigError: they cannot be kept within the memory; the sentence says what would do.
+    """
+    return min(split.batch_tokens for split in _divide(request, shape, machine)[2:] if split)
+
+
 def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, FitSplit | None, TraceSplit | None]:
     """Splits for the fewest devices to a copy of the model with which they keep the limit."""
     here = machine.resident is not None
-    one = r.memory or (default_limit(machine.resident) if here else int(DEFAULT_SHARE * machine.memory))
+    one = r.memory or (machine.memory if here else int(DEFAULT_SHARE * machine.memory))
     failed: ConfigError | None = None
     for spread in (n for n in range(1, machine.devices + 1) if machine.devices % n == 0):
         try:
@@ -167,9 +176,9 @@ def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, FitSp
 
 
 def _job(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> Job:
-    """The model is there in float32, for queries and the second look; another compute type is a copy beside it."""
+    """The model is there as it was loaded, for queries and the second look; another compute type is a copy beside it."""
     resident = LIBRARIES + SUM * shape.parameters if machine.resident is None else machine.resident
-    copy = ITEM[dtype] * shape.parameters if dtype != "float32" else 0
+    copy = ITEM[dtype] * shape.parameters if dtype != machine.loaded else 0
     return Job(limit, resident, r.batch_tokens, r.longest_tokens, dtype, machine.cores, r.batch_sequences, copy)
 
 

@@ -21,6 +21,7 @@ GRADIENT_COPIES = 3
 SCORED_BYTES = 256 << 20  # as GRADIENT_BYTES, in a scan
 TRANSIENT = 4  # tensors of the widest layer alive at once in the backward pass
 SLACK = 64 << 20  # what the allocator keeps to itself
+MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met on average
 SYMMETRIC_COPIES = 3  # of the largest matrix, while a triangle is made whole and added to the sums on disk
 QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
 DENSE_BYTES = 2 << 30  # multiplied-out queries held through a scan, at most; as above
@@ -148,7 +149,7 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
         ConfigError: not even one layer and one sequence at a time fit; the sentence says what would do.
     """
     job = job._replace(fixed=job.fixed + job.copy, copy=0)
-    layers, free = shape.layers, job.limit - job.fixed - SLACK
+    layers, free = shape.layers, _free(job)
     work = {"covariance": covariance_work(layers), "correction": correction_work(layers)}
     sizes = {"covariance": covariance_size, "correction": correction_size}
 
@@ -219,7 +220,7 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
     Raises:
         ConfigError: not even one query and one sequence at a time fit; the sentence says what would do.
     """
-    layers, free = shape.layers, job.limit - job.fixed - SLACK
+    layers, free = shape.layers, _free(job)
     rebuild_one = SUM * max(x.O * x.I for x in layers)
 
     def scan(queries: int, tokens: int) -> int:
@@ -263,9 +264,14 @@ def _most(at_most: int, room: int, size: Callable[[int], int]) -> int:
     return low
 
 
+def _free(job: Job) -> int:
+    """What a pass may take."""
+    return int((1 - MARGIN) * job.limit) - job.fixed - SLACK
+
+
 def _refuse(what: str, job: Job, least: int) -> None:
-    needed = job.fixed + SLACK + least
-    if needed > job.limit:
+    needed = (job.fixed + SLACK + least) / (1 - MARGIN)
+    if least > _free(job):
         raise ConfigError(
             f"the memory is too small for this {what}: got {show_bytes(job.limit)}; the least that would do is "
             f"{show_bytes(needed * 1.005)}, of which {show_bytes(job.fixed)} are there before it starts: "
