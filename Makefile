@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= build/demo
 
-.PHONY: demo test test-fast check format bench fixture docs clean
+.PHONY: demo test test-fast check format bench peers fixture docs clean
 
 demo: $(VENV)/.base            ## trace the embedded model and open-able report in build/demo
 	OMP_WAIT_POLICY=passive $(BIN)/upriver demo --out $(OUT)
@@ -27,6 +27,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev            ## speed of the trace against plain training steps, in one run
 	$(BIN)/python benchmarks/scan.py
+
+peers: $(VENV)/.dev            ## speed, memory and scores against Kronfluence and Bergson, in environments of their own
+	$(BIN)/python benchmarks/peers/run.py
 
 fixture: $(VENV)/.dev          ## scores of Kronfluence 1.0.1 that tests/test_kronfluence.py compares with
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps kronfluence==1.0.1 einconv

@@ -5,13 +5,15 @@ import pandas as pd
 import pytest
 import torch
 
-from cases import case, close
+from cases import case, close, gradients
 from in_memory import TokenCorpus
 from test_resume import killed, results, tiny_corpus, tiny_model, tiny_queries
 from upriver.curvature import fit as fitting
 from upriver.curvature.fit import fit
+from upriver.curvature.passes import Agreement
 from upriver.errors import ConfigError
 from upriver.model import sweep
+from upriver.model.sweep import tracked_layers
 from upriver.pipeline import trace
 from upriver.runtime.split import split_fit
 
@@ -95,13 +97,20 @@ def test_until_goes_on_where_it_died(tmp_path, monkeypatch):
     assert results(tmp_path / "killed") == results(tmp_path / "alone")
 
 
-def test_halves_that_are_the_same_agree_and_noise_does_not(tmp_path):
-    """A sample of which each half holds the same sequences, and one of two sequences only."""
-    c = case("llama")
-    few = fit(c.model, c.data, tmp_path / "few", layers=c.spec, max_tokens=14, dtype="float64").manifest["fit"]
-    many = fit(c.model, c.data, tmp_path / "many", layers=c.spec, dtype="float64").manifest["fit"]
-    assert few["halves"]["mean"] is None or few["halves"]["mean"] < many["halves"]["mean"]
-    assert many["halves"]["worst"] <= 1
+def test_scores_by_the_same_eigenvalues_agree_and_are_those_of_the_oracle(fitted):
+    """Pairs of sequences, scored by ``lam`` once and by twice ``lam``: perfectly correlated, one half the other."""
+    c, factors = case("llama"), fitted("llama")
+    layers = tracked_layers(c.model, c.data, c.spec)
+    moments = {x.name: factors.moments(x.name) for x in layers}
+    lam = {x.name: factors.block(x.name).lam_OI + 1 for x in layers}
+    consumer = Agreement(moments, {n: torch.stack([v, 2 * v]) for n, v in lam.items()})
+    sweep.sweep(c.model, layers, c.data, [np.arange(3)], consumer)
+    pairs_2LP = consumer.result()
+    close(pairs_2LP[0], 2 * pairs_2LP[1].double(), 1e-6)
+    turned = [{n: moments[n].rotate(G[n]) for n in c.names} for G in gradients("llama")[:3]]
+    for p, (i, j) in enumerate([(0, 1), (0, 2), (1, 2)]):
+        expected = [(turned[i][n] / lam[n] * turned[j][n]).sum() for n in c.names]
+        close(pairs_2LP[0, :, p], torch.stack(expected), 1e-5)
 
 
 def test_the_top_is_in_float32_whatever_the_scan_used(tmp_path):

@@ -193,7 +193,7 @@ def plan_command(
         "batch_tokens": batch_tokens, "memory": parse_memory(memory) if memory else None,
     }  # fmt: skip
     asked |= _query_size(queries, what)
-    request = Request(*size, **asked) if size else request_for(data.lengths_N, **asked)
+    request = Request(size[0], size[1], **asked) if size else request_for(data.lengths_N, **asked)
     plan = plan_model(what, data, layers, request, hardware)
     for line in describe(plan):
         globals()["out"].print(line, markup=False)

@@ -93,7 +93,7 @@ def eigh(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
     Raises:
         NumericalError: the matrix holds a NaN or an infinity, or the decomposition failed.
     """
-    matrix = (matrix_II.double() + matrix_II.double().T) / 2
+    matrix = matrix_II.double()  # of which the lower triangle counts
     if not torch.isfinite(matrix).all():
         raise NumericalError("a covariance holds NaN or infinity; check the weights, or fit with --dtype float32")
     try:

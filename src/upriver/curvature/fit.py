@@ -42,7 +42,8 @@ from upriver.tensors import accumulator_dtype, eigh
 from upriver.text.batch import Sequences
 
 COVARIANCE_STREAM, CORRECTION_STREAM = 1, 2  # the two passes draw different labels
-PROBE_BATCHES, PROBE_ROWS = 16, 4  # sequences that are scored on each other, to see whether the halves agree
+PROBE_SEQUENCES, PROBE_SHARE = 64, 16  # scored on each other: so many at most, a sixteenth of the sample at most, but 8
+PROBE_BYTES = 256 << 20  # of gradients in one layer, which bounds how many are scored on each other at once
 
 
 class Work(NamedTuple):
@@ -275,13 +276,16 @@ def _eigen(layer: Layer, sums: Path, sequences: int, device: torch.device) -> Te
         if f"S:{layer.name}" not in file.keys():  # noqa: SIM118 - not a mapping
             raise NumericalError(f"layer {layer.name!r} got no gradient on any sequence; leave it out with --layers")
         count = int(file.get_tensor(f"count:{layer.name}"))
-        S_OO = file.get_tensor(f"S:{layer.name}")
-        dtype = S_OO.dtype
-        eig_S_O, Q_S_OO, low = eigh(S_OO.to(device).double() / count)
-        out = {"Q_S": Q_S_OO, "eig_S": eig_S_O}
+        dtype = file.get_tensor(f"S:{layer.name}").dtype
+
+        def mean(name: str) -> Tensor:
+            return file.get_tensor(f"{name}:{layer.name}").to(device, torch.float64, copy=True).div_(count)
+
+        eig_S_O, Q_S_OO, low = eigh(mean("S"))
+        out = {"Q_S": Q_S_OO.to(dtype), "eig_S": eig_S_O}
+        del Q_S_OO
         if layer.A_of == layer.name:
-            A_II = file.get_tensor(f"A:{layer.name}")
-            out["eig_A"], out["Q_A"], low_A = eigh(A_II.to(device).double() / count)
+            out["eig_A"], out["Q_A"], low_A = eigh(mean("A"))
             low = min(low, low_A)
     extra = {"T_mean": torch.tensor(count / sequences, dtype=torch.float64), "clamped": torch.tensor(low)}
     return {name: value.to(dtype) for name, value in out.items()} | extra
@@ -326,8 +330,10 @@ def _probe(work: Work, group: list[Layer], moments: dict[str, Any], sums: Path) 
         for x in group:
             lam_2OI = file.get_tensor(f"lam:{x.name}") / n_2[:, None, None]
             denominators[x.name] = lam_2OI + torch.tensor([Damping().of(lam_OI) for lam_OI in lam_2OI])[:, None, None]
-    rows = np.sort(np.random.default_rng(0).permutation(len(work.data))[: PROBE_BATCHES * PROBE_ROWS])
-    batches = [part for part in np.array_split(rows, max(1, len(rows) // PROBE_ROWS)) if len(part) > 1]
+    most = max(8, min(PROBE_SEQUENCES, work.sequences // PROBE_SHARE))
+    rows = np.sort(np.random.default_rng(0).permutation(len(work.data))[:most])
+    at_once = 8 if 32 * max(x.O * x.I for x in work.layers) <= PROBE_BYTES else 4
+    batches = [part for part in np.array_split(rows, max(1, len(rows) // at_once)) if len(part) > 1]
     consumer = Agreement(moments, denominators)
     sweep(work.model, group, work.data, batches, consumer, Labels())
     return consumer.result() if batches else None

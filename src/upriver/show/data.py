@@ -30,8 +30,8 @@ def build_report(folder: Folder) -> Json:
         {
             "format": "upriver-report",
             "version": VERSION,
-            "sign": folder.manifest.get("sign") or SIGN,
-            "unit": _unit(folder.n_train),
+            "sign": sign(folder),
+            "unit": unit(folder),
             "n_train": folder.n_train,
             "layers": layers,
             "depth": _depth(layers),
@@ -43,7 +43,14 @@ def build_report(folder: Folder) -> Json:
     )
 
 
-def _unit(n_train: int | None) -> str:
+def sign(folder: Folder) -> str:
+    """What a positive score means."""
+    return folder.manifest.get("sign") or SIGN
+
+
+def unit(folder: Folder) -> str:
+    """What a score is a number of."""
+    n_train = folder.n_train
     if not n_train:
         return "Scores are raw influences: the number of training sequences, which turns them into nats, is not known."
     return (
@@ -84,20 +91,27 @@ def _depth(layers: list[Json]) -> list[Json]:
 
 
 def _query(folder: Folder, query: Json) -> Json:
+    """One question with everything that the page shows of it."""
+    raw, shown = folder.scores(str(query["id"])), answer(folder, query)
+    return shown | {
+        "spread": spread(raw, folder.n_train),
+        "documents": rank_documents(folder, str(query["id"]), raw, shown["passages"]),
+    }
+
+
+def answer(folder: Folder, query: Json) -> Json:
+    """One question, its answer and its passages; what memory it takes does not depend on the number of sequences."""
     rows = folder.top.loc[folder.top["query"].astype(str) == str(query["id"])]
     words = query_words(f"{query.get('prompt') or ''} {query.get('completion') or ''}")
     passages = [
         p for side in SIDES for p in _side(rows[rows["side"] == side].sort_values("rank"), words, folder.n_train)
     ]
-    raw = folder.scores(str(query["id"]))
     keys = ("id", "prompt", "completion", "contrast", "generated", "log_prob", "measurement", "completion_tokens")
     return {
         **{key: query.get(key) for key in (*keys, "contrast_tokens")},
         "rank_correlation": query.get("rank_correlation"),
         "words": sorted(words),
-        "spread": spread(raw, folder.n_train),
         "passages": passages,
-        "documents": rank_documents(folder, str(query["id"]), raw, passages),
     }
 
 

@@ -16,7 +16,7 @@ def rank_documents(
     folder: Folder, query_id: str, raw: np.ndarray, passages: list[Json]
 ) -> dict[str, list[Json]] | None:
     """The documents with the most positive and the most negative sums; None where the run wrote no sums."""
-    sums = folder.documents
+    sums = folder.documents(query_id)
     if query_id not in sums or "document" not in sums:
         return None
     sums = sums.assign(score=sums[query_id].astype(float)).sort_values("score", ascending=False, kind="stable")

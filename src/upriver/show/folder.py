@@ -22,13 +22,16 @@ class Folder(NamedTuple):
     manifest: dict[str, Any]
     queries: list[dict[str, Any]]
     top: pd.DataFrame
-    documents: pd.DataFrame
 
     @property
     def n_train(self) -> int | None:
         """The number of training sequences that turns a raw score into nats."""
         corpus = self.manifest.get("corpus") or {}
         return self.manifest.get("n_train") or corpus.get("sequences")
+
+    def documents(self, query_id: str) -> pd.DataFrame:
+        """``document, sequences`` and the sum of one query for every document; empty when there are none."""
+        return _columns(self.path / "documents.parquet", ["document", "sequences", query_id])
 
     def spans(self) -> pd.DataFrame:
         """``sequence, document, start, end`` of every scored sequence."""
@@ -54,7 +57,7 @@ def read_folder(path: Path) -> Folder:
     top = _columns(path / "top.parquet", None)
     if not {"query", "side", "rank", "score"} <= set(top.columns):
         raise InputError(f"no ranked passages in the results: got {path / 'top.parquet'}; run the trace again")
-    return Folder(path, manifest, queries, top, _columns(path / "documents.parquet", None))
+    return Folder(path, manifest, queries, top)
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
 
-from upriver.show.data import build_report
+from upriver.show.data import answer, sign, unit
 from upriver.show.folder import read_folder
 
 Json = dict[str, Any]
@@ -26,8 +26,8 @@ def terminal_summary(scores: Path, console: Console, best: int = 3) -> None:
     Raises:
         InputError: ``scores`` is not the folder of a finished trace.
     """
-    report = build_report(read_folder(Path(scores)))
-    for query in report["queries"]:
+    folder = read_folder(Path(scores))
+    for query in (answer(folder, query) for query in folder.queries):
         console.print(_headline(query), soft_wrap=False)
         passages = [p for p in query["passages"] if p["side"] == "positive" and p["duplicate_of"] is None][:best]
         if not passages:
@@ -39,7 +39,7 @@ def terminal_summary(scores: Path, console: Console, best: int = 3) -> None:
             console.print(
                 Padding(Group(_line(passage, copies), _excerpt(passage)), (0, 0, 1, 2), expand=False), soft_wrap=False
             )
-    console.print(Text(f"{report['sign']} {report['unit']}", style="dim"), soft_wrap=False)
+    console.print(Text(f"{sign(folder)} {unit(folder)}", style="dim"), soft_wrap=False)
 
 
 def _headline(query: Json) -> Text:
