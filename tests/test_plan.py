@@ -14,14 +14,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cases import case
 from upriver.errors import ConfigError, ModelError
+from upriver.model.calibrate import Blank, plan_here, plan_model
 from upriver.model.capture import capture
 from upriver.model.layers import find_layers, probe
-from upriver.model.shape import config_shape, module_shape
+from upriver.model.shape import config_only, config_shape, module_shape
+from upriver.model.sweep import tracked_layers
 from upriver.runtime import counts
 from upriver.runtime.counts import Block, LayerSize, Shape
 from upriver.runtime.hardware import Machine, Rates, available_memory, hardware, parse_memory, resident_memory
-from upriver.runtime.plan import Request, describe, parse_sizes, plan_run
+from upriver.runtime.plan import Request, describe, parse_sizes, plan_run, request_for
 from upriver.runtime.split import (
     Asked,
     Job,
@@ -35,6 +38,7 @@ from upriver.runtime.split import (
 from upriver.tensors import add_second_moment, rotated_gradients
 
 N, T = 3, 16
+PASSES = ["covariance", "eigendecomposition", "correction", "agreement", "queries", "scan", "rescore"]
 CONFIGS = {
     "llama": {"num_key_value_heads": 1, "intermediate_size": 24, "head_dim": 6},
     "gpt_neox": {"intermediate_size": 32},
@@ -128,6 +132,16 @@ def test_orders_are_what_torch_counts():
     dense = form + counted(lambda: gradients @ torch.zeros(Q, O * I).T)
     tokens = counted(lambda: (g @ U.permute(1, 0, 2).flatten(1)) * (a @ V.flatten(0, 1).T))
     assert counts.orders(O, I, n * t, n, Q, R) == (tokens, dense, dense + counted(lambda: U @ V))
+
+
+def test_the_table_of_one_layer_adds_up_to_the_orders():
+    O, I, t, n, Q, R = 5, 7, 4, 3, 6, 2
+    table = {k: c.multiplications for k, c in counts.per_token(LayerSize("a", O, I, "a", 0), t, n * t, Q, R).items()}
+    found = counts.orders(O, I, n * t, n, Q, R)
+    dense = table["gradient of each sequence"] + table["its dot with the queries"]
+    assert table["token path"] * n * t == pytest.approx(found.tokens)
+    assert dense * n * t == pytest.approx(found.dense)
+    assert (dense + table["queries multiplied out"]) * n * t == pytest.approx(found.rebuilt)
 
 
 def test_held_memory_is_each_storage_once():
@@ -336,3 +350,38 @@ def test_a_model_too_large_for_one_device_is_spread():
     assert 8 % plan.spread == 0
     with pytest.raises(ConfigError, match="least that would do"):
         plan_run(Request(10**6, 512), large, hardware("l40s"))
+
+
+@pytest.mark.parametrize("name", ["neox", "classifier"])
+def test_this_machine_is_measured_with_the_model(name):
+    """Any module and corpus; a second plan takes what the first one measured."""
+    c = case(name)
+    layers = tracked_layers(c.model, c.data, c.spec)
+    request = request_for(c.data.lengths_N, queries=3, batch_tokens=30, dtype="float64")
+    plan = plan_here(c.model, layers, c.data, request)
+    assert [p.name for p in plan.passes] == PASSES
+    assert all(p.seconds > 0 for p in plan.passes)
+    again = plan_here(c.model, layers, c.data, request)
+    assert [p.seconds for p in again.passes] == [p.seconds for p in plan.passes]
+    with pytest.raises(ConfigError, match="least that would do"):
+        plan_here(c.model, layers, c.data, request_for(c.data.lengths_N, dtype="float64", memory=10**6))
+
+
+def test_a_model_and_a_corpus_that_are_not_there(tmp_path):
+    config("llama").save_pretrained(tmp_path)
+    place = config_only(tmp_path)
+    assert place == tmp_path
+    plan = plan_model(place, Blank(10**6, 32), "mlp", Request(10**6, 32, queries=5), "h100x8")
+    assert (plan.machine, plan.spread, len(plan.passes)) == ("h100x8", 1, len(PASSES))
+    here = plan_model(place, Blank(10, 32), "mlp", Request(10, 32), None)
+    assert here.peak("fit") > (resident_memory() or 0) / 2
+    (tmp_path / "model.safetensors").touch()
+    assert config_only(tmp_path) is None
+
+
+def test_a_blank_corpus_is_a_corpus():
+    data = Blank(5, 7)
+    assert [len(rows) for rows in data.plan(14)] == [2, 2, 1]
+    batch = data.batch(data.sample(21, 0))
+    assert batch.inputs["tokens"].shape == (3, 7)
+    assert batch.n_tokens == 21

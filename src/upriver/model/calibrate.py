@@ -111,7 +111,7 @@ def machine_here(model: Model, layers: list[Layer], data: Sequences, shape: Shap
     machine = _machine(shape, str(model.dtype).removeprefix("torch."), 0, model.device)
     tokens = smallest_batch(request, shape, machine)
     measured = _MEASURED.setdefault(model.module, {})
-    for dtype in dict.fromkeys((machine.loaded, request.dtype, request.scan)):
+    for dtype in dict.fromkeys((machine.loaded, *request.dtypes)):
         if (dtype, tokens) not in measured:
             with model.computing_in(dtype) as computing:
                 same = layers if computing is model else _same(computing, layers)
@@ -123,7 +123,7 @@ def machine_here(model: Model, layers: list[Layer], data: Sequences, shape: Shap
 def machine_without(shape: Shape, request: Request) -> Machine:
     """This machine for a model that is not here: as fast as its products."""
     device, rates = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
-    for dtype in dict.fromkeys(("float32", request.dtype, request.scan)):
+    for dtype in dict.fromkeys(("float32", *request.dtypes)):
         like = torch.empty(0, dtype=dtype_named(dtype), device=device)
         largest = max(shape.layers, key=lambda x: x.O * x.I)
         product, symmetric, gradient = _product_rates(largest, max(1, round(request.tokens)), 1024, like)

@@ -55,6 +55,11 @@ class Request:
     def scan(self) -> str:
         return self.scan_dtype or self.dtype
 
+    @property
+    def dtypes(self) -> list[str]:
+        """The compute types of what is asked for."""
+        return [self.dtype] * self.fit + [self.scan] * (self.queries > 0)
+
 
 class Pass(NamedTuple):
     """One stage of a run."""
