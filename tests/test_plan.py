@@ -161,6 +161,18 @@ def test_a_configuration_alone_gives_the_shape_of_the_model(name, tmp_path):
     assert found == config_shape(tmp_path / "config.json", "mlp")[1]
 
 
+def test_experts_count_as_far_as_a_token_goes_through_them(tmp_path):
+    """Two of four experts, each with three matrices of 16 x 24; the configuration of one that has no fused attention, too."""
+    common = {"vocab_size": 19, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = AutoConfig.for_model(
+        "mixtral", **common, intermediate_size=24, num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2
+    )
+    experts.save_pretrained(tmp_path)
+    assert config_shape(tmp_path, "attention")[1].blocks[1].linear == 4 * 16 * 16 + 2 * 3 * 16 * 24
+    AutoConfig.for_model("gptj", vocab_size=19, n_embd=16, n_layer=2, n_head=4, rotary_dim=4).save_pretrained(tmp_path)
+    assert config_shape(tmp_path, "mlp")[1].blocks[1].linear == 12 * 16 * 16
+
+
 def test_no_configuration(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"config\.json"):

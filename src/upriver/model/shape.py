@@ -1,5 +1,7 @@
 """What a model is made of, for the plan: counted on a loaded module, or on one that a configuration alone describes."""
 
+import copy
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -43,6 +45,8 @@ def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: C
             outside[back] += multiplications
         else:
             blocks[block] += multiplications
+    for name, multiplications in _experts(module):
+        blocks[_block_number(name) or 0] += multiplications
     low = min((x.block for x in layers if x.block is not None), default=0)
     passed = [(n, m) for n, (m, back) in seen.inputs.items() if back and _block_number(n) == low]
     return Shape(
@@ -89,14 +93,11 @@ def config_shape(path: str | Path, spec: str) -> tuple[str, Shape]:
     Raises:
         ModelError: no configuration there, or a module that does not run without weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path)
-        with FakeTensorMode():  # shapes only
-            module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-            tokens_1T = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
-            return type(module).__name__, _fake_shape(module, spec, tokens_1T)
+        return _fake_shape(config, spec)
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds here
@@ -107,8 +108,29 @@ def config_shape(path: str | Path, spec: str) -> tuple[str, Shape]:
         ) from error
 
 
-def _fake_shape(module: Any, spec: str, tokens_1T: Tensor) -> Shape:
-    head = module.get_output_embeddings()
+def _fake_shape(config: Any, spec: str) -> tuple[str, Shape]:
+    """Build and run the module with shapes alone; its experts may run in bfloat16 only, and it may have no fused attention."""
+    from transformers import AutoModelForCausalLM
+
+    error: Exception = ModelError("it cannot be built")
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        for options in ({"attn_implementation": "sdpa"}, {}, {"dtype": torch.bfloat16}):
+            try:
+                with FakeTensorMode():
+                    module = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+                    return type(module).__name__, _run_fake(module, spec)
+            except (ValueError, RuntimeError) as failed:
+                error = failed
+    finally:
+        logger.setLevel(level)
+    raise error
+
+
+def _run_fake(module: Any, spec: str) -> Shape:
+    head, tokens_1T = module.get_output_embeddings(), torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
 
     def forward() -> Tensor:
         return hidden_states(module, head, tokens_1T)
@@ -177,6 +199,14 @@ def _attention_width(module: Any) -> float:
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", 0)
     width = getattr(config, "head_dim", None)
     return float(heads * width if heads and width else hidden if heads else 0)
+
+
+def _experts(module: nn.Module) -> list[tuple[str, float]]:
+    """Expert weights of three axes, which no linear module holds: a token goes through a few of them."""
+    config = getattr(module, "config", None)
+    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) if config is not None else None
+    held = [(n, p) for n, p in module.named_parameters() if p.ndim == 3 and "expert" in n]
+    return [(n, p.numel() * min(1.0, (chosen or 1) / p.shape[0])) for n, p in held]
 
 
 def _vocabulary(module: Any) -> int:
