@@ -19,7 +19,8 @@ from upriver.runtime.split import ITEM, SUM, Asked, FitSplit, Job, TraceSplit, f
 
 UNIT_TOKENS = 65_536  # after so many the sums of a pass go to disk
 PAYS = 1.2  # bfloat16 products this much faster than float32 ones: recommended
-SAMPLE = 64  # random sequences rescored with the top, and scored on each other at the end of a fit
+SAMPLE = 64  # random sequences rescored with the top; and at the end of a fit as many at most are scored on each other
+SHARE = 16  # but no more than one of so many that were fitted on
 MOVES = 6  # numbers read or written for each entry of a sequence's gradient that is squared and summed
 
 
@@ -202,7 +203,7 @@ class _Passes:
     def fit(self, split: FitSplit) -> list[Pass]:
         tokens = min(self.r.fit_tokens, self.r.sequences * self.T)
         last = self.correction(split, tokens)
-        sample = self.correction(split, min(SAMPLE, self.r.sequences) * self.T)
+        sample = self.correction(split, max(8, min(SAMPLE, tokens / self.T // SHARE)) * self.T)
         agreement = sample._replace(
             name="agreement", moved=0.0, seconds=sample.seconds - sample.moved / self.machine.disk
         )

@@ -18,6 +18,7 @@ HEAD_COPIES = 3  # logits, their logarithms, and what either is made from
 EIGEN_COPIES = 6  # n x n in float64: matrix, its copy, eigenvectors, workspace of two, what the layer's other side left
 GRADIENT_BYTES = 16 << 20  # gradients of single sequences held at once: what stays in the caches of a core
 GRADIENT_COPIES = 3
+COMPARED_BYTES = 256 << 20  # gradients of the sequences that are scored on each other, eight or four at once
 SCORED_BYTES = 256 << 20  # as GRADIENT_BYTES, in a scan
 TRANSIENT = 4  # tensors of the widest layer alive at once in the backward pass
 SLACK = 64 << 20  # what the allocator keeps to itself
@@ -127,8 +128,10 @@ def covariance_work(layers: Sequence[Sized]) -> int:
 
 
 def correction_work(layers: Sequence[Sized]) -> int:
-    """Beside bases and sums: a chunk of gradients, turned and squared."""
-    return GRADIENT_COPIES * max(GRADIENT_BYTES, SUM * max(x.O * x.I for x in layers))
+    """Beside bases and sums: a chunk of gradients, turned and squared; or at the end those of a few sequences, compared."""
+    largest = SUM * max(x.O * x.I for x in layers)
+    compared = (8 if 8 * largest <= COMPARED_BYTES else 4) * largest
+    return GRADIENT_COPIES * max(GRADIENT_BYTES, largest, compared)
 
 
 def eigen_size(layers: Sequence[Sized], workers: int) -> int:
