@@ -187,7 +187,11 @@ def plan_command(
         raise ConfigError(
             f"a configuration has no tokenizer to read a corpus with: got {corpus!r}; give its size, as 1000000x512"
         )
-    data = Blank(*size) if isinstance(what, Path) or size else _read_corpus(corpus, what, seq_len, False, "error")
+    if size is not None:
+        data = Blank(*size)
+    else:
+        assert isinstance(what, Model)
+        data = _read_corpus(corpus, what, seq_len, False, "error")
     asked: dict[str, Any] = {
         "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top, "dtype": dtype,
         "batch_tokens": batch_tokens, "memory": parse_memory(memory) if memory else None,

@@ -118,10 +118,11 @@ class Eigenblock(NamedTuple):
         s_O, a_I = root_weights(metric.eig_S_O), root_weights(metric.eig_A_I)
         weight_OI = torch.outer(s_O, a_I).div_(denominator_OI)
         start_I = a_I / denominator_OI.mean(0)  # what the weights do to the tokens, on average over outputs
-        found = [
-            truncated_svd(q.dense().mul_(weight_OI), rank, (q.a_MI * start_I).T)
-            for q in self.basis.rotate_tokens(queries)
-        ]
+        w_OI = torch.empty_like(weight_OI)  # one for all queries: fresh memory would cost as much as the product
+        found = []
+        for q in self.basis.rotate_tokens(queries):
+            torch.mm(q.g_MO.T, q.a_MI, out=w_OI).mul_(weight_OI)
+            found.append(truncated_svd(w_OI, rank, (q.a_MI * start_I).T))
         U_QOR, V_QRI = (torch.stack(x) for x in zip(*found, strict=True))
         return metric.back_factors(LowRank(U_QOR.div_(s_O[:, None]), V_QRI.div_(a_I)))
 

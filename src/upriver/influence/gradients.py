@@ -16,6 +16,7 @@ from upriver.model.capture import capture, frozen
 from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.runtime.store import Tensors, opened
+from upriver.runtime.threads import side_by_side
 from upriver.tensors import LowRank
 from upriver.text.batch import Batch, Examples, plan
 
@@ -173,12 +174,16 @@ class Solver(NamedTuple):
     def low_rank(self, indices: list[int], rank: int) -> Tensors:
         """At rank ``rank``: ``U:layer`` ``[len(indices), O, R]`` and ``V:layer`` ``[len(indices), R, I]``."""
         found, like = token_gradients(self.model, self.layers, self.queries, indices), self.model.like
-        out: Tensors = {}
-        for x in self.layers:
+
+        def solve(x: Layer) -> Tensors:
             block = self.factors.block(x.name, self.kind).to(like)
             metric = block.basis or self.factors.moments(x.name).to(like)
             low = block.solve_low_rank(found.pop(x, indices, like), self.damping, min(rank, x.O, x.I), metric)
-            out[f"U:{x.name}"], out[f"V:{x.name}"] = _finite(x.name, low.U_QOR), _finite(x.name, low.V_QRI)
+            return {f"U:{x.name}": _finite(x.name, low.U_QOR), f"V:{x.name}": _finite(x.name, low.V_QRI)}
+
+        out: Tensors = {}
+        for solved in side_by_side(solve, self.layers, like.device):
+            out |= solved
         return out
 
 

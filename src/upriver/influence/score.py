@@ -40,14 +40,16 @@ class Route(NamedTuple):
 def route(order: Order, solved: LowRank | Tensor, like: Tensor) -> Route:
     """Lay one layer's solved queries out for its order, in the device and dtype of ``like``."""
     if isinstance(solved, Tensor):
-        return Route("dense", None, None, solved.flatten(1).T.contiguous().to(like), None, len(solved))
+        return Route("dense", None, None, solved.to(like).flatten(1).T, None, len(solved))
     U_QOR, V_QRI = (x.to(like) for x in solved)
     Q = len(U_QOR)
     if order == "tokens":
         U_OP = U_QOR.permute(1, 0, 2).flatten(1).contiguous()
         return Route(order, U_OP, V_QRI.flatten(0, 1).T.contiguous(), None, None, Q)
     if order == "dense":
-        return Route(order, None, None, (U_QOR @ V_QRI).flatten(1).T.contiguous(), None, Q)
+        return Route(
+            order, None, None, (U_QOR @ V_QRI).flatten(1).T, None, Q
+        )  # not copied: the product takes it turned
     return Route(order, None, None, None, LowRank(U_QOR, V_QRI), Q)
 
 

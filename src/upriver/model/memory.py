@@ -2,7 +2,7 @@
 
 import torch
 
-from upriver.model.load import Model
+from upriver.model.load import Model, dtype_named
 from upriver.runtime.hardware import DEFAULT_SHARE, default_limit, parse_memory, resident_memory
 from upriver.runtime.split import Job
 from upriver.text.batch import Sequences
@@ -26,7 +26,8 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
         fixed = resident_memory() or 0
         limit = asked or default_limit(fixed)
     own = str(model.dtype).removeprefix("torch.")
-    if dtype not in ("", own):
-        fixed += sum(p.numel() for p in model.module.parameters()) * getattr(torch, dtype).itemsize
+    copied = dtype not in ("", own)
+    copy = sum(p.numel() for p in model.module.parameters()) * dtype_named(dtype).itemsize if copied else 0
     cores = 1 if model.device.type == "cuda" else torch.get_num_threads()
-    return Job(limit, fixed, batch_tokens, int(data.lengths_N.max()), dtype or own, cores)
+    most = max(map(len, data.plan(batch_tokens)))
+    return Job(limit, fixed, batch_tokens, int(data.lengths_N.max()), dtype or own, cores, sequences=most, copy=copy)

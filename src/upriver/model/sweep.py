@@ -1,6 +1,7 @@
 """One pass over part of a corpus: batches in, ``consume(layer, a_NTI, g_NTO)`` out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -48,12 +49,26 @@ def sweep(
 ) -> None:
     """Run every batch forward and backward, and let ``consumer`` see each layer of each batch."""
     with capture(model.module, layers, consumer) as run:
-        for rows in batches:
-            batch = data.batch(rows).to(model.device)
+        for rows, batch in zip(batches, _ahead(model, data, batches), strict=True):
             consumer.begin(batch)
             sampler = labels.sampler(batch)
             run(len(rows), model.task.positions(batch), lambda b=batch, s=sampler: model.task.loss(model.module, b, s))
             advance(int(data.lengths_N[rows].sum()))
+
+
+def _ahead(model: Model, data: Sequences, batches: list[np.ndarray]) -> Iterator[Batch]:
+    """The batches in order, each read and moved to the device while the one before it is computed."""
+
+    def read(rows: np.ndarray) -> Batch:
+        return data.batch(rows).to(model.device)
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = [reader.submit(read, rows) for rows in batches[:1]]
+        for following in [*batches[1:], None]:
+            ready = coming.pop()
+            if following is not None:
+                coming.append(reader.submit(read, following))
+            yield ready.result()
 
 
 def split_units(

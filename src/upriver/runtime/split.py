@@ -12,6 +12,7 @@ from upriver.runtime.hardware import show_bytes
 
 SUM = 4  # bytes of a number in a sum, a basis or a full-rank query, whatever the compute type
 WIDE = 8  # float64, in eigendecompositions
+SIDES = 2  # layers whose queries are solved side by side
 ITEM = {"float32": 4, "bfloat16": 2, "float64": 8}
 HEAD_BYTES = 128 << 20  # float32 logits held at once
 HEAD_COPIES = 3  # logits, their logarithms, and what either is made from
@@ -196,7 +197,9 @@ def query_size(layers: Sequence[Sized], asked: Asked) -> int:
 def solve_size(shape: Shape, asked: Asked, at_once: int, batch_tokens: int) -> int:
     """Some queries, and either their batch or, layer by layer, its curvature and their gradients in it."""
     tokens = max(asked.tokens, min(batch_tokens, at_once * asked.tokens))
-    layer = _block(shape.layers) + at_once * 3 * SUM * max(x.O * x.I for x in shape.layers)
+    dense = SUM * max(x.O * x.I for x in shape.layers)
+    whole = asked.rank is None  # compressed queries are whole one at a time, in two layers side by side
+    layer = _block(shape.layers) + at_once * 3 * dense if whole else SIDES * (_block(shape.layers) + 2 * dense)
     return max(batch_size(shape, tokens, "float32"), layer) + at_once * query_size(shape.layers, asked)
 
 
