@@ -37,7 +37,7 @@ from upriver.runtime.hardware import parse_memory
 from upriver.runtime.plan import describe, request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.split import FitSplit, split_fit
-from upriver.runtime.store import Stage, Tensors, accumulate, locked, opened, write_stream
+from upriver.runtime.store import Stage, Tensors, accumulate, locked, opened, read_tensor, write_stream
 from upriver.tensors import accumulator_dtype, eigh
 from upriver.text.batch import Sequences
 
@@ -310,8 +310,7 @@ def _write_lam(path: Path, files: list[tuple[Path, Layer]]) -> None:
     sums = {x.name: file for file, x in files}
 
     def lam(name: str) -> Tensor:
-        with opened(sums[name]) as file:
-            return file.get_tensor(f"lam:{name}").sum(0) / file.get_tensor("sequences").sum()
+        return read_tensor(sums[name], f"lam:{name}").sum(0) / read_tensor(sums[name], "sequences").sum()
 
     forms = {}
     for file, x in files:
@@ -322,14 +321,13 @@ def _write_lam(path: Path, files: list[tuple[Path, Layer]]) -> None:
 
 def _probe(work: Work, group: list[Layer], moments: dict[str, Any], sums: Path) -> Tensor | None:
     """Scores of a few sequences on each other by the eigenvalues of either half, ``[2, L, P]``; None when a half is empty."""
-    with opened(sums) as file:
-        n_2 = file.get_tensor("sequences")
-        if not int(n_2.min()):
-            return None
-        denominators = {}
-        for x in group:
-            lam_2OI = file.get_tensor(f"lam:{x.name}") / n_2[:, None, None]
-            denominators[x.name] = lam_2OI + torch.tensor([Damping().of(lam_OI) for lam_OI in lam_2OI])[:, None, None]
+    n_2 = read_tensor(sums, "sequences")
+    if not int(n_2.min()):
+        return None
+    denominators = {}
+    for x in group:
+        lam_2OI = read_tensor(sums, f"lam:{x.name}") / n_2[:, None, None]
+        denominators[x.name] = lam_2OI.add_(torch.tensor([Damping().of(lam_OI) for lam_OI in lam_2OI])[:, None, None])
     most = max(8, min(PROBE_SEQUENCES, work.sequences // PROBE_SHARE))
     rows = np.sort(np.random.default_rng(0).permutation(len(work.data))[:most])
     at_once = 8 if 32 * max(x.O * x.I for x in work.layers) <= PROBE_BYTES else 4

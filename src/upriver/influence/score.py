@@ -10,7 +10,8 @@ decided before the pass, by counting multiplications and bytes (:func:`upriver.r
     rebuilt    as dense, v = U V for every few batches, which wait until then with their M (O + I) numbers
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +72,7 @@ class Score:
 
     Args:
         hold: how many batches wait, where queries are multiplied out for them.
+        rebuild_bytes: of the queries multiplied out at once in a layer, and again of the gradients that meet them.
     """
 
     def __init__(
@@ -103,28 +105,50 @@ class Score:
             self._add(batch, layer.name, contract(route, a_NTI, g_NTO))
 
     def _flush(self) -> None:
-        """Score what waits: a layer and a chunk of multiplied-out queries at a time."""
-        for name, held in self.waiting.items():
-            route = self.routes[name]
-            assert route.low is not None
-            O, I = route.low.U_QOR.shape[1], route.low.V_QRI.shape[2]
-            chunk = max(1, self.rebuild_bytes // (route.low.U_QOR.element_size() * O * I))
-            for q in range(0, route.Q, chunk):
-                part = slice(q, q + chunk)
-                v_PQ = (route.low.U_QOR[part] @ route.low.V_QRI[part]).flatten(1).T
-                dense = Route("dense", None, None, v_PQ, None, v_PQ.shape[1])
-                for batch, a_NTI, g_NTO in held:
-                    self._add(batch, name, contract(dense, a_NTI, g_NTO), part)
-        self.waiting = {}
+        """Score what waits, layer by layer: the gradients of some sequences, met by some multiplied-out queries at a time."""
+        for name in list(self.waiting):
+            low, held = self.routes[name].low, self.waiting.pop(name)
+            assert low is not None
+            size = low.U_QOR.element_size() * low.U_QOR.shape[1] * low.V_QRI.shape[2]
+            at_once = max(1, self.rebuild_bytes // size)
+            pieces = [
+                (batch, slice(n, n + at_once), a_NTI, g_NTO)
+                for batch, a_NTI, g_NTO in held
+                for n in range(0, len(a_NTI), at_once)
+            ]
+            for group in _packed(pieces, at_once):
+                G_NP = torch.cat([sequence_gradients(a[rows], g[rows]).flatten(1) for _, rows, a, g in group])
+                for q in range(0, len(low.U_QOR), at_once):
+                    part = slice(q, q + at_once)
+                    products_NQ = G_NP @ (low.U_QOR[part] @ low.V_QRI[part]).flatten(1).T
+                    sizes = [len(a[rows]) for _, rows, a, _ in group]
+                    for (batch, rows, _, _), found in zip(group, products_NQ.split(sizes), strict=True):
+                        self._add(batch, name, found, rows, part)
 
-    def _add(self, batch: int, name: str, products_NQ: Tensor, queries: slice = slice(None)) -> None:
+    def _add(
+        self, batch: int, name: str, products_NQ: Tensor, rows: slice = slice(None), queries: slice = slice(None)
+    ) -> None:
         scores_NQ = -products_NQ.float().cpu()
-        self.scores_NQ[batch][:, queries] += scores_NQ
+        self.scores_NQ[batch][rows, queries] += scores_NQ
         if self.keep_layers:
-            self.layers_NQL[batch][:, queries, self.place[name]] = scores_NQ
+            self.layers_NQL[batch][rows, queries, self.place[name]] = scores_NQ
 
     def tensors(self) -> dict[str, Tensor]:
         """``rows`` ``[N]``, ``scores`` ``[N, Q]`` and, where they are kept, ``layers`` ``[N, Q, L]``."""
         self._flush()
         out = {"rows": torch.from_numpy(np.concatenate(self.rows)), "scores": torch.cat(self.scores_NQ)}
         return out | ({"layers": torch.cat(self.layers_NQL)} if self.keep_layers else {})
+
+
+def _packed(pieces: list[Any], most: int) -> Iterator[list[Any]]:
+    """Pieces of several batches in groups of at most ``most`` sequences."""
+    group, room = [], most
+    for piece in pieces:
+        size = len(piece[2][piece[1]])
+        if group and size > room:
+            yield group
+            group, room = [], most
+        group.append(piece)
+        room -= size
+    if group:
+        yield group

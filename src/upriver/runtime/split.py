@@ -230,7 +230,7 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
     rebuild_one = SUM * max(x.O * x.I for x in layers)
 
     def scan(queries: int, tokens: int) -> int:
-        return scan_size(shape, asked._replace(queries=queries), job, tokens) + rebuild_one
+        return scan_size(shape, asked._replace(queries=queries), job, tokens) + 2 * rebuild_one
 
     def least(tokens: int) -> int:
         return max(scan(1, tokens), solve_size(shape, asked, 1, tokens), rescore_size(shape, asked, 1, tokens))
@@ -249,12 +249,12 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
     rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore_size(shape, asked, q, tokens))
     held = scan_size(shape, asked._replace(queries=scanned), job, tokens)
     whole = scanned * sum(x.O * x.I for x in layers) * ITEM[job.dtype]
-    rebuild = int(min(REBUILD_BYTES, scanned * rebuild_one, max(rebuild_one, (free - held) // 2)))
-    dense = int(max(0, min(max(DENSE_BYTES, job.limit // 4), whole, free - held - rebuild)))
+    rebuild = int(min(REBUILD_BYTES, scanned * rebuild_one, max(rebuild_one, (free - held) // 3)))
+    dense = int(max(0, min(max(DENSE_BYTES, job.limit // 4), whole, free - held - 2 * rebuild)))
     base = job.fixed + SLACK
     peak = {
         "queries": base + solve_size(shape, asked, solved, tokens),
-        "scan": base + held + rebuild + dense,
+        "scan": base + held + 2 * rebuild + dense,
         "rescore": base + rescore_size(shape, asked, rescored, tokens),
     }
     sizes = (solved * each[0], rescored * each[1])

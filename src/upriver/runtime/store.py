@@ -115,6 +115,12 @@ def opened(path: Path, advice: str = "delete its folder and give the same comman
         raise StorageError(f"cannot read {path}: {error}; {advice}") from error
 
 
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a file, which is mapped into memory no longer than the tensor lives: touched pages count as resident."""
+    with opened(path) as file:
+        return file.get_tensor(name)
+
+
 class Stage:
     """One stage's directory, opened to be filled or, when its key matches, to be used as it is.
 
@@ -329,17 +335,16 @@ def _fold(stage: Stage, unit: int, partial: Tensors) -> None:
     if unit == 0:
         write_tensors(sum_path(stage, 1), partial)
         return
-    with opened(sum_path(stage, unit)) as old:
-        held = set(old.keys())
-        forms = {name: _form(t) for name, t in partial.items()}
-        forms |= {name: (old.get_slice(name).get_dtype(), old.get_slice(name).get_shape()) for name in held}
+    old = sum_path(stage, unit)
+    with opened(old) as file:
+        held = {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
-        def total(name: str) -> Tensor:
-            if name not in partial:  # a layer may be called in some units only
-                return old.get_tensor(name)
-            return partial.pop(name) + old.get_tensor(name) if name in held else partial.pop(name)
+    def total(name: str) -> Tensor:
+        if name not in partial:  # a layer may be called in some units only
+            return read_tensor(old, name)
+        return partial.pop(name) + read_tensor(old, name) if name in held else partial.pop(name)
 
-        write_stream(sum_path(stage, unit + 1), forms, total)
+    write_stream(sum_path(stage, unit + 1), {name: _form(t) for name, t in partial.items()} | held, total)
     sum_path(stage, unit).unlink(missing_ok=True)
 
 

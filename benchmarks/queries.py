@@ -1,0 +1,109 @@
+"""What more queries cost: the scan with 1, 8, 64 and 256 of them, in plain training steps over the same batches, in one run.
+
+    python benchmarks/queries.py [--length 256] [--tokens 16384] [--queries 1 8 64 256] [--repeats 3]
+
+A GPT-NeoX type of random weights, 512 wide, 6 layers, vocabulary 8,192; queries of random factors, rank 32, as the cost of a scan does
+not depend on their values.  All go over the same batches with the same threads, in alternation; the median of the ratios counts.
+"""
+
+import argparse
+import statistics
+
+import numpy as np
+import torch
+from scan import timed
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from upriver.influence.score import Score, route
+from upriver.model.load import Model
+from upriver.model.sweep import Labels, sweep, tracked_layers
+from upriver.runtime import counts
+from upriver.tensors import LowRank
+from upriver.text.batch import Examples
+
+VOCABULARY, WIDTH, RANK = 8192, 512, 32
+
+
+class Tokens(Examples):
+    """Random sequences of one length."""
+
+    def __init__(self, rows: int, length: int):
+        tokens_NT = torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+        super().__init__({"tokens": tokens_NT, "loss": (torch.arange(length) > 0).repeat(rows, 1)})
+        self.lengths_N = np.full(rows, length, np.int32)
+
+
+def neox(length: int) -> Model:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gpt_neox", vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=6,
+        num_attention_heads=WIDTH // 64, tie_word_embeddings=False, max_position_embeddings=length,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return Model(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval())
+
+
+def step(model: Model, data: Tokens, batches: list[np.ndarray]) -> None:
+    """A plain forward and full backward pass, every parameter with a gradient."""
+    model.module.train()
+    for rows in batches:
+        model.task.loss(model.module, data.batch(rows)).backward()
+        model.module.zero_grad(set_to_none=True)
+    model.module.eval()
+
+
+def scanner(model: Model, data: Tokens, batches: list[np.ndarray], Q: int, room: float):
+    """The scan with ``Q`` queries, and how they are contracted."""
+    layers = tracked_layers(model, data, "mlp")
+    M, N = float(np.mean([data.lengths_N[b].sum() for b in batches])), float(np.mean([len(b) for b in batches]))
+    chosen = counts.contraction(layers, M, N, Q, RANK, room)
+    low = {x.name: LowRank(torch.randn(Q, x.O, RANK), torch.randn(Q, RANK, x.I)) for x in layers}
+    routes = {name: route(chosen.orders[name], v, model.like) for name, v in low.items()}
+    how = ", ".join(sorted(set(chosen.orders.values()))) + (f", {chosen.hold} batches wait" if chosen.hold > 1 else "")
+
+    def run() -> None:
+        consumer = Score(routes, Q, False, chosen.hold)
+        sweep(model, layers, data, batches, consumer, Labels())
+        consumer.tensors()
+
+    return run, how
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--room", type=float, default=counts.DENSE_BYTES, help="bytes for queries or batches held")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    model, data = neox(args.length), Tokens(args.tokens // args.length, args.length)
+    batches = data_batches(data, args)
+    scans = {Q: scanner(model, data, batches, Q, args.room) for Q in args.queries}
+    seconds: dict[object, list[float]] = {}
+    step(model, data, batches[:1])
+    for _ in range(args.repeats):
+        seconds.setdefault("step", []).append(timed(lambda: step(model, data, batches)))
+        for Q, (run, _) in scans.items():
+            seconds.setdefault(Q, []).append(timed(run))
+    print(
+        f"{args.tokens:,} tokens in sequences of {args.length}, {torch.get_num_threads()} threads, median of {args.repeats}\n"
+    )
+    print(f"| queries | plain steps | times the scan with {args.queries[0]} | contraction |\n|---|---|---|---|")
+    for Q, (_, how) in scans.items():
+        print(f"| {Q} | {ratio(seconds, Q, 'step'):.2f} | {ratio(seconds, Q, args.queries[0]):.2f} | {how} |")
+
+
+def data_batches(data: Tokens, args: argparse.Namespace) -> list[np.ndarray]:
+    """Batches of whole sequences."""
+    size = max(1, args.batch_tokens // args.length)
+    return [np.arange(i, min(i + size, len(data))) for i in range(0, len(data), size)]
+
+
+def ratio(seconds: dict[object, list[float]], one: object, other: object) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+
+
+if __name__ == "__main__":
+    main()
