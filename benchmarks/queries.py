@@ -2,8 +2,8 @@
 
     python benchmarks/queries.py [--length 256] [--tokens 16384] [--queries 1 8 64 256] [--repeats 3]
 
-A GPT-NeoX type of random weights, 512 wide, 6 layers, vocabulary 8,192; queries of random factors, rank 32, as the cost of a scan does
-not depend on their values.  All go over the same batches with the same threads, in alternation; the median of the ratios counts.
+A GPT-NeoX type of random weights, 512 wide, 6 layers, vocabulary 8,192; queries of random factors, rank 32, as the cost does not
+depend on their values.  All go over the same batches with the same threads, in alternation; the median of the ratios counts.
 """
 
 import argparse

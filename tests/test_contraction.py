@@ -13,18 +13,15 @@ from upriver.tensors import LowRank
 
 
 class Contractions(Score):
-    """Consumer: the scores of one order, float64 ``[N, Q]`` by corpus row; two batches wait, two queries at a time are rebuilt."""
+    """Consumer: the scores of one order, float64 ``[N, Q]`` by corpus row; two batches wait, rows come one by one."""
 
     def __init__(self, order, solved: dict[str, LowRank | torch.Tensor], N: int, Q: int):
         like = torch.empty(0, dtype=torch.float64)
-        largest = max(8 * v.dense()[0].numel() if isinstance(v, LowRank) else 1 for v in solved.values())
-        super().__init__(
-            {n: route(order, v, like) for n, v in solved.items()}, Q, False, hold=2, rebuild_bytes=2 * largest
-        )
+        super().__init__({n: route(order, v, like) for n, v in solved.items()}, Q, False, hold=2, rebuild_bytes=1)
         self.exact_NQ = torch.zeros(N, Q, dtype=torch.float64)
 
-    def _add(self, batch, name, products_NQ, rows=slice(None), queries=slice(None)) -> None:
-        self.exact_NQ[torch.from_numpy(self.rows[batch][rows]), queries] -= products_NQ
+    def _add(self, batch, name, products_NQ) -> None:
+        self.exact_NQ[torch.from_numpy(self.rows[batch])] -= products_NQ
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 1000], ids=["alone", "padded"])

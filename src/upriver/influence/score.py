@@ -10,8 +10,8 @@ decided before the pass, by counting multiplications and bytes (:func:`upriver.r
     rebuilt    as dense, v = U V for every few batches, which wait until then with their M (O + I) numbers
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from upriver.model.layers import Layer
 from upriver.runtime import counts
-from upriver.tensors import LowRank, accumulator_dtype, sequence_gradients
+from upriver.tensors import LowRank, accumulator_dtype
 from upriver.text.batch import Batch
 
 GRADIENT_BYTES = 256 << 20  # sequence gradients held at once
-REBUILD_BYTES = 256 << 20  # multiplied-out queries of one layer held at once
+REBUILD_BYTES = 64 << 20  # rows of multiplied-out queries and of gradients held at once
 Order = counts.Order
 
 
@@ -54,7 +54,7 @@ def route(order: Order, solved: LowRank | Tensor, like: Tensor) -> Route:
     return Route(order, None, None, None, LowRank(U_QOR, V_QRI), Q)
 
 
-def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
+def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor, scratch: "Scratch") -> Tensor:
     """``< v_q, sum_t g_t a_t^T >`` for each sequence and query, ``[N, Q]``, by tokens or by dense queries."""
     if r.order == "tokens":
         assert r.U_OP is not None
@@ -64,7 +64,27 @@ def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
     assert r.v_PQ is not None
     step = max(1, GRADIENT_BYTES // (g_NTO.element_size() * len(r.v_PQ)))
     parts = zip(a_NTI.split(step), g_NTO.split(step), strict=True)
-    return torch.cat([sequence_gradients(a, g).flatten(1) @ r.v_PQ for a, g in parts])
+    return torch.cat([form(scratch, a, g).flatten(1) @ r.v_PQ for a, g in parts])
+
+
+def form(scratch: "Scratch", a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
+    """Each sequence's gradient, ``[N, O, I]``, in memory that the next ones take over."""
+    shape = (len(a_NTI), g_NTO.shape[2], a_NTI.shape[2])
+    return torch.bmm(g_NTO.transpose(1, 2), a_NTI, out=scratch.take("gradients", shape, a_NTI))
+
+
+class Scratch:
+    """Memory that is used again and again: fresh pages would cost as much as the products that fill them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        size, held = math.prod(shape), self._held.get(name)
+        if held is None or held.numel() < size or held.dtype != like.dtype:
+            self._held.pop(name, None)
+            held = self._held[name] = like.new_empty(size)
+        return held[:size].view(shape)
 
 
 class Score:
@@ -72,7 +92,7 @@ class Score:
 
     Args:
         hold: how many batches wait, where queries are multiplied out for them.
-        rebuild_bytes: of the queries multiplied out at once in a layer, and again of the gradients that meet them.
+        rebuild_bytes: of the rows of queries multiplied out at once in a layer, and of the gradients that meet them.
     """
 
     def __init__(
@@ -84,6 +104,7 @@ class Score:
         self.rows: list[np.ndarray] = []
         self.scores_NQ: list[Tensor] = []
         self.layers_NQL: list[Tensor] = []
+        self.scratch = Scratch()
         self.waiting: dict[str, list[tuple[int, Tensor, Tensor]]] = {}  # batch, a, g
 
     def begin(self, batch: Batch) -> None:
@@ -102,53 +123,36 @@ class Score:
             if self.hold == 1:
                 self._flush()
         else:
-            self._add(batch, layer.name, contract(route, a_NTI, g_NTO))
+            self._add(batch, layer.name, contract(route, a_NTI, g_NTO, self.scratch))
 
     def _flush(self) -> None:
-        """Score what waits, layer by layer: the gradients of some sequences, met by some multiplied-out queries at a time."""
+        """Score what waits, layer by layer and some rows at a time, so that gradients and queries meet in the caches."""
         for name in list(self.waiting):
             low, held = self.routes[name].low, self.waiting.pop(name)
             assert low is not None
-            size = low.U_QOR.element_size() * low.U_QOR.shape[1] * low.V_QRI.shape[2]
-            at_once = max(1, self.rebuild_bytes // size)
-            pieces = [
-                (batch, slice(n, n + at_once), a_NTI, g_NTO)
-                for batch, a_NTI, g_NTO in held
-                for n in range(0, len(a_NTI), at_once)
-            ]
-            for group in _packed(pieces, at_once):
-                G_NP = torch.cat([sequence_gradients(a[rows], g[rows]).flatten(1) for _, rows, a, g in group])
-                for q in range(0, len(low.U_QOR), at_once):
-                    part = slice(q, q + at_once)
-                    products_NQ = G_NP @ (low.U_QOR[part] @ low.V_QRI[part]).flatten(1).T
-                    sizes = [len(a[rows]) for _, rows, a, _ in group]
-                    for (batch, rows, _, _), found in zip(group, products_NQ.split(sizes), strict=True):
-                        self._add(batch, name, found, rows, part)
+            Q, O, I = len(low.U_QOR), low.U_QOR.shape[1], low.V_QRI.shape[2]
+            sizes = [len(a_NTI) for _, a_NTI, _ in held]
+            rows = max(1, min(O, self.rebuild_bytes // (low.U_QOR.element_size() * (sum(sizes) + Q) * I)))
+            sums_NQ = torch.zeros(sum(sizes), Q, dtype=accumulator_dtype(low.U_QOR.dtype), device=low.U_QOR.device)
+            for start in range(0, O, rows):
+                U_QoR = low.U_QOR[:, start : start + rows]
+                o = U_QoR.shape[1]
+                G_NoI = self.scratch.take("gradients", (sum(sizes), o, I), U_QoR)
+                for out_NoI, (_, a_NTI, g_NTO) in zip(G_NoI.split(sizes), held, strict=True):
+                    torch.bmm(g_NTO[:, :, start : start + o].transpose(1, 2), a_NTI, out=out_NoI)
+                v_QoI = torch.bmm(U_QoR, low.V_QRI, out=self.scratch.take("queries", (Q, o, I), U_QoR))
+                sums_NQ += G_NoI.flatten(1) @ v_QoI.flatten(1).T
+            for (batch, _, _), found_NQ in zip(held, sums_NQ.split(sizes), strict=True):
+                self._add(batch, name, found_NQ)
 
-    def _add(
-        self, batch: int, name: str, products_NQ: Tensor, rows: slice = slice(None), queries: slice = slice(None)
-    ) -> None:
+    def _add(self, batch: int, name: str, products_NQ: Tensor) -> None:
         scores_NQ = -products_NQ.float().cpu()
-        self.scores_NQ[batch][rows, queries] += scores_NQ
+        self.scores_NQ[batch] += scores_NQ
         if self.keep_layers:
-            self.layers_NQL[batch][rows, queries, self.place[name]] = scores_NQ
+            self.layers_NQL[batch][:, :, self.place[name]] = scores_NQ
 
     def tensors(self) -> dict[str, Tensor]:
         """``rows`` ``[N]``, ``scores`` ``[N, Q]`` and, where they are kept, ``layers`` ``[N, Q, L]``."""
         self._flush()
         out = {"rows": torch.from_numpy(np.concatenate(self.rows)), "scores": torch.cat(self.scores_NQ)}
         return out | ({"layers": torch.cat(self.layers_NQL)} if self.keep_layers else {})
-
-
-def _packed(pieces: list[Any], most: int) -> Iterator[list[Any]]:
-    """Pieces of several batches in groups of at most ``most`` sequences."""
-    group, room = [], most
-    for piece in pieces:
-        size = len(piece[2][piece[1]])
-        if group and size > room:
-            yield group
-            group, room = [], most
-        group.append(piece)
-        room -= size
-    if group:
-        yield group

@@ -26,8 +26,8 @@ SLACK = 64 << 20  # what the allocator keeps to itself
 MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met on average
 SYMMETRIC_COPIES = 3  # of the largest matrix, while a triangle is made whole and added to the sums on disk
 QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
-DENSE_BYTES = 2 << 30  # multiplied-out queries held through a scan, at most; as above
-REBUILD_BYTES = 256 << 20  # multiplied-out queries held at once in one layer, at most
+DENSE_BYTES = 2 << 30  # multiplied-out queries, or batches that wait for them, held through a scan, at most
+REBUILD_BYTES = 64 << 20  # rows of multiplied-out queries held at once in one layer, with those of gradients
 
 
 class Job(NamedTuple):
@@ -227,10 +227,9 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
         ConfigError: not even one query and one sequence at a time fit; the sentence says what would do.
     """
     layers, free = shape.layers, _free(job)
-    rebuild_one = SUM * max(x.O * x.I for x in layers)
 
     def scan(queries: int, tokens: int) -> int:
-        return scan_size(shape, asked._replace(queries=queries), job, tokens) + 2 * rebuild_one
+        return scan_size(shape, asked._replace(queries=queries), job, tokens) + REBUILD_BYTES
 
     def least(tokens: int) -> int:
         return max(scan(1, tokens), solve_size(shape, asked, 1, tokens), rescore_size(shape, asked, 1, tokens))
@@ -249,16 +248,15 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
     rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore_size(shape, asked, q, tokens))
     held = scan_size(shape, asked._replace(queries=scanned), job, tokens)
     whole = scanned * sum(x.O * x.I for x in layers) * ITEM[job.dtype]
-    rebuild = int(min(REBUILD_BYTES, scanned * rebuild_one, max(rebuild_one, (free - held) // 3)))
-    dense = int(max(0, min(max(DENSE_BYTES, job.limit // 4), whole, free - held - 2 * rebuild)))
+    dense = int(max(0, min(DENSE_BYTES, whole, free - held - REBUILD_BYTES)))
     base = job.fixed + SLACK
     peak = {
         "queries": base + solve_size(shape, asked, solved, tokens),
-        "scan": base + held + 2 * rebuild + dense,
+        "scan": base + held + REBUILD_BYTES + dense,
         "rescore": base + rescore_size(shape, asked, rescored, tokens),
     }
     sizes = (solved * each[0], rescored * each[1])
-    return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], dense, rebuild, peak)
+    return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], dense, REBUILD_BYTES, peak)
 
 
 def _most(at_most: int, room: int, size: Callable[[int], int]) -> int:
