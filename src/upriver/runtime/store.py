@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from upriver.errors import ConfigError, MismatchError, StorageError
@@ -33,8 +33,8 @@ from upriver.runtime import dist
 SCHEMA = 1
 Tensors = dict[str, Tensor]
 Form = tuple[str, list[int]]  # a tensor's type, as safetensors names it, and shape
-DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
-DTYPE_BYTES = {"F32": 4, "F64": 8, "I64": 8}
+DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64"}
+DTYPE_BYTES = {"F32": 4, "F64": 8, "BF16": 2, "I64": 8}
 
 
 def digest(value: Any) -> str:
@@ -94,8 +94,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    with atomic(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+    write_stream(path, {name: _form(t) for name, t in tensors.items()}, tensors.__getitem__)
 
 
 def read_tensors(path: Path) -> Tensors:
