@@ -192,7 +192,7 @@ def sample(logits_MV: Tensor, u_M: Tensor) -> Tensor:
 
 
 def _invert(logits_MV: Tensor, u_M: Tensor) -> Tensor:
-    cumulative_MV = _wide(logits_MV).softmax(-1).cumsum(-1)
+    cumulative_MV = _wide(logits_MV).softmax(-1).cumsum_(-1)
     total_M1 = cumulative_MV[:, -1:]
     below_M1 = torch.nextafter(
         total_M1, torch.zeros_like(total_M1)
