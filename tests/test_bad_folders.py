@@ -318,8 +318,8 @@ def test_ctrl_c_of_a_process(tiny, tmp_path):
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": f"{n} " + RECORDS[0]["text"]} for n in range(4000)])
     with start(tmp_path, *fit(tiny, tmp_path / "out", "--batch-tokens", 64, corpus=corpus)) as child:
         assert child.stderr
-        heard = ""
-        while not heard.endswith("seed 0\n"):  # the fit has begun
+        heard = line = ""
+        while not line.startswith("plan: "):  # the passes begin
             line = child.stderr.readline()
             assert line, heard
             heard += line
