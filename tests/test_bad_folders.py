@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -293,8 +294,9 @@ COMMAND = [sys.executable, "-m", "upriver.cli"]
 
 def start(tmp_path: Path, *args) -> subprocess.Popen:
     env = {**os.environ, "UPRIVER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to it
     pipe = subprocess.PIPE
-    return subprocess.Popen([*COMMAND, *map(str, args)], stdout=pipe, stderr=pipe, text=True, env=env)
+    return subprocess.Popen([*COMMAND, *map(str, args)], stdout=pipe, stderr=pipe, text=True, env=env, preexec_fn=heed)
 
 
 @pytest.mark.slow

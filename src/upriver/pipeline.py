@@ -23,7 +23,7 @@ from upriver.model.load import Model
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, POSITIVE, TraceOptions, options
-from upriver.runtime.hardware import parse_memory
+from upriver.runtime.hardware import give_back, parse_memory
 from upriver.runtime.plan import describe, request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.store import Stage, digest, locked, write_json
@@ -111,12 +111,14 @@ def _run(
             _announce(job, scan_dtype, say)
         with times("queries"):
             solved = solve_stage(job)
+            give_back()
         with exact.computing_in(scan_dtype) as computing:
             if computing is not exact:
                 layers = tracked_layers(computing, corpus, fitted.layers)
             scanning = job._replace(model=computing, layers=layers)
             with times("scan"):
                 scanned = scan_stage(scanning, solved, say)
+                give_back()
         ends, sample = extremes(scanned, opts.top), random_rows(scanned, fitted.seed)
         wanted = [np.union1d(rows_q, sample) for rows_q in ends]
         with times("rescore"):

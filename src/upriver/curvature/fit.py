@@ -33,7 +33,7 @@ from upriver.model.shape import model_shape
 from upriver.model.sweep import Labels, split_units, sweep, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
-from upriver.runtime.hardware import parse_memory
+from upriver.runtime.hardware import give_back, parse_memory
 from upriver.runtime.plan import describe, request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.split import FitSplit, split_fit
@@ -239,8 +239,10 @@ def _bases(top: Stage, work: Work, times: Times, keep: bool) -> float:
             continue
         with times("covariance"):
             sums = _pass(top, "covariance", work, group, partial(Covariance, work.dtype))
+            give_back()
         with times("eigendecomposition"):
             _decompose(stage, work, group, sums)
+            give_back()
         if not keep:
             dist.lead(lambda done=sums.parent: shutil.rmtree(done, ignore_errors=True))
     found = []
@@ -299,6 +301,7 @@ def _eigenvalues(top: Stage, work: Work, times: Times) -> dict[str, Any]:
         with times("correction"):
             make = partial(Correction, work.dtype, moments)
             sums = _pass(top, "correction", work, group, make)
+            give_back()
         with times("agreement"):
             pairs.append(_probe(work, group, moments, sums))
         files += [(sums, x) for x in group]

@@ -1,5 +1,6 @@
 """What a machine can do: this one, as measured, or one of the table in ``hardware.toml`` that need not be there."""
 
+import ctypes
 import difflib
 import os
 import re
@@ -99,6 +100,14 @@ def peak_memory() -> int | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library keeps it: what was freed by one phase must not add to the next."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def process_seconds() -> float | None:
