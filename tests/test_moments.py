@@ -30,7 +30,7 @@ def test_the_unit_of_kfac_is_the_sequence():
 
 
 def test_bfloat16_covariances_are_summed_wider():
-    """After 512 batches a sum in bfloat16 would be off by tens of percent."""
+    """After 512 batches a sum in bfloat16 would be off by tens of percent; here each product is rounded, the sum is not."""
     consumer, generator = Covariance(torch.float32), torch.Generator().manual_seed(0)
     wanted = torch.zeros(4, 4, dtype=torch.float64)
     consumer.begin(batch_of(None))
@@ -38,7 +38,7 @@ def test_bfloat16_covariances_are_summed_wider():
         a, g = (torch.randn(2, 5, n, generator=generator).bfloat16() for n in (4, 3))
         consumer(LAYER, a, g)
         wanted += a.flatten(0, 1).double().T @ a.flatten(0, 1).double()
-    assert (consumer.result()["A:x"].double() - wanted).norm() < 1e-5 * wanted.norm()
+    assert (consumer.result()["A:x"].double() - wanted).norm() < 3e-4 * wanted.norm()
 
 
 def test_padding_is_left_out_of_both_moments_in_every_call():

@@ -64,7 +64,8 @@ class Worker:
 
 def environment(threads: int) -> dict[str, str]:
     """The same threads for every side; idle ones sleep, so that a side that waits leaves the cores to the one that works."""
-    fixed = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    fixed = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    fixed |= {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **fixed, **offline}
 

@@ -10,6 +10,12 @@ Example:
     >>> result.report("report.html")
 """
 
+import os
+
+# The products of NumPy and SciPy run on threads of their own, which would spin for a while after each, in the way of torch's:
+# a covariance pass takes a sixth longer then.  Read when their library is loaded; without effect if that is done already.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+
 from upriver.curvature.base import Curvature, Damping, Solution
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import UpriverError
