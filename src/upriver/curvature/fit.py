@@ -43,7 +43,6 @@ from upriver.text.batch import Sequences
 
 COVARIANCE_STREAM, CORRECTION_STREAM = 1, 2  # the two passes draw different labels
 PROBE_SEQUENCES, PROBE_SHARE = 64, 16  # scored on each other: so many at most, a sixteenth of the sample at most, but 8
-PROBE_BYTES = 256 << 20  # of gradients in one layer, which bounds how many are scored on each other at once
 
 
 class Work(NamedTuple):
@@ -331,9 +330,9 @@ def _probe(work: Work, group: list[Layer], moments: dict[str, Any], sums: Path) 
     for x in group:
         lam_2OI = read_tensor(sums, f"lam:{x.name}") / n_2[:, None, None]
         denominators[x.name] = lam_2OI.add_(torch.tensor([Damping().of(lam_OI) for lam_OI in lam_2OI])[:, None, None])
-    most = max(8, min(PROBE_SEQUENCES, work.sequences // PROBE_SHARE))
+    at_once = work.split.compared
+    most = max(8, 32 // at_once, min(PROBE_SEQUENCES, work.sequences // PROBE_SHARE))
     rows = np.sort(np.random.default_rng(0).permutation(len(work.data))[:most])
-    at_once = 8 if 32 * max(x.O * x.I for x in work.layers) <= PROBE_BYTES else 4
     batches = [part for part in np.array_split(rows, max(1, len(rows) // at_once)) if len(part) > 1]
     consumer = Agreement(moments, denominators)
     sweep(work.model, group, work.data, batches, consumer, Labels())

@@ -3,7 +3,7 @@
 import torch
 
 from upriver.model.load import Model, dtype_named
-from upriver.runtime.hardware import DEFAULT_SHARE, default_limit, parse_memory, resident_memory
+from upriver.runtime.hardware import DEFAULT_SHARE, default_limit, parse_memory, resident_memory, settle_memory
 from upriver.runtime.split import Job
 from upriver.text.batch import Sequences
 
@@ -23,6 +23,7 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
         fixed = torch.cuda.memory_allocated(model.device)
         limit = asked or fixed + int(DEFAULT_SHARE * torch.cuda.mem_get_info(model.device)[0])
     else:
+        settle_memory()
         fixed = resident_memory() or 0
         limit = asked or default_limit(fixed)
     own = str(model.dtype).removeprefix("torch.")

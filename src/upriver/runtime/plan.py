@@ -205,8 +205,9 @@ class _Passes:
         last = self.correction(split, tokens)
         sample = self.correction(split, max(8, min(SAMPLE, tokens / self.T // SHARE)) * self.T)
         agreement = sample._replace(
-            name="agreement", moved=0.0, seconds=sample.seconds - sample.moved / self.machine.disk
-        )
+            name="agreement", moved=0.0, peak=split.peak["agreement"],
+            seconds=sample.seconds - sample.moved / self.machine.disk,
+        )  # fmt: skip
         return [self.covariance(split, tokens), self.eigen(split), last, agreement]
 
     def covariance(self, split: FitSplit, tokens: float) -> Pass:

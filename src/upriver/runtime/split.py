@@ -19,10 +19,11 @@ HEAD_COPIES = 3  # logits, their logarithms, and what either is made from
 EIGEN_COPIES = 6  # n x n in float64: matrix, its copy, eigenvectors, workspace of two, what the layer's other side left
 GRADIENT_BYTES = 16 << 20  # gradients of single sequences held at once: what stays in the caches of a core
 GRADIENT_COPIES = 3
-COMPARED_BYTES = 256 << 20  # gradients of the sequences that are scored on each other, eight or four at once
+COMPARED_BYTES = 256 << 20  # gradients of the sequences that are scored on each other, in one layer
+COMPARED = (8, 4)  # of them at once; two where four do not fit
 SCORED_BYTES = 256 << 20  # as GRADIENT_BYTES, in a scan
 TRANSIENT = 4  # tensors of the widest layer alive at once in the backward pass
-SLACK = 64 << 20  # what the allocator keeps to itself
+SLACK = 160 << 20  # what the allocator, the BLAS libraries and their threads keep to themselves
 MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met on average
 SYMMETRIC_COPIES = 3  # of the largest matrix, while a triangle is made whole and added to the sums on disk
 QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
@@ -50,6 +51,7 @@ class FitSplit(NamedTuple):
     covariance: list[list[int]]
     correction: list[list[int]]
     eigen_workers: int
+    compared: int  # sequences scored on each other at once
     peak: dict[str, int]  # by pass
 
 
@@ -129,10 +131,14 @@ def covariance_work(layers: Sequence[Sized]) -> int:
 
 
 def correction_work(layers: Sequence[Sized]) -> int:
-    """Beside bases and sums: a chunk of gradients, turned and squared; or at the end those of a few sequences, compared."""
-    largest = SUM * max(x.O * x.I for x in layers)
-    compared = (8 if 8 * largest <= COMPARED_BYTES else 4) * largest
-    return GRADIENT_COPIES * max(GRADIENT_BYTES, largest, compared)
+    """Beside bases and sums: a chunk of gradients, turned and squared."""
+    return GRADIENT_COPIES * max(GRADIENT_BYTES, SUM * max(x.O * x.I for x in layers))
+
+
+def agreement_size(shape: Shape, job: Job, compared: int) -> int:
+    """A batch of a few sequences that are scored on each other, and their gradients in one layer."""
+    gradients = GRADIENT_COPIES * compared * SUM * max(x.O * x.I for x in shape.layers)
+    return batch_size(shape, compared * job.longest, job.dtype, gradients)
 
 
 def eigen_size(layers: Sequence[Sized], workers: int) -> int:
@@ -156,26 +162,34 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
     layers, free = shape.layers, _free(job)
     work = {"covariance": covariance_work(layers), "correction": correction_work(layers)}
     sizes = {"covariance": covariance_size, "correction": correction_size}
+    largest = SUM * max(x.O * x.I for x in layers)
+    few = [k for k in COMPARED if k == COMPARED[-1] or k * largest <= COMPARED_BYTES]
 
-    def batch(name: str, tokens: int) -> int:
-        return batch_size(shape, tokens, job.dtype, work[name])
+    def batch(name: str, tokens: int, compared: int) -> int:
+        size = batch_size(shape, tokens, job.dtype, work[name])
+        return size if name == "covariance" else max(size, agreement_size(shape, job, compared))
 
-    least = max(max(size([x]) for x in layers) + batch(name, job.longest) for name, size in sizes.items())
+    least = max(max(size([x]) for x in layers) + batch(name, job.longest, 2) for name, size in sizes.items())
     _refuse("fit", job, max(least, eigen_size(layers, 1)))
 
-    def divide(tokens: int) -> dict[str, list[list[int]]] | None:
-        room = {name: free - batch(name, tokens) for name in sizes}
+    def divide(tokens: int, compared: int) -> dict[str, list[list[int]]] | None:
+        room = {name: free - batch(name, tokens, compared) for name in sizes}
         found = {name: groups(layers, size, room[name]) for name, size in sizes.items()}
         fits = all(sizes[n]([layers[i] for i in g]) <= room[n] for n, all_g in found.items() for g in all_g)
         return found if fits else None
 
-    tried = [(tokens, found) for tokens in _halvings(job.batch_tokens, job.longest) if (found := divide(tokens))]
-    tokens, found = min(tried, key=lambda x: sum(map(len, x[1].values())))
+    ways = [(tokens, k) for tokens in _halvings(job.batch_tokens, job.longest) for k in few]
+    tried = [(*way, found) for way in ways if (found := divide(*way))]
+    if not tried:
+        tried = [(t, 2, found) for t in _halvings(job.batch_tokens, job.longest) if (found := divide(t, 2))]
+    tokens, compared, found = min(tried, key=lambda x: sum(map(len, x[2].values())))
     workers = max(k for k in range(1, job.cores + 1) if k == 1 or eigen_size(layers, k) <= free)
     base = job.fixed + SLACK
-    peak = {n: base + batch(n, tokens) + max(sizes[n]([layers[i] for i in g]) for g in found[n]) for n in sizes}
+    held = {n: base + max(sizes[n]([layers[i] for i in g]) for g in found[n]) for n in sizes}
+    peak = {n: held[n] + batch_size(shape, tokens, job.dtype, work[n]) for n in sizes}
     peak["eigendecomposition"] = base + eigen_size(layers, workers)
-    return FitSplit(tokens, found["covariance"], found["correction"], workers, peak)
+    peak["agreement"] = held["correction"] + agreement_size(shape, job, compared)
+    return FitSplit(tokens, found["covariance"], found["correction"], workers, compared, peak)
 
 
 def factors_of(layers: Sequence[Sized], asked: Asked) -> int:
