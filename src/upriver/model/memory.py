@@ -3,7 +3,14 @@
 import torch
 
 from upriver.model.load import Model, dtype_named
-from upriver.runtime.hardware import DEFAULT_SHARE, default_limit, parse_memory, resident_memory, settle_memory
+from upriver.runtime.hardware import (
+    DEFAULT_SHARE,
+    default_limit,
+    give_back,
+    parse_memory,
+    resident_memory,
+    settle_memory,
+)
 from upriver.runtime.split import Job
 from upriver.text.batch import Sequences
 
@@ -24,6 +31,7 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
         limit = asked or fixed + int(DEFAULT_SHARE * torch.cuda.mem_get_info(model.device)[0])
     else:
         settle_memory()
+        give_back()
         fixed = resident_memory() or 0
         limit = asked or default_limit(fixed)
     own = str(model.dtype).removeprefix("torch.")

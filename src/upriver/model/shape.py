@@ -153,7 +153,7 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
     widest = 0
 
     def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
+        x, storage = x.detach(), x.untyped_storage()  # with its graph, a tensor that the graph keeps would keep itself
         if storage._cdata not in weights:
             sizes[storage._cdata] = storage.nbytes()
             alive.append(x)
