@@ -65,7 +65,7 @@ def main() -> None:
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     write_job(args.out, args.blocks, args.sequences, args.tokens)
-    common = ("--batch-tokens", str(2 * args.tokens))
+    common = ("--batch-tokens", str(args.tokens))  # of one sequence: what the limit leaves, so that sums round alike
     rows = {
         f"--memory {args.memory}": fit(args.out, "limited", args.tokens, *common, "--memory", args.memory),
         "no limit": fit(args.out, "free", args.tokens, *common),
