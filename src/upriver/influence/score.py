@@ -130,19 +130,23 @@ class Score:
         for name in list(self.waiting):
             low, held = self.routes[name].low, self.waiting.pop(name)
             assert low is not None
-            Q, O, I = len(low.U_QOR), low.U_QOR.shape[1], low.V_QRI.shape[2]
+            U_QOR, V_QRI = low
+            if V_QRI.shape[2] > U_QOR.shape[1]:  # some rows of the larger side, whole rows of the smaller
+                U_QOR, V_QRI = V_QRI.transpose(1, 2), U_QOR.transpose(1, 2)
+                held = [(batch, g_NTO, a_NTI) for batch, a_NTI, g_NTO in held]
+            (Q, O), I = U_QOR.shape[:2], V_QRI.shape[2]
             sizes = [len(a_NTI) for _, a_NTI, _ in held]
-            rows = max(1, min(O, self.rebuild_bytes // (low.U_QOR.element_size() * (sum(sizes) + Q) * I)))
-            sums_NQ = torch.zeros(sum(sizes), Q, dtype=accumulator_dtype(low.U_QOR.dtype), device=low.U_QOR.device)
+            rows = max(1, min(O, self.rebuild_bytes // (U_QOR.element_size() * (sum(sizes) + Q) * I)))
+            sums_QN = torch.zeros(Q, sum(sizes), dtype=accumulator_dtype(U_QOR.dtype), device=U_QOR.device)
             for start in range(0, O, rows):
-                U_QoR = low.U_QOR[:, start : start + rows]
+                U_QoR = U_QOR[:, start : start + rows]
                 o = U_QoR.shape[1]
                 G_NoI = self.scratch.take("gradients", (sum(sizes), o, I), U_QoR)
                 for out_NoI, (_, a_NTI, g_NTO) in zip(G_NoI.split(sizes), held, strict=True):
                     torch.bmm(g_NTO[:, :, start : start + o].transpose(1, 2), a_NTI, out=out_NoI)
-                v_QoI = torch.bmm(U_QoR, low.V_QRI, out=self.scratch.take("queries", (Q, o, I), U_QoR))
-                sums_NQ += G_NoI.flatten(1) @ v_QoI.flatten(1).T
-            for (batch, _, _), found_NQ in zip(held, sums_NQ.split(sizes), strict=True):
+                v_QoI = torch.bmm(U_QoR, V_QRI, out=self.scratch.take("queries", (Q, o, I), U_QoR))
+                sums_QN += v_QoI.flatten(1) @ G_NoI.flatten(1).T
+            for (batch, _, _), found_NQ in zip(held, sums_QN.T.split(sizes), strict=True):
                 self._add(batch, name, found_NQ)
 
     def _add(self, batch: int, name: str, products_NQ: Tensor) -> None:
