@@ -1,9 +1,13 @@
 """What divides a run changes none of its numbers: groups of layers and of queries, rounds of ``until``; and what it promises."""
 
+import gc
+import weakref
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from cases import case, close, gradients
 from in_memory import TokenCorpus
@@ -13,9 +17,12 @@ from upriver.curvature.fit import fit
 from upriver.curvature.passes import Agreement
 from upriver.errors import ConfigError
 from upriver.model import sweep
+from upriver.model.layers import find_layers
+from upriver.model.shape import module_shape
 from upriver.model.sweep import tracked_layers
 from upriver.pipeline import trace
-from upriver.runtime.split import split_fit
+from upriver.runtime.counts import Block, LayerSize, Shape
+from upriver.runtime.split import Job, split_fit
 
 GIVEN = {"batch_tokens": 40}
 
@@ -127,3 +134,31 @@ def test_the_top_is_in_float32_whatever_the_scan_used(tmp_path):
     scans = [torch.tensor(scores[ids].to_numpy()) for _, scores in tables.values()]
     assert not torch.equal(*scans)
     close(scans[1], scans[0].double(), 0.05)
+
+
+def test_fewer_sequences_are_compared_where_memory_is_short():
+    layers = tuple(LayerSize(f"l{i}", 256, 256, f"l{i}", i) for i in range(4))
+    blocks = tuple(Block(256.0 * 256, 64.0) for _ in layers)
+    shape = Shape(layers, blocks, 0.0, 1e5, 0.5, False, 4 * 256 * 256, 50_000.0, 256, 1000)
+    found, limit = [], 10**9
+    with pytest.raises(ConfigError, match="the least that would do"):
+        while True:
+            split = split_fit(shape, Job(limit, fixed=0, batch_tokens=400, longest=100))
+            assert split.peak["agreement"] <= limit
+            found.append(split.compared)
+            limit = int(0.98 * limit)
+    assert found == sorted(found, reverse=True)
+    assert set(found) == {8, 4, 2}
+
+
+def test_counting_a_model_keeps_nothing_of_its_pass():
+    """An output that the graph keeps for the backward pass must not keep the graph in turn."""
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(5, 4)
+    outputs = []
+    net[1].register_forward_hook(lambda m, args, output: outputs.append(weakref.ref(output)))
+    gc.disable()
+    try:
+        module_shape(net, find_layers(net, "*"), 5, lambda: net(x))
+        assert [ref() for ref in outputs] == [None]
+    finally:
+        gc.enable()
