@@ -24,7 +24,8 @@ from upriver.model.sweep import tracked_layers
 from upriver.runtime import counts
 from upriver.runtime.counts import Block, LayerSize, Shape
 from upriver.runtime.hardware import Machine, Rates, available_memory, hardware, parse_memory, resident_memory
-from upriver.runtime.plan import Request, describe, parse_sizes, plan_run, request_for
+from upriver.runtime.passes import Request, request_for
+from upriver.runtime.plan import describe, parse_sizes, plan_run
 from upriver.runtime.split import (
     Asked,
     Job,
@@ -306,8 +307,8 @@ def test_memory_of_this_machine():
 
 
 HERE = Machine(
-    "this machine", 1, 10**10, 2, 1e-10, 1e9, 3.0, {"float32": Rates(*[1e11] * 4, 1e10)}, 10**9, "float32", 0, 2.0
-)
+    "this machine", 1, 10**10, 2, 1e-10, 1e9, 10**12, 3.0, {"float32": Rates(*[1e11] * 4, 1e10)}, 10**9, "float32", 0, 2.0
+)  # fmt: skip
 LAYERS = tuple(LayerSize(f"{i}", 512, 256, f"{i}", i) for i in range(4))
 SMALL = Shape(LAYERS, (Block(3e5, 256.0),) * 4, 0.0, 2e6, 0.5, False, 4_000_000, 5000.0, 512, 8192)
 

@@ -13,8 +13,8 @@ from cases import case, close, gradients
 from in_memory import TokenCorpus
 from test_resume import killed, results, tiny_corpus, tiny_model, tiny_queries
 from upriver.curvature import fit as fitting
+from upriver.curvature.agreement import Agreement
 from upriver.curvature.fit import fit
-from upriver.curvature.passes import Agreement
 from upriver.errors import ConfigError
 from upriver.model import sweep
 from upriver.model.layers import find_layers

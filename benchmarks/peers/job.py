@@ -37,6 +37,7 @@ class Job:
     dtype: str
     threads: int
     memory: str | None  # the limit that ours is given
+    as_they_come: bool  # the peers with their own defaults, instead of tuned
 
     @property
     def model(self) -> str:

@@ -3,6 +3,7 @@
     python benchmarks/peers/run.py                                            the GPT-NeoX job, float32
     python benchmarks/peers/run.py --job smollm2 --queries 8 --ranks 32
     python benchmarks/peers/run.py --dtype bfloat16 --sides kronfluence
+    python benchmarks/peers/run.py --as-they-come --sides kronfluence         its defaults, instead of tuned
     python benchmarks/peers/run.py --sequences 4 --tokens 32 --width 64 --layers 2 --queries 2 --repeats 1     (a try)
 
 Builds an environment for each peer under build/peers-venv the first time.  Every side is a process of its own with the
@@ -36,7 +37,7 @@ class Worker:
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [str(python), str(HERE / "worker.py"), side, str(Path(job.folder) / "job.json")],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(job.threads),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(job),
             )  # fmt: skip
         self.about = self._read()
 
@@ -62,10 +63,11 @@ class Worker:
         self.process.wait()
 
 
-def environment(threads: int) -> dict[str, str]:
+def environment(job: Job) -> dict[str, str]:
     """The same threads for every side; idle ones sleep, so that a side that waits leaves the cores to the one that works."""
-    fixed = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    fixed |= {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
+    fixed = {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
+    if not job.as_they_come:
+        fixed |= {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **fixed, **offline}
 
@@ -75,7 +77,17 @@ def make_job(args: argparse.Namespace, folder: str) -> Job:
     given: dict[str, Any] = {
         name: usual if getattr(args, name) is None else getattr(args, name) for name, usual in sizes
     }
-    names = ("query_tokens", "width", "vocabulary", "batch", "query_batch", "dtype", "threads", "memory")
+    names = (
+        "query_tokens",
+        "width",
+        "vocabulary",
+        "batch",
+        "query_batch",
+        "dtype",
+        "threads",
+        "memory",
+        "as_they_come",
+    )
     given |= {name: getattr(args, name) for name in names}
     job = Job(folder=folder, kind=args.job, queries=max(args.queries), **given)
     subprocess.run([sys.executable, str(HERE / "job.py"), json.dumps(asdict(job))], check=True)
@@ -137,6 +149,9 @@ def parse() -> argparse.Namespace:
         "--query-memory", type=float, default=8.0, help="GB of full-rank queries beyond which none are made"
     )
     parser.add_argument("--memory", help="the limit that ours is given, such as 2GB; default: 80 %% of what is free")
+    parser.add_argument(
+        "--as-they-come", action="store_true", help="the peers with their own defaults, instead of tuned (README.md)"
+    )
     parser.add_argument("--venvs", type=Path, default=BUILD / "peers-venv")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Kronfluence 1.0.1: EK-FAC with the empirical Fisher, all queries in one pass over the corpus."""
+"""Kronfluence 1.0.1: EK-FAC with the empirical Fisher, all queries in one pass over the corpus (by itself: a pass a batch)."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -49,9 +49,10 @@ class Side:
             disable_model_save=True,
         )  # fmt: skip
         preset = "all_low_precision presets and model in bfloat16" if self.low else "float32"
+        passes = "a pass over the corpus for each batch of queries" if job.as_they_come else "one pass over the corpus"
         self.settings = (
             f"kronfluence {version('kronfluence')}, {job.batch} sequences and {job.query_batch} queries a batch, "
-            f"one pass over the corpus, {preset}, low rank by torch.svd_lowrank"
+            f"{passes}, {preset}, low rank by torch.svd_lowrank"
         )
 
     def fit(self, meter: Meter) -> None:
@@ -70,7 +71,8 @@ class Side:
         size = min(self.job.query_batch, queries)
         make = all_low_precision_score_arguments if self.low else ScoreArguments
         score_args = make(damping_factor=None, query_gradient_low_rank=rank)
-        score_args.query_gradient_accumulation_steps = -(-queries // size)
+        if not self.job.as_they_come:
+            score_args.query_gradient_accumulation_steps = -(-queries // size)
         timed = TimedPass(meter)
         with meter("solve"), timed:
             self.analyzer.compute_pairwise_scores(

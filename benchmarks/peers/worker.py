@@ -51,7 +51,8 @@ def main() -> None:
     folder.mkdir()
     side = importlib.import_module(f"side_{name}").Side(job, folder)
     settle()
-    gc.freeze()  # Kronfluence collects garbage around each phase: 0.4 s a time over what it imports, unless that is set aside
+    if not job.as_they_come:
+        gc.freeze()  # Kronfluence collects garbage around each phase: 0.4 s a time over what it imports, unless that is set aside
     print(
         json.dumps({"idle": resident(), "torch": torch.__version__, "settings": side.settings}),
         file=replies,

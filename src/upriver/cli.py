@@ -35,7 +35,8 @@ from upriver.model.shape import config_only
 from upriver.pipeline import complete, trace
 from upriver.runtime.config import FitOptions, Options, RunOptions, TraceOptions, options
 from upriver.runtime.hardware import parse_memory
-from upriver.runtime.plan import Request, describe, parse_sizes, request_for
+from upriver.runtime.passes import Request, request_for
+from upriver.runtime.plan import describe, parse_sizes
 from upriver.runtime.store import write_json
 from upriver.show.report import write_report
 from upriver.show.terminal import terminal_summary

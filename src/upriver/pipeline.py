@@ -24,7 +24,8 @@ from upriver.model.sweep import tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, POSITIVE, TraceOptions, options
 from upriver.runtime.hardware import give_back, parse_memory
-from upriver.runtime.plan import describe, request_for
+from upriver.runtime.passes import request_for
+from upriver.runtime.plan import describe
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.store import Stage, digest, locked, write_json
 from upriver.show.scores import Scores

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,13 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from upriver.curvature.base import Damping
+from upriver.curvature.agreement import Agreement, agreement, denominators, probes
+from upriver.curvature.blocks import Moments
 from upriver.curvature.factors import Factors, read_moments
-from upriver.curvature.passes import Agreement, Correction, Covariance
+from upriver.curvature.passes import Correction, Covariance
 from upriver.errors import NumericalError
 from upriver.model.calibrate import plan_here
+from upriver.model.kept import Kept
 from upriver.model.layers import Layer, coverage
 from upriver.model.load import Model
 from upriver.model.memory import memory_job
@@ -33,16 +36,17 @@ from upriver.model.shape import model_shape
 from upriver.model.sweep import Labels, split_units, sweep, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
-from upriver.runtime.hardware import give_back, parse_memory
-from upriver.runtime.plan import describe, request_for
+from upriver.runtime.counts import Shape
+from upriver.runtime.hardware import free_space, give_back, parse_memory
+from upriver.runtime.passes import request_for
+from upriver.runtime.plan import describe
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
-from upriver.runtime.split import FitSplit, split_fit
+from upriver.runtime.split import FitSplit, keeping, split_fit
 from upriver.runtime.store import Stage, Tensors, accumulate, locked, opened, read_tensor, write_stream
 from upriver.tensors import accumulator_dtype, eigh
 from upriver.text.batch import Sequences
 
 COVARIANCE_STREAM, CORRECTION_STREAM = 1, 2  # the two passes draw different labels
-PROBE_SEQUENCES, PROBE_SHARE = 64, 16  # scored on each other: so many at most, a sixteenth of the sample at most, but 8
 
 
 class Work(NamedTuple):
@@ -51,10 +55,12 @@ class Work(NamedTuple):
     model: Model
     data: Sequences
     layers: list[Layer]
+    shape: Shape
     units: list[list[np.ndarray]]
     labels: tuple[Labels, Labels]
     progress: Progress
     split: FitSplit
+    kept: Kept | None = None
 
     @property
     def tokens(self) -> int:
@@ -117,21 +123,37 @@ def fit(
             dist.lead(lambda: _tidy(out))  # a kill may have come between the two
             say(f"factors: {out} is complete and was made from the same inputs; used as it is")
         else:
-            with model.computing_in(opts.dtype) as computing:
-                _run(stage, _work(computing, data, opts, progress), opts, say)
+            with model.computing_in(opts.dtype) as computing, ExitStack() as files:
+                work = _work(computing, data, opts, progress)
+                if again := _asked_again(work, opts, out):
+                    work = work._replace(kept=files.enter_context(Kept(out, work.layers, again)))
+                _run(stage, work, opts, say)
     return Factors(out)
 
 
 def _work(model: Model, data: Sequences, opts: FitOptions, progress: Progress) -> Work:
     layers = tracked_layers(model, data, opts.layers)
-    split = split_fit(model_shape(model, layers, data), memory_job(model, data, opts.batch_tokens, opts.memory))
+    shape = model_shape(model, layers, data)
+    split = split_fit(shape, memory_job(model, data, opts.batch_tokens, opts.memory))
     rows = data.sample(opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64)), opts.seed)
     batches = data.plan(split.batch_tokens, rows)
     if opts.until is not None:  # any first part of them is then a fair sample
         batches = [batches[i] for i in np.random.default_rng(opts.seed).permutation(len(batches))]
     drawn = opts.fisher == "sampled"
-    labels = [Labels(opts.seed, stream if drawn else None) for stream in (COVARIANCE_STREAM, CORRECTION_STREAM)]
-    return Work(model, data, layers, split_units(batches, data.lengths_N), (labels[0], labels[1]), progress, split)
+    labels = [Labels(opts.seed, stream) if drawn else Labels() for stream in (COVARIANCE_STREAM, CORRECTION_STREAM)]
+    units = split_units(batches, data.lengths_N)
+    return Work(model, data, layers, shape, units, (labels[0], labels[1]), progress, split)
+
+
+def _asked_again(work: Work, opts: FitOptions, out: Path) -> set[Labels]:
+    """Labels with which several passes go over the same tokens, so that what the layers see is kept on the disk."""
+    first, second = work.labels
+    again = keeping(
+        work.shape, work.split, work.tokens, opts.dtype, first == second, opts.until is not None, free_space(out)
+    )
+    found = {first} if again.covariance else set()
+    found |= {second} if again.correction else set()
+    return found | ({Labels()} if again.correction and len(work.split.correction) > 1 else set())
 
 
 def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
@@ -145,7 +167,8 @@ def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
     if say is not mute:
         request = request_for(
             work.data.lengths_N, fit_tokens=work.tokens, dtype=opts.dtype, batch_tokens=opts.batch_tokens,
-            memory=parse_memory(opts.memory) if opts.memory else None,
+            memory=parse_memory(opts.memory) if opts.memory else None, own_labels=work.labels[0] == work.labels[1],
+            rounds=opts.until is not None, space=free_space(stage.path),
         )  # fmt: skip
         for line in describe(plan_here(work.model, work.layers, work.data, request)):
             say(line)
@@ -212,6 +235,7 @@ def _text(value: float | None) -> str:
 def _pass(top: Stage, name: str, work: Work, group: list[Layer], make: Callable[[], Any]) -> Path:
     """One accumulating pass over the units of ``work`` for a group of layers, committed unit by unit; the file of the sums."""
     at, first = work.layers.index(group[0]), name == "covariance"
+    labels = work.labels[not first]
     key = work.key(top) if first else work.whole_key(top)  # covariances go on from round to round
     stage = Stage.open(top.path / name / f"layers-{at}-{at + len(group) - 1}", name, key, overwrite=True)
     label = name if len(group) == len(work.layers) else f"{name}, layers {at + 1} to {at + len(group)}"
@@ -220,7 +244,7 @@ def _pass(top: Stage, name: str, work: Work, group: list[Layer], make: Callable[
 
         def compute(unit: int) -> Tensors:
             consumer = make()
-            sweep(work.model, group, work.data, work.units[unit], consumer, work.labels[not first], advance)
+            sweep(work.model, group, work.data, work.units[unit], consumer, labels, advance, work.kept)
             return {key: value.cpu() for key, value in consumer.result().items()}
 
         return accumulate(stage, dist.share(len(work.units)), len(work.units), compute, dist.barrier)
@@ -305,7 +329,7 @@ def _eigenvalues(top: Stage, work: Work, times: Times) -> dict[str, Any]:
             pairs.append(_probe(work, group, moments, sums))
         files += [(sums, x) for x in group]
     dist.lead(lambda: _write_lam(top.path / "correction" / "lam.safetensors", files))
-    return _agreement(pairs)
+    return agreement(pairs)
 
 
 def _write_lam(path: Path, files: list[tuple[Path, Layer]]) -> None:
@@ -321,39 +345,15 @@ def _write_lam(path: Path, files: list[tuple[Path, Layer]]) -> None:
     write_stream(path, forms, lam)
 
 
-def _probe(work: Work, group: list[Layer], moments: dict[str, Any], sums: Path) -> Tensor | None:
+def _probe(work: Work, group: list[Layer], moments: dict[str, Moments], sums: Path) -> Tensor | None:
     """Scores of a few sequences on each other by the eigenvalues of either half, ``[2, L, P]``; None when a half is empty."""
-    n_2 = read_tensor(sums, "sequences")
-    if not int(n_2.min()):
+    if not int(read_tensor(sums, "sequences").min()):
         return None
-    denominators = {}
-    for x in group:
-        lam_2OI = read_tensor(sums, f"lam:{x.name}") / n_2[:, None, None]
-        denominators[x.name] = lam_2OI.add_(torch.tensor([Damping().of(lam_OI) for lam_OI in lam_2OI])[:, None, None])
-    at_once = work.split.compared
-    most = max(8, 32 // at_once, min(PROBE_SEQUENCES, work.sequences // PROBE_SHARE))
-    rows = np.sort(np.random.default_rng(0).permutation(len(work.data))[:most])
-    batches = [part for part in np.array_split(rows, max(1, len(rows) // at_once)) if len(part) > 1]
-    consumer = Agreement(moments, denominators)
-    sweep(work.model, group, work.data, batches, consumer, Labels())
+    consumer = Agreement(moments, denominators(sums, group))
+    batches = probes(len(work.data), work.sequences, work.split.compared)
+    kept = work.kept if len(work.split.correction) > 1 else None
+    sweep(work.model, group, work.data, batches, consumer, Labels(), kept=kept)
     return consumer.result() if batches else None
-
-
-def _agreement(pairs: list[Tensor | None]) -> dict[str, Any]:
-    """The correlation between the halves' scores, of the sums over layers and of the worst layer."""
-    what = "correlation of the scores of random sequences on each other between the two halves of the sample"
-    known = [p for p in pairs if p is not None]
-    if len(known) < len(pairs) or known[0].shape[2] < 2:
-        return {"mean": None, "worst": None, "what": what}
-    pairs_2LP = torch.cat(known, 1).double()
-    layers = [_correlation(pairs_2LP[:, i]) for i in range(pairs_2LP.shape[1])]
-    numbers = [x for x in layers if x is not None]
-    return {"mean": _correlation(pairs_2LP.sum(1)), "worst": min(numbers, default=None), "what": what}
-
-
-def _correlation(pairs_2P: Tensor) -> float | None:
-    value = float(torch.corrcoef(pairs_2P)[0, 1])
-    return value if value == value else None  # not a number where all scores of a half are the same
 
 
 def _describe(layer: Layer) -> dict[str, Any]:

@@ -96,30 +96,3 @@ def _gradients(a_NTI: Tensor, g_NTO: Tensor, moments: Moments | None, rotated: b
     if moments is None:
         return sequence_gradients(a_NTI, g_NTO)
     return rotated_gradients(a_NTI, g_NTO, None if rotated else moments.Q_A_II, moments.Q_S_OO)
-
-
-class Agreement:
-    """Consumer: the scores of the sequences of a batch on each other, by the eigenvalues of either half of the sample.
-
-    ``pairs_2LP``: for each half and layer the scores of P pairs; every two sequences of every batch are a pair.
-    """
-
-    def __init__(self, moments: dict[str, Moments], denominators: dict[str, Tensor]):
-        self.moments, self.denominators = moments, denominators  # lam + lambda: [2, O, I] of each layer
-        self.parts: list[Tensor] = []
-        self.place = {name: i for i, name in enumerate(moments)}
-
-    def begin(self, batch: Batch) -> None:
-        N = len(batch.rows_N)
-        self.upper = torch.triu_indices(N, N, 1)
-        self.parts.append(torch.zeros(2, len(self.place), self.upper.shape[1]))
-
-    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        m = self.moments[layer.name]
-        G_NP = rotated_gradients(a_NTI, g_NTO, m.Q_A_II, m.Q_S_OO).flatten(1)
-        for half, denominator_OI in enumerate(self.denominators[layer.name]):
-            scores_NN = (G_NP / denominator_OI.flatten().to(G_NP)) @ G_NP.T
-            self.parts[-1][half, self.place[layer.name]] = scores_NN[self.upper[0], self.upper[1]].float().cpu()
-
-    def result(self) -> Tensor:
-        return torch.cat(self.parts, 2)

@@ -27,12 +27,14 @@ from upriver.runtime.hardware import (
     Machine,
     Rates,
     default_limit,
+    free_space,
     hardware,
     peak_memory,
     process_seconds,
     resident_memory,
 )
-from upriver.runtime.plan import Plan, Request, plan_run, smallest_batch
+from upriver.runtime.passes import Request
+from upriver.runtime.plan import Plan, plan_run, smallest_batch
 from upriver.runtime.split import ITEM
 from upriver.tensors import add_second_moment, eigh, sequence_gradients
 from upriver.text.batch import Batch, Sequences, pad, plan, sample
@@ -140,7 +142,7 @@ def _machine(shape: Shape, loaded: str, to_come: int, device: torch.device) -> M
     memory = default_limit(resident)
     if device.type == "cuda":
         memory = resident + int(DEFAULT_SHARE * torch.cuda.mem_get_info(device)[0])
-    return Machine("this machine", 1, memory, cores, 0.0, 1.0, 0.0, {}, resident, loaded, 0, 1.0)
+    return Machine("this machine", 1, memory, cores, 0.0, 1.0, free_space(Path()), 0.0, {}, resident, loaded, 0, 1.0)
 
 
 def _timed(machine: Machine, shape: Shape, device: torch.device) -> Machine:

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from upriver.model.capture import capture
+from upriver.model.kept import Kept
 from upriver.model.layers import Layer, find_layers, probe
 from upriver.model.load import Model
 from upriver.model.losses import Sampler
@@ -46,13 +47,31 @@ def sweep(
     consumer: Consumer,
     labels: Labels = Labels(),  # noqa: B008 - immutable
     advance: Callable[[int], None] = lambda tokens: None,
+    kept: Kept | None = None,
 ) -> None:
-    """Run every batch forward and backward, and let ``consumer`` see each layer of each batch."""
-    with capture(model.module, layers, consumer) as run:
+    """Run every batch forward and backward, and let ``consumer`` see each layer of each batch.
+
+    Args:
+        kept: batches that it holds are read instead (of the same labels); the others are written there.
+    """
+    recorder = kept.recorder(labels, layers, consumer) if kept is not None else None
+    with capture(model.module, kept.layers if kept and recorder else layers, recorder or consumer) as run:
         for rows, batch in zip(batches, _ahead(model, data, batches), strict=True):
             consumer.begin(batch)
-            sampler = labels.sampler(batch)
-            run(len(rows), model.task.positions(batch), lambda b=batch, s=sampler: model.task.loss(model.module, b, s))
+            if kept is not None and kept.holds(labels, rows):
+                for layer, a_NTI, g_NTO in kept.read(labels, rows, layers):
+                    consumer(layer, a_NTI.to(model.device), g_NTO.to(model.device))
+            else:
+                sampler = labels.sampler(batch)
+                if recorder:
+                    recorder.begin()
+                run(
+                    len(rows),
+                    model.task.positions(batch),
+                    lambda b=batch, s=sampler: model.task.loss(model.module, b, s),
+                )
+                if recorder:
+                    recorder.end(rows)
             advance(int(data.lengths_N[rows].sum()))
 
 

@@ -4,6 +4,7 @@ import ctypes
 import difflib
 import os
 import re
+import shutil
 import sys
 import tomllib
 from functools import cache
@@ -38,6 +39,7 @@ class Machine(NamedTuple):
     cores: int  # eigendecompositions at once
     eigen: float  # seconds / n^3, float64, one at a time
     disk: float  # bytes/s
+    space: int  # bytes free on the disk
     start: float  # seconds until model and corpus are there
     rates: dict[str, Rates]  # by dtype
     resident: int | None  # bytes in use now, with the model; None: not measured
@@ -127,6 +129,11 @@ def give_back() -> None:
             trim(0)
 
 
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk of ``folder``."""
+    return shutil.disk_usage(folder).free
+
+
 def process_seconds() -> float | None:
     """Seconds since this process was started; None where the system does not tell."""
     try:
@@ -199,6 +206,7 @@ def hardware(name: str) -> Machine:
         cores=entry["cores"],
         eigen=EIGEN_OPERATIONS / (assumed["eigen"] * entry["float64"] / entry["cores"]),
         disk=assumed["disk"],
+        space=int(assumed["space"]),
         start=assumed["start"],
         rates=rates,
         resident=None,

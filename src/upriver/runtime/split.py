@@ -192,6 +192,33 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
     return FitSplit(tokens, found["covariance"], found["correction"], workers, compared, peak)
 
 
+class Keeping(NamedTuple):
+    """Whether what the covariance and the correction pass see of the tracked layers is asked for again, and then kept on disk."""
+
+    covariance: bool
+    correction: bool
+    one: bool  # both see the same: what the first has kept the second reads
+    size: int  # bytes on disk
+
+    @property
+    def any(self) -> bool:
+        return self.covariance or self.correction
+
+
+def keeping(shape: Shape, split: FitSplit, tokens: float, dtype: str, one: bool, rounds: bool, space: int) -> Keeping:
+    """What is kept, if at most half of the free ``space`` holds it: else nothing.
+
+    Args:
+        one: the labels of both passes are the same, those of the corpus.
+        rounds: the correction pass comes again, over more and more of the sample (``until``).
+    """
+    first, second = len(split.covariance), len(split.correction) * (1 + rounds)
+    again = (first + second > 1, first + second > 1) if one else (first > 1, second > 1)
+    each = int(tokens * ITEM[dtype] * sum(x.O + (x.I if leads(x) else 0) for x in shape.layers))
+    size = each * (1 if one else sum(again))
+    return Keeping(*again, one, size) if size and size <= space // 2 else Keeping(False, False, one, 0)
+
+
 def factors_of(layers: Sequence[Sized], asked: Asked) -> int:
     """Numbers of one solved query over all layers, compressed (or whole)."""
     R = asked.rank
