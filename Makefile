@@ -7,7 +7,7 @@ OUT    ?= build/demo
 .PHONY: demo test test-fast check format bench peers fixture docs clean
 
 demo: $(VENV)/.base            ## trace the embedded model and open-able report in build/demo
-	OMP_WAIT_POLICY=passive $(BIN)/upriver demo --out $(OUT)
+	$(BIN)/upriver demo --out $(OUT)
 
 test: $(VENV)/.dev             ## all unit tests
 	$(BIN)/python -m pytest -n auto

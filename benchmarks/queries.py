@@ -14,10 +14,11 @@ import torch
 from scan import timed
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from upriver.influence.score import Score, route
+from upriver.influence.score import Score, Scratch, route
 from upriver.model.load import Model
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.runtime import counts
+from upriver.runtime.hardware import settle_memory
 from upriver.tensors import LowRank
 from upriver.text.batch import Examples
 
@@ -52,7 +53,7 @@ def step(model: Model, data: Tokens, batches: list[np.ndarray]) -> None:
     model.module.eval()
 
 
-def scanner(model: Model, data: Tokens, batches: list[np.ndarray], Q: int, room: float):
+def scanner(model: Model, data: Tokens, batches: list[np.ndarray], Q: int, room: float, scratch: Scratch):
     """The scan with ``Q`` queries, and how they are contracted."""
     layers = tracked_layers(model, data, "mlp")
     M, N = float(np.mean([data.lengths_N[b].sum() for b in batches])), float(np.mean([len(b) for b in batches]))
@@ -62,7 +63,7 @@ def scanner(model: Model, data: Tokens, batches: list[np.ndarray], Q: int, room:
     how = ", ".join(sorted(set(chosen.orders.values()))) + (f", {chosen.hold} batches wait" if chosen.hold > 1 else "")
 
     def run() -> None:
-        consumer = Score(routes, Q, False, chosen.hold)
+        consumer = Score(routes, Q, False, chosen.hold, scratch=scratch)
         sweep(model, layers, data, batches, consumer, Labels())
         consumer.tensors()
 
@@ -78,9 +79,11 @@ def main() -> None:
     parser.add_argument("--room", type=float, default=counts.DENSE_BYTES, help="bytes for queries or batches held")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    settle_memory(reuse=True)  # as a scan does where the memory allows
     model, data = neox(args.length), Tokens(args.tokens // args.length, args.length)
     batches = data_batches(data, args)
-    scans = {Q: scanner(model, data, batches, Q, args.room) for Q in args.queries}
+    scratch = Scratch()
+    scans = {Q: scanner(model, data, batches, Q, args.room, scratch) for Q in args.queries}
     seconds: dict[object, list[float]] = {}
     step(model, data, batches[:1])
     for _ in range(args.repeats):

@@ -12,9 +12,11 @@ Example:
 
 import os
 
-# The products of NumPy and SciPy run on threads of their own, which would spin for a while after each, in the way of torch's:
-# a covariance pass takes a sixth longer then.  Read when their library is loaded; without effect if that is done already.
+# Threads that wait spin for a while by default, in the way of those that work: those of NumPy and SciPy in torch's (a covariance
+# pass takes a sixth longer then), and those of the forward pass in the way of other programs' (ten times as long beside one).
+# Read when their libraries are loaded; without effect if that is done already.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from upriver.curvature.base import Curvature, Damping, Solution
 from upriver.curvature.fit import Factors, fit

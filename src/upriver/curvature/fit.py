@@ -31,7 +31,7 @@ from upriver.model.calibrate import plan_here
 from upriver.model.kept import Kept
 from upriver.model.layers import Layer, coverage
 from upriver.model.load import Model
-from upriver.model.memory import memory_job
+from upriver.model.memory import memory_job, settle
 from upriver.model.shape import model_shape
 from upriver.model.sweep import Labels, split_units, sweep, tracked_layers
 from upriver.runtime import dist
@@ -134,7 +134,9 @@ def fit(
 def _work(model: Model, data: Sequences, opts: FitOptions, progress: Progress) -> Work:
     layers = tracked_layers(model, data, opts.layers)
     shape = model_shape(model, layers, data)
-    split = split_fit(shape, memory_job(model, data, opts.batch_tokens, opts.memory))
+    job = memory_job(model, data, opts.batch_tokens, opts.memory)
+    split = split_fit(shape, job)
+    settle(split.peak, job)
     rows = data.sample(opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64)), opts.seed)
     batches = data.plan(split.batch_tokens, rows)
     if opts.until is not None:  # any first part of them is then a fair sample

@@ -86,6 +86,9 @@ class Scratch:
             held = self._held[name] = like.new_empty(size)
         return held[:size].view(shape)
 
+    def copy(self, name: str, x: Tensor) -> Tensor:
+        return self.take(name, tuple(x.shape), x).copy_(x)
+
 
 class Score:
     """Consumer: raw influence of each sequence of a pass on every query, in total and layer by layer.
@@ -93,10 +96,17 @@ class Score:
     Args:
         hold: how many batches wait, where queries are multiplied out for them.
         rebuild_bytes: of the rows of queries multiplied out at once in a layer, and of the gradients that meet them.
+        scratch: memory to work in; one for all consumers of a scan.
     """
 
     def __init__(
-        self, routes: dict[str, Route], Q: int, keep_layers: bool, hold: int = 1, rebuild_bytes: int = REBUILD_BYTES
+        self,
+        routes: dict[str, Route],
+        Q: int,
+        keep_layers: bool,
+        hold: int = 1,
+        rebuild_bytes: int = REBUILD_BYTES,
+        scratch: "Scratch | None" = None,
     ):
         self.routes, self.Q, self.keep_layers = routes, Q, keep_layers
         self.hold, self.rebuild_bytes = hold, rebuild_bytes
@@ -104,13 +114,15 @@ class Score:
         self.rows: list[np.ndarray] = []
         self.scores_NQ: list[Tensor] = []
         self.layers_NQL: list[Tensor] = []
-        self.scratch = Scratch()
+        self.scratch = scratch or Scratch()
         self.waiting: dict[str, list[tuple[int, Tensor, Tensor]]] = {}  # batch, a, g
+        self.inputs: dict[str, Tensor] = {}  # of this batch, where several layers may share one
 
     def begin(self, batch: Batch) -> None:
         if len(self.rows) % self.hold == 0:
             self._flush()
         N = len(batch.rows_N)
+        self.inputs = {}
         self.rows.append(batch.rows_N)
         self.scores_NQ.append(torch.zeros(N, self.Q))
         if self.keep_layers:
@@ -119,11 +131,19 @@ class Score:
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         route, batch = self.routes[layer.name], len(self.rows) - 1
         if route.order == "rebuilt":
+            if self.hold > 1:
+                a_NTI, g_NTO = self._kept(layer, a_NTI, g_NTO, batch % self.hold)
             self.waiting.setdefault(layer.name, []).append((batch, a_NTI, g_NTO))
             if self.hold == 1:
                 self._flush()
         else:
             self._add(batch, layer.name, contract(route, a_NTI, g_NTO, self.scratch))
+
+    def _kept(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """Copies in memory that later batches take over; an input that layers share waits once."""
+        if layer.A_of not in self.inputs:
+            self.inputs[layer.A_of] = self.scratch.copy(f"a {place} {layer.A_of}", a_NTI)
+        return self.inputs[layer.A_of], self.scratch.copy(f"g {place} {layer.name}", g_NTO)
 
     def _flush(self) -> None:
         """Score what waits, layer by layer and some rows at a time, so that gradients and queries meet in the caches."""

@@ -11,11 +11,11 @@ from upriver.curvature.base import Damping
 from upriver.curvature.factors import Factors
 from upriver.influence.gradients import Measured, Solver, query_chunks, read_solved
 from upriver.influence.scanned import Pass, Scanned, gather
-from upriver.influence.score import Route, Score, route
+from upriver.influence.score import Route, Score, Scratch, route
 from upriver.influence.tokens import Rescored, rescore
 from upriver.model.layers import Layer
 from upriver.model.load import Model
-from upriver.model.memory import memory_job
+from upriver.model.memory import memory_job, settle
 from upriver.model.shape import model_shape
 from upriver.model.sweep import UNIT_TOKENS, Labels, split_units, sweep
 from upriver.runtime import dist
@@ -68,7 +68,9 @@ def divide(
     """
     asked = Asked(len(queries), int(np.max(queries.lengths)), None if opts.rank == "full" else opts.rank)
     memory = memory_job(model, data, opts.batch_tokens, opts.memory, dtype)
-    return split_trace(model_shape(model, layers, data), asked, memory)
+    split = split_trace(model_shape(model, layers, data), asked, memory)
+    settle(split.peak, memory)
+    return split
 
 
 def solve_stage(job: Job) -> list[Path]:
@@ -130,12 +132,13 @@ def _scan(
     note("contraction: " + ", ".join(f"{n} layers by {order}" for order, n in counts.items() if n) + waiting)
     Q = queries.stop - queries.start
     name = "scan" if len(job.queries) == Q else f"scan, queries {queries.start + 1} to {queries.stop}"
+    scratch = Scratch()
     with job.progress(name, int(job.data.lengths_N[job.rows].sum())) as advance:
         for unit in dist.share(len(units)):
             if stage.has(unit):
                 advance(sum(int(job.data.lengths_N[rows].sum()) for rows in units[unit]))
                 continue
-            consumer = Score(routes, Q, job.opts.layer_scores, hold, job.split.rebuild_bytes)
+            consumer = Score(routes, Q, job.opts.layer_scores, hold, job.split.rebuild_bytes, scratch)
             sweep(job.model, job.layers, job.data, units[unit], consumer, Labels(), advance)
             stage.commit(unit, consumer.tensors())
     return stage

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from upriver.model.layers import Layer
 
-CHUNK, BUFFERS = 4 << 20, 4  # bytes that are written at once; chunks on their way
+CHUNK, BUFFERS = 4 << 20, 12  # bytes that are written at once; chunks on their way
 BLOCK = 4096  # what direct reads and writes are aligned to
 TRIAL = 4  # batches after which writing may be given up
 

@@ -1,5 +1,7 @@
 """How much memory a run may take, and how much is taken before it starts."""
 
+from collections.abc import Mapping
+
 import torch
 
 from upriver.model.load import Model, dtype_named
@@ -13,6 +15,8 @@ from upriver.runtime.hardware import (
 )
 from upriver.runtime.split import Job
 from upriver.text.batch import Sequences
+
+ROOMY = 1.3  # times the planned peak under the limit: freed memory may be kept, with the holes in it
 
 
 def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | None, dtype: str = "") -> Job:
@@ -40,3 +44,8 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
     cores = 1 if model.device.type == "cuda" else torch.get_num_threads()
     most = max(map(len, data.plan(batch_tokens)))
     return Job(limit, fixed, batch_tokens, int(data.lengths_N.max()), dtype or own, cores, sequences=most, copy=copy)
+
+
+def settle(peak: Mapping[str, int], job: Job) -> None:
+    """Keep freed memory for the next tensors where the limit leaves room for holes; see :func:`settle_memory`."""
+    settle_memory(reuse=ROOMY * max(peak.values()) <= job.limit)

@@ -106,19 +106,25 @@ def peak_memory() -> int | None:
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # parameters of mallopt
 LARGE, KEPT = 16 << 20, 64 << 20
+NEVER = (1 << 31) - 1
 
 
-def settle_memory() -> None:
-    """Large tensors in mappings of their own, which are gone when they are freed.
+def settle_memory(reuse: bool = False) -> None:
+    """What the C library of Linux does with freed memory.
 
-    Left alone the C library of Linux raises that limit to 32 MB with what it sees, and keeps what is smaller in heaps that
-    holes make larger by a tenth and more, from run to run another one.
+    Left alone it raises its limit to 32 MB with what it sees, and keeps what is smaller in heaps that holes make larger by a
+    tenth and more, from run to run another one.
+
+    Args:
+        reuse: keep it for the next tensors until :func:`give_back`: a pass through a model touches fresh pages all the time
+            otherwise, at a twelfth of its time.  Else large tensors lie in mappings of their own, which are gone when they
+            are freed: the peak is then what is alive at once, and not the holes besides.
     """
     if sys.platform == "linux":
         set_option = getattr(ctypes.CDLL(None), "mallopt", None)
         if set_option is not None:
-            set_option(MMAP_THRESHOLD, LARGE)
-            set_option(TRIM_THRESHOLD, KEPT)
+            set_option(MMAP_THRESHOLD, NEVER if reuse else LARGE)
+            set_option(TRIM_THRESHOLD, NEVER if reuse else KEPT)
 
 
 def give_back() -> None:
