@@ -28,6 +28,7 @@ from upriver.runtime.hardware import (
     Rates,
     default_limit,
     free_space,
+    give_back,
     hardware,
     peak_memory,
     process_seconds,
@@ -57,7 +58,9 @@ def plan_here(model: Model, layers: list[Layer], data: Sequences, request: Reque
     shape = model_shape(model, layers, data)
     most = max(map(len, data.plan(request.batch_tokens)))
     request = dataclasses.replace(request, batch_sequences=most)
-    return plan_run(request, shape, machine_here(model, layers, data, shape, request))
+    machine = machine_here(model, layers, data, shape, request)
+    give_back()
+    return plan_run(request, shape, machine)
 
 
 def plan_model(model: Model | Path, data: Sequences, spec: str, request: Request, hardware_name: str | None) -> Plan:

@@ -16,7 +16,7 @@ from upriver.runtime.hardware import (
 from upriver.runtime.split import Job
 from upriver.text.batch import Sequences
 
-ROOMY = 1.3  # times the planned peak under the limit: freed memory may be kept, with the holes in it
+ROOMY = 1.2  # times the planned peak under the limit: freed memory may be kept, with the holes in it
 
 
 def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | None, dtype: str = "") -> Job:
