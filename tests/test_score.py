@@ -17,7 +17,7 @@ from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.errors import ModelError
 from upriver.influence import stages
 from upriver.influence.gradients import Solver, measurements, query_chunks, query_gradients
-from upriver.influence.score import Score, route
+from upriver.influence.score import Score, Scratch, route
 from upriver.influence.tokens import output_token_influence, rescore, spurious
 from upriver.model.sweep import sweep, tracked_layers
 from upriver.pipeline import trace
@@ -94,6 +94,22 @@ def test_every_order_of_contraction(name, order, fitted):
     for i, n in enumerate(c.names):
         expected = torch.stack([torch.stack([-(v[n] * G[n]).sum() for v in solved(name)]) for G in gradients(name)])
         close(layers_NQL[..., i], expected, STORED)
+
+
+@pytest.mark.parametrize("name", ["llama", "neox", "twice"])
+def test_memory_that_units_share_changes_nothing(name, fitted):
+    """Longer and shorter batches in turn, of which some wait, with the memory of the ones before them."""
+    c = case(name)
+    v = solver(c, fitted(name, seed=SEED)).low_rank(indices(c), 64)
+    low = {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}
+    layers, like, scratch = tracked_layers(c.model, c.data, c.spec), torch.empty(0, dtype=torch.float64), Scratch()
+    routes = {x.name: route("rebuilt", low[x.name], like) for x in layers}
+    for batch_tokens in (30, 60, 15):
+        for rows in c.data.plan(batch_tokens), c.data.plan(batch_tokens)[::-1]:
+            shared, own = (Score(routes, len(c.queries), False, 2, scratch=s) for s in (scratch, None))
+            for consumer in (shared, own):
+                sweep(c.model, layers, c.data, rows, consumer)
+            assert torch.equal(shared.tensors()["scores"], own.tensors()["scores"])
 
 
 @pytest.mark.parametrize("name", ["llama", "neox", "twice"])

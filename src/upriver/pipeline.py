@@ -23,7 +23,7 @@ from upriver.model.load import Model
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, POSITIVE, TraceOptions, options
-from upriver.runtime.hardware import give_back, parse_memory
+from upriver.runtime.hardware import give_back
 from upriver.runtime.passes import request_for
 from upriver.runtime.plan import describe
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
@@ -140,9 +140,8 @@ def _announce(job: Job, dtype: str, say: Say) -> None:
     request = request_for(
         job.data.lengths_N[job.rows], fit=False, queries=len(job.queries), rank=job.rank, top=opts.top, scan_dtype=dtype,
         query_tokens=max(1, round(float(np.mean(job.queries.lengths)))), batch_tokens=opts.batch_tokens,
-        memory=parse_memory(opts.memory) if opts.memory else None,
     )  # fmt: skip
-    for line in describe(plan_here(job.model, job.layers, job.data, request)):
+    for line in describe(plan_here(job.model, job.layers, job.data, request, job.split.made_for)):
         say(line)
 
 

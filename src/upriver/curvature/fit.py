@@ -37,7 +37,7 @@ from upriver.model.sweep import Labels, split_units, sweep, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.counts import Shape
-from upriver.runtime.hardware import free_space, give_back, parse_memory
+from upriver.runtime.hardware import free_space, give_back
 from upriver.runtime.passes import request_for
 from upriver.runtime.plan import describe
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
@@ -169,10 +169,9 @@ def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
     if say is not mute:
         request = request_for(
             work.data.lengths_N, fit_tokens=work.tokens, dtype=opts.dtype, batch_tokens=opts.batch_tokens,
-            memory=parse_memory(opts.memory) if opts.memory else None, own_labels=work.labels[0] == work.labels[1],
-            rounds=opts.until is not None, space=free_space(stage.path),
+            own_labels=work.labels[0] == work.labels[1], rounds=opts.until is not None, space=free_space(stage.path),
         )  # fmt: skip
-        for line in describe(plan_here(work.model, work.layers, work.data, request)):
+        for line in describe(plan_here(work.model, work.layers, work.data, request, work.split.made_for)):
             say(line)
     clamped, halves = 0.0, {}
     for part in _rounds(stage, work, opts.until):

@@ -36,7 +36,7 @@ from upriver.runtime.hardware import (
 )
 from upriver.runtime.passes import Request
 from upriver.runtime.plan import Plan, plan_run, smallest_batch
-from upriver.runtime.split import ITEM
+from upriver.runtime.split import ITEM, Job
 from upriver.tensors import add_second_moment, eigh, sequence_gradients
 from upriver.text.batch import Batch, Sequences, pad, plan, sample
 
@@ -48,8 +48,13 @@ WRITTEN = 32 << 20
 _MEASURED: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Rates]] = WeakKeyDictionary()  # once per process
 
 
-def plan_here(model: Model, layers: list[Layer], data: Sequences, request: Request) -> Plan:
+def plan_here(
+    model: Model, layers: list[Layer], data: Sequences, request: Request, made_for: Job | None = None
+) -> Plan:
     """Plan for this machine, by a few seconds of measuring with the model itself.
+
+    Args:
+        made_for: the memory that a run has divided its work for; None: as it is now.
 
     Raises:
         ConfigError: the run cannot be kept within the memory.
@@ -58,7 +63,9 @@ def plan_here(model: Model, layers: list[Layer], data: Sequences, request: Reque
     shape = model_shape(model, layers, data)
     most = max(map(len, data.plan(request.batch_tokens)))
     request = dataclasses.replace(request, batch_sequences=most)
-    machine = machine_here(model, layers, data, shape, request)
+    if made_for is not None:
+        request = dataclasses.replace(request, memory=made_for.limit)
+    machine = machine_here(model, layers, data, shape, request, made_for and made_for.fixed)
     give_back()
     return plan_run(request, shape, machine)
 
@@ -107,13 +114,19 @@ class Blank:
         return pad(rows, np.asarray(rows, np.uint64), zeros, [np.ones(len(x), bool) for x in zeros])
 
 
-def machine_here(model: Model, layers: list[Layer], data: Sequences, shape: Shape, request: Request) -> Machine:
+def machine_here(
+    model: Model, layers: list[Layer], data: Sequences, shape: Shape, request: Request, fixed: int | None = None
+) -> Machine:
     """This machine as it runs this model; measured once per process and compute type, in batches that keep the limit.
+
+    Args:
+        fixed: bytes that are there before a pass; None: those of this process now.
 
     Raises:
         ConfigError: the run cannot be kept within the memory.
     """
     machine = _machine(shape, str(model.dtype).removeprefix("torch."), 0, model.device)
+    machine = machine if fixed is None else machine._replace(resident=fixed)
     tokens = smallest_batch(request, shape, machine)
     measured = _MEASURED.setdefault(model.module, {})
     for dtype in dict.fromkeys((machine.loaded, *request.dtypes)):

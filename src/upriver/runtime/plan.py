@@ -54,11 +54,16 @@ class Plan(NamedTuple):
             "seconds": {verb: self.seconds(verb) for verb in verbs},
             "peak_bytes": {verb: self.peak(verb) for verb in verbs},
             "passes": [p._asdict() for p in self.passes],
-            "fit": self.fit and self.fit._asdict(),
-            "trace": self.trace and self.trace._asdict(),
+            "fit": _division(self.fit),
+            "trace": _division(self.trace),
             "disk_bytes": self.disk,
             "advice": self.advice,
         }
+
+
+def _division(split: FitSplit | TraceSplit | None) -> dict[str, Any] | None:
+    """How the work is divided, without the memory that it was divided for: the plan tells that itself."""
+    return split and {name: value for name, value in split._asdict().items() if name != "made_for"}
 
 
 def parse_sizes(text: str) -> tuple[int, int] | None:

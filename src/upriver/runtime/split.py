@@ -53,6 +53,7 @@ class FitSplit(NamedTuple):
     eigen_workers: int
     compared: int  # sequences scored on each other at once
     peak: dict[str, int]  # by pass
+    made_for: Job
 
 
 class TraceSplit(NamedTuple):
@@ -65,6 +66,7 @@ class TraceSplit(NamedTuple):
     dense_bytes: int
     rebuild_bytes: int
     peak: dict[str, int]
+    made_for: Job
 
 
 class Asked(NamedTuple):
@@ -158,7 +160,7 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
     Raises:
         ConfigError: not even one layer and one sequence at a time fit; the sentence says what would do.
     """
-    job = job._replace(fixed=job.fixed + job.copy, copy=0)
+    made_for, job = job, job._replace(fixed=job.fixed + job.copy, copy=0)
     layers, free = shape.layers, _free(job)
     work = {"covariance": covariance_work(layers), "correction": correction_work(layers)}
     sizes = {"covariance": covariance_size, "correction": correction_size}
@@ -189,7 +191,7 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
     peak = {n: held[n] + batch_size(shape, tokens, job.dtype, work[n]) for n in sizes}
     peak["eigendecomposition"] = base + eigen_size(layers, workers)
     peak["agreement"] = held["correction"] + agreement_size(shape, job, compared)
-    return FitSplit(tokens, found["covariance"], found["correction"], workers, compared, peak)
+    return FitSplit(tokens, found["covariance"], found["correction"], workers, compared, peak, made_for)
 
 
 class Keeping(NamedTuple):
@@ -297,7 +299,7 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
         "rescore": base + rescore_size(shape, asked, rescored, tokens),
     }
     sizes = (solved * each[0], rescored * each[1])
-    return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], dense, REBUILD_BYTES, peak)
+    return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], dense, REBUILD_BYTES, peak, job)
 
 
 def _most(at_most: int, room: int, size: Callable[[int], int]) -> int:

@@ -1,0 +1,38 @@
+"""What becomes of freed memory: kept for the next tensors where the limit leaves room, else given back at once."""
+
+import subprocess
+import sys
+
+import pytest
+
+from upriver.model import memory
+from upriver.model.memory import ROOMY, settle
+from upriver.runtime.split import Job
+
+FAULTS = """
+import resource, torch
+from upriver.runtime.hardware import settle_memory
+settle_memory(reuse={reuse})
+torch.ones(16 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of the C library of Linux")
+def test_kept_memory_is_touched_once():
+    def faults(reuse: bool) -> int:
+        code = FAULTS.format(reuse=reuse)
+        return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    assert 8 * faults(True) < faults(False)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1.01 * ROOMY, True), (0.99 * ROOMY, False)])
+def test_memory_is_kept_where_the_largest_pass_leaves_room(limit, kept, monkeypatch):
+    seen = []
+    monkeypatch.setattr(memory, "settle_memory", lambda reuse: seen.append(reuse))
+    settle({"covariance": 10**8, "correction": 10**9}, Job(int(limit * 10**9), 0, 100, 100))
+    assert seen == [kept]
