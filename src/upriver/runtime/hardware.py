@@ -116,9 +116,9 @@ def settle_memory(reuse: bool = False) -> None:
     tenth and more, from run to run another one.
 
     Args:
-        reuse: keep it for the next tensors until :func:`give_back`: a pass through a model touches fresh pages all the time
-            otherwise, at a twelfth of its time.  Else large tensors lie in mappings of their own, which are gone when they
-            are freed: the peak is then what is alive at once, and not the holes besides.
+        reuse: keep it for the next tensors until :func:`give_back`, so that a pass does not touch fresh pages all the time.
+            Else large tensors lie in mappings of their own, which are gone when they are freed: the peak is then what is
+            alive at once, and not the holes besides.
     """
     if sys.platform == "linux":
         set_option = getattr(ctypes.CDLL(None), "mallopt", None)
