@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from upriver.model import memory
 from upriver.model.memory import ROOMY, settle
@@ -34,5 +35,8 @@ def test_kept_memory_is_touched_once():
 def test_memory_is_kept_where_the_largest_pass_leaves_room(limit, kept, monkeypatch):
     seen = []
     monkeypatch.setattr(memory, "settle_memory", lambda reuse: seen.append(reuse))
-    settle({"covariance": 10**8, "correction": 10**9}, Job(int(limit * 10**9), 0, 100, 100))
+    peak, job = {"covariance": 10**8, "correction": 10**9}, Job(int(limit * 10**9), 0, 100, 100)
+    settle(peak, job, torch.device("cuda"))  # another memory than that of the process
+    assert seen == []
+    settle(peak, job, torch.device("cpu"))
     assert seen == [kept]

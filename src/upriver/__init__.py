@@ -13,8 +13,8 @@ Example:
 import os
 
 # Threads that wait spin for a while by default, in the way of those that work: those of NumPy and SciPy in torch's (a covariance
-# pass takes a sixth longer then), and torch's in the way of other programs'.  Read when their
-# libraries are loaded; without effect if that is done already.
+# pass takes a sixth longer then), and torch's in the way of other programs'.  Read when their libraries are
+# loaded; without effect if that is done already.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -136,7 +136,7 @@ def _work(model: Model, data: Sequences, opts: FitOptions, progress: Progress) -
     shape = model_shape(model, layers, data)
     job = memory_job(model, data, opts.batch_tokens, opts.memory)
     split = split_fit(shape, job)
-    settle(split.peak, job)
+    settle(split.peak, job, model.device)
     rows = data.sample(opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64)), opts.seed)
     batches = data.plan(split.batch_tokens, rows)
     if opts.until is not None:  # any first part of them is then a fair sample

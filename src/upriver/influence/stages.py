@@ -69,7 +69,7 @@ def divide(
     asked = Asked(len(queries), int(np.max(queries.lengths)), None if opts.rank == "full" else opts.rank)
     memory = memory_job(model, data, opts.batch_tokens, opts.memory, dtype)
     split = split_trace(model_shape(model, layers, data), asked, memory)
-    settle(split.peak, memory)
+    settle(split.peak, memory, model.device)
     return split
 
 

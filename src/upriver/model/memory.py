@@ -46,6 +46,10 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
     return Job(limit, fixed, batch_tokens, int(data.lengths_N.max()), dtype or own, cores, sequences=most, copy=copy)
 
 
-def settle(peak: Mapping[str, int], job: Job) -> None:
-    """Keep freed memory for the next tensors where the limit leaves room for holes; see :func:`settle_memory`."""
-    settle_memory(reuse=ROOMY * max(peak.values()) <= job.limit)
+def settle(peak: Mapping[str, int], job: Job, device: torch.device) -> None:
+    """Keep freed memory for the next tensors where the limit leaves room for holes; see :func:`settle_memory`.
+
+    On a GPU the limit is that of its own memory, which says nothing of this process's.
+    """
+    if device.type != "cuda":
+        settle_memory(reuse=ROOMY * max(peak.values()) <= job.limit)
