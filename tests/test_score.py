@@ -17,7 +17,7 @@ from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.errors import ModelError
 from upriver.influence import stages
 from upriver.influence.gradients import Solver, measurements, query_chunks, query_gradients
-from upriver.influence.score import Score, Scratch, route
+from upriver.influence.score import Score, Scratch, dots, route
 from upriver.influence.tokens import output_token_influence, rescore, spurious
 from upriver.model.sweep import sweep, tracked_layers
 from upriver.pipeline import trace
@@ -60,11 +60,11 @@ def solver(c, factors) -> Solver:
     return Solver(c.model, c.layers, factors, c.queries, "ekfac", DAMPING)
 
 
-def streamed(c, solutions, order, batch_tokens=30):
+def streamed(c, solutions, order, batch_tokens=30, rebuild_bytes=1):
     """Scores ``[N, Q]`` and ``[N, Q, L]`` of one pass in one order of contraction."""
     layers, like = tracked_layers(c.model, c.data, c.spec), torch.empty(0, dtype=torch.float64)
     routes = {x.name: route(order, solutions[x.name], like) for x in layers}
-    consumer = Score(routes, len(c.queries), keep_layers=True, hold=3, rebuild_bytes=1)  # rebuilt queries one at a time
+    consumer = Score(routes, len(c.queries), keep_layers=True, hold=3, rebuild_bytes=rebuild_bytes)
     sweep(c.model, layers, c.data, c.data.plan(batch_tokens), consumer)
     found = consumer.tensors()
     place = torch.argsort(found["rows"])
@@ -94,6 +94,21 @@ def test_every_order_of_contraction(name, order, fitted):
     for i, n in enumerate(c.names):
         expected = torch.stack([torch.stack([-(v[n] * G[n]).sum() for v in solved(name)]) for G in gradients(name)])
         close(layers_NQL[..., i], expected, STORED)
+
+
+@pytest.mark.parametrize("rebuild_bytes", [1, 5_000, 20_000, 1 << 30])  # a row of each at a time, some rows, all
+def test_rebuilt_in_parts_of_any_size(rebuild_bytes, fitted):
+    c = case("neox")
+    v = solver(c, fitted("neox", seed=SEED)).low_rank(indices(c), 64)
+    low = {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}
+    close(streamed(c, low, "rebuilt", rebuild_bytes=rebuild_bytes)[0], scores("neox"), STORED)
+
+
+@pytest.mark.parametrize(("N", "Q"), [(1, 1), (3, 5), (32, 32), (40, 30)])
+@pytest.mark.parametrize(("O", "I"), [(6, 4), (7, 5), (1, 9), (64, 513), (3, 5000)])
+def test_dots_of_few_and_many_are_the_written_out_sum(N, Q, O, I):
+    G_NOI, v_QOI = torch.randn(N, O, I, dtype=torch.float64), torch.randn(Q, O, I, dtype=torch.float64)
+    close(dots(G_NOI, v_QOI), torch.einsum("noi,qoi->nq", G_NOI, v_QOI))
 
 
 @pytest.mark.parametrize("name", ["llama", "neox", "twice"])

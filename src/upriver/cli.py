@@ -33,7 +33,7 @@ from upriver.model.calibrate import Blank, plan_model
 from upriver.model.load import Model, load_model
 from upriver.model.shape import config_only
 from upriver.pipeline import complete, trace
-from upriver.runtime.config import FitOptions, Options, RunOptions, TraceOptions, options
+from upriver.runtime.config import BATCH_TOKENS, FitOptions, Options, RunOptions, TraceOptions, options
 from upriver.runtime.hardware import parse_memory
 from upriver.runtime.passes import Request, request_for
 from upriver.runtime.plan import describe, parse_sizes
@@ -87,7 +87,7 @@ def fit_command(
         float | None, typer.Option(help="Stop when the scores by either half of the sample correlate so well, as 0.99.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    batch_tokens: BatchTokens = 4096,
+    batch_tokens: BatchTokens = BATCH_TOKENS,
     memory: Memory = None,
     seed: Annotated[int, typer.Option(help="Of the sampled labels and sequences.", min=0)] = 0,
     device: Device = "auto",
@@ -172,7 +172,7 @@ def plan_command(
     rank: Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")] = "32",
     top: Annotated[int, typer.Option(help="Passages a side that are looked at again.", min=1)] = 100,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    batch_tokens: BatchTokens = 4096,
+    batch_tokens: BatchTokens = BATCH_TOKENS,
     memory: Memory = None,
     hardware: Annotated[
         str | None, typer.Option(help="A machine that is not here, as h100x8; without it, this one is measured.")

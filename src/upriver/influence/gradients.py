@@ -15,13 +15,13 @@ from upriver.errors import NumericalError
 from upriver.model.capture import capture, frozen
 from upriver.model.layers import Layer
 from upriver.model.load import Model
+from upriver.runtime.config import BATCH_TOKENS
 from upriver.runtime.store import Tensors, opened
 from upriver.runtime.threads import side_by_side
 from upriver.tensors import LowRank
 from upriver.text.batch import Batch, Examples, plan
 
 QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once
-BATCH_TOKENS = 4096
 
 
 class Measured(Protocol):

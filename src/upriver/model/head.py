@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from upriver.errors import ModelError
 
-CHUNK_BYTES = 128 << 20  # float32 logits held at once
+CHUNK_BYTES, CHUNK_ROWS = 128 << 20, 1024  # float32 logits held at once; more rows make no product faster
 Labels = Callable[[Tensor, slice], Tensor]  # (logits of a chunk, which rows) -> labels
 
 
@@ -83,7 +83,7 @@ class _TokenLosses(torch.autograd.Function):
         wide = torch.float64 if hidden_MH.dtype == torch.float64 else torch.float32
         losses_M = hidden_MH.new_empty(len(hidden_MH), dtype=wide)
         gradient_MH = torch.empty_like(hidden_MH) if ctx.needs_input_grad[0] else None
-        step = max(1, CHUNK_BYTES // (4 * head.out_features))
+        step = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * head.out_features)))
         for start in range(0, len(hidden_MH), step):
             rows = slice(start, start + step)
             logits_mV = F.linear(hidden_MH[rows], head.weight, head.bias).to(wide)

@@ -73,8 +73,8 @@ class Kept:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._disk.shutdown()
-        self._file.close()
+        self._disk.submit(self._file.close)  # a third of a second for 2 GB, which nobody has to wait for
+        self._disk.shutdown(wait=False)
 
     def holds(self, labels: Hashable, rows: np.ndarray) -> bool:
         if (labels, rows.tobytes()) not in self._records:

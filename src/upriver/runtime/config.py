@@ -19,6 +19,7 @@ CONVENTIONS = {
     "damping": "relative to the mean of lam, layer by layer, or absolute",
     "accumulation": "float32 or wider",
 }
+BATCH_TOKENS = 2048  # two cores are as fast with 1,024 as with 4,096, and activations take memory; a GPU may want more
 CURVATURES = ("ekfac", "kfac", "diagonal", "identity")
 POSITIVE = "Positive means: training on this passage raises the probability of the answer."
 PLAIN = {
@@ -46,7 +47,7 @@ class FitOptions(Options):
     max_tokens: int | None = Field(1_000_000, ge=1)
     until: float | None = Field(None, gt=0, le=1)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    batch_tokens: int = Field(4096, ge=1)
+    batch_tokens: int = Field(BATCH_TOKENS, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
     memory: str | None = None
 
@@ -61,7 +62,7 @@ class TraceOptions(Options):
     curvature: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
     layer_scores: bool = False
     dtype: Literal["float32", "bfloat16", "float64"] | None = None  # of the scan; None: that of the factors
-    batch_tokens: int = Field(4096, ge=1)
+    batch_tokens: int = Field(BATCH_TOKENS, ge=1)
     memory: str | None = None
 
     @field_validator("rank", mode="before")

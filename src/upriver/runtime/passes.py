@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from upriver.runtime import counts
+from upriver.runtime.config import BATCH_TOKENS
 from upriver.runtime.counts import Shape
 from upriver.runtime.hardware import Machine
 from upriver.runtime.split import ITEM, SUM, Asked, FitSplit, Keeping, TraceSplit, factors_of, keeping
@@ -33,7 +34,7 @@ class Request:
     top: int = 100
     dtype: str = "float32"
     scan_dtype: str = ""  # as dtype
-    batch_tokens: int = 4096
+    batch_tokens: int = BATCH_TOKENS
     batch_sequences: int = 0  # in the batch with most; 0: all are as long as the longest
     memory: int | None = None  # bytes; None: 80 % of what is available
     fit: bool = True

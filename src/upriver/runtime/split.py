@@ -14,7 +14,7 @@ SUM = 4  # bytes of a number in a sum, a basis or a full-rank query, whatever th
 WIDE = 8  # float64, in eigendecompositions
 SIDES = 2  # layers whose queries are solved side by side
 ITEM = {"float32": 4, "bfloat16": 2, "float64": 8}
-HEAD_BYTES = 128 << 20  # float32 logits held at once
+HEAD_BYTES, HEAD_ROWS = 128 << 20, 1024  # float32 logits held at once
 HEAD_COPIES = 3  # logits, their logarithms, and what either is made from
 EIGEN_COPIES = 6  # n x n in float64: matrix, its copy, eigenvectors, workspace of two, what the layer's other side left
 GRADIENT_BYTES = 16 << 20  # gradients of single sequences held at once: what stays in the caches of a core
@@ -28,7 +28,7 @@ MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met 
 SYMMETRIC_COPIES = 3  # of the largest matrix, while a triangle is made whole and added to the sums on disk
 QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
 DENSE_BYTES = 2 << 30  # multiplied-out queries, or batches that wait for them, held through a scan, at most
-REBUILD_BYTES = 64 << 20  # rows of multiplied-out queries held at once in one layer, with those of gradients
+REBUILD_BYTES = 128 << 20  # rows of multiplied-out queries held at once in one layer, with those of gradients
 
 
 class Job(NamedTuple):
@@ -117,7 +117,7 @@ def batch_size(shape: Shape, tokens: int, dtype: str, work: int = 0) -> int:
     Args:
         work: what a layer's consumer takes in the backward pass.
     """
-    logits = min(HEAD_BYTES, SUM * shape.vocabulary * tokens)
+    logits = min(HEAD_BYTES, SUM * shape.vocabulary * min(HEAD_ROWS, tokens))
     held, backward = shape.activation * tokens, TRANSIENT * shape.widest * tokens
     return int(ITEM[dtype] * held) + max(HEAD_COPIES * logits, int(ITEM[dtype] * backward) + work)
 
