@@ -65,5 +65,9 @@ def test_one_query_goes_by_tokens_and_many_by_dense_gradients_or_rebuilt():
     assert chosen(M=4096, N=8, Q=200, room=0) == ({"rebuilt"}, 1)
     assert chosen(M=4096, N=8, Q=200, room=3 * waiting) == ({"rebuilt"}, 3)
     assert chosen(M=4096, N=8, Q=200, room=20 * waiting - 1) == ({"dense"}, 1)
+    half = 2 * 2 * 200 * 512 * 512  # in bfloat16 the queries take half
+    assert chosen(M=4096, N=8, Q=200, room=half - 1)[0] == chosen(M=4096, N=8, Q=200, room=half)[0] == {"rebuilt"}
+    assert chosen(M=4096, N=8, Q=200, room=half, number=2) == ({"dense"}, 1)
+    assert chosen(M=4096, N=8, Q=200, room=half - 1, number=2)[0] == {"rebuilt"}
     whole = contraction(wide, M=4096, N=8, Q=200, R=None)
     assert set(whole.orders.values()) == {"dense"}

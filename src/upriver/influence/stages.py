@@ -99,8 +99,8 @@ def plan_routes(
     M = float(np.mean([job.data.lengths_N[rows].sum() for rows in batches]))
     N = float(np.mean([len(rows) for rows in batches]))
     Q = len(range(len(job.queries))[queries])
-    chosen = contraction(job.layers, M, N, Q, job.rank, job.split.dense_bytes)
     like = job.model.like
+    chosen = contraction(job.layers, M, N, Q, job.rank, job.split.dense_bytes, like.element_size())
     routes = {x.name: route(chosen.orders[x.name], read_solved(solved, x.name, queries), like) for x in job.layers}
     return routes, chosen.hold
 

@@ -197,9 +197,9 @@ class Contraction(NamedTuple):
 
 
 def contraction(
-    layers: Sequence[Sized], M: float, N: float, Q: int, R: int | None, room: float = DENSE_BYTES
+    layers: Sequence[Sized], M: float, N: float, Q: int, R: int | None, room: float = DENSE_BYTES, number: int = NUMBER
 ) -> Contraction:
-    """The cheapest order of each layer, by operations and memory.
+    """The cheapest order of each layer, by operations and memory, in numbers of ``number`` bytes.
 
     Where sequence gradients are cheaper than tokens, the queries are multiplied out once and held, if those of all such layers
     fit in ``room`` bytes; else the inputs and output gradients of some batches are, and the queries are multiplied out once
@@ -210,10 +210,10 @@ def contraction(
     costs = {x.name: orders(x.O, x.I, M, N, Q, R) for x in layers}
     formed = [x for x in layers if costs[x.name].dense < costs[x.name].tokens]
     chosen: dict[str, Order] = dict.fromkeys((x.name for x in layers), "tokens")
-    if sum(NUMBER * Q * x.O * x.I for x in formed) <= room:
+    if sum(number * Q * x.O * x.I for x in formed) <= room:
         chosen.update(dict.fromkeys((x.name for x in formed), "dense"))
         return Contraction(chosen, 1)
-    waiting = sum(NUMBER * M * (x.O + x.I) for x in formed)
+    waiting = sum(number * M * (x.O + x.I) for x in formed)
     hold = max(1, min(int(room / waiting), round(ENOUGH * Q * R / M)))
     for x in formed:
         if costs[x.name].dense + Q * x.O * x.I * R / hold < costs[x.name].tokens:

@@ -155,7 +155,7 @@ class Passes:
         tokens = r.sequences * self.T
         M = min(split.batch_tokens, tokens)
         N = max(1.0, M / self.T)
-        chosen = counts.contraction(self.layers, M, N, Q, r.rank, float(split.dense_bytes))
+        chosen = counts.contraction(self.layers, M, N, Q, r.rank, split.dense_bytes, ITEM[r.scan])
         work, entries = 0.0, 0.0
         for x in self.layers:
             order = chosen.orders[x.name]
