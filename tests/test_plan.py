@@ -2,6 +2,7 @@
 
 import json
 import re
+from copy import deepcopy
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -16,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cases import case
 from upriver.errors import ConfigError, ModelError
+from upriver.model import calibrate
 from upriver.model.calibrate import Blank, plan_here, plan_model
 from upriver.model.capture import capture
 from upriver.model.layers import find_layers, probe
+from upriver.model.load import Model
 from upriver.model.shape import config_only, config_shape, module_shape
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import counts
@@ -307,7 +310,7 @@ def test_memory_of_this_machine():
 
 
 HERE = Machine(
-    "this machine", 1, 10**10, 2, 1e-10, 1e9, 10**12, 3.0, {"float32": Rates(*[1e11] * 4, 1e10)}, 10**9, "float32", 0, 2.0
+    "this machine", 1, 10**10, 2, 1e-12, 1e9, 10**12, 3.0, {"float32": Rates(*[1e11] * 4, 1e10)}, 10**9, "float32", 0
 )  # fmt: skip
 LAYERS = tuple(LayerSize(f"{i}", 512, 256, f"{i}", i) for i in range(4))
 SMALL = Shape(LAYERS, (Block(3e5, 256.0),) * 4, 0.0, 2e6, 0.5, False, 4_000_000, 5000.0, 512, 8192)
@@ -333,8 +336,21 @@ def test_a_smaller_limit_costs_passes_and_the_numbers_stay():
         plan_run(Request(1000, 128, memory=10**9), SMALL, HERE)
 
 
+def _with_bfloat16(times: float) -> Machine:
+    """The machine with a bfloat16 that is so many times as fast."""
+    return HERE._replace(rates=HERE.rates | {"bfloat16": Rates(*(times * x for x in HERE.rates["float32"]))})
+
+
+def test_what_pays_is_the_run_as_a_whole_and_not_its_products():
+    """Eigendecompositions, solved queries and the second look stay in float32, so little is won where they are most of it."""
+    machine = _with_bfloat16(8.0)
+    long = plan_run(Request(100_000, 128, queries=1), SMALL, machine)
+    assert float(re.search(r"about ([\d.]+) times", long.advice[0])[1]) > 4
+    assert plan_run(Request(100, 128, queries=1), SMALL, machine._replace(eigen=1e-7)).advice == []
+
+
 def test_the_description_names_every_pass_and_what_pays():
-    plan = plan_run(Request(1000, 128, queries=8), SMALL, HERE)
+    plan = plan_run(Request(100_000, 128, queries=8), SMALL, _with_bfloat16(2.0))
     lines = describe(plan)
     text = "\n".join(lines)
     for name in (
@@ -349,8 +365,10 @@ def test_the_description_names_every_pass_and_what_pays():
     ):
         assert name in text
     assert max(map(len, lines)) <= 110
-    slow = plan_run(Request(1000, 128), SMALL, HERE._replace(low_precision=1.1))
-    assert "bfloat16" not in "\n".join(describe(slow))
+    for machine in (HERE, _with_bfloat16(1.1)):
+        assert "bfloat16" not in "\n".join(describe(plan_run(Request(100_000, 128), SMALL, machine)))
+    asked = plan_run(Request(100_000, 128, dtype="bfloat16"), SMALL, _with_bfloat16(2.0))
+    assert "pays" not in "\n".join(describe(asked))
     assert json.loads(json.dumps(plan.as_dict()))["seconds"]["fit"] == plan.seconds("fit")
 
 
@@ -378,6 +396,25 @@ def test_this_machine_is_measured_with_the_model(name):
     assert [p.seconds for p in again.passes] == [p.seconds for p in plan.passes]
     with pytest.raises(ConfigError, match="least that would do"):
         plan_here(c.model, layers, c.data, request_for(c.data.lengths_N, dtype="float64", memory=10**6))
+
+
+@pytest.mark.parametrize(("product", "model", "advised"), [(3.0, 3.0, True), (3.0, 1.0, False), (1.0, 3.0, False)])
+def test_bfloat16_is_measured_in_a_long_run_and_advised_by_what_the_model_makes_of_it(
+    product, model, advised, monkeypatch
+):
+    """Faster products are the reason to look, the model's own pass is what counts."""
+    loaded, corpus, looked = Model(deepcopy(module("llama"))), Blank(1000, T), []
+
+    def rates(computing, *_):
+        looked.append(computing.dtype)
+        return Rates(*[1e6 * (model if computing.dtype == torch.bfloat16 else 1.0)] * 4, 1e12)
+
+    monkeypatch.setattr(calibrate, "_rates", rates)
+    monkeypatch.setattr(calibrate, "_low_precision_speed", lambda *_: product)
+    layers = tracked_layers(loaded, corpus, "mlp")
+    plan = plan_here(loaded, layers, corpus, request_for(corpus.lengths_N, queries=3))
+    assert looked == [torch.float32] + [torch.bfloat16] * (product > 1)
+    assert any("bfloat16 pays" in line for line in plan.advice) == advised
 
 
 def test_a_model_and_a_corpus_that_are_not_there(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from upriver.errors import ConfigError
 from upriver.model.capture import capture
 from upriver.model.layers import Layer, find_layers
 from upriver.model.load import Model, dtype_named
@@ -35,13 +36,14 @@ from upriver.runtime.hardware import (
     resident_memory,
 )
 from upriver.runtime.passes import Request
-from upriver.runtime.plan import Plan, plan_run, smallest_batch
+from upriver.runtime.plan import PAYS, Plan, plan_run, smallest_batch
 from upriver.runtime.split import ITEM, Job
 from upriver.tensors import add_second_moment, eigh, sequence_gradients
 from upriver.text.batch import Batch, Sequences, pad, plan, sample
 
 TIMED_FLOP = 1.5e11  # of one calibration pass through the model: about a second on two cores
 EIGEN_SIDE = 768  # of the matrix that is decomposed to measure
+LONG = 60.0  # seconds of a run for which it is worth measuring whether bfloat16 pays
 MOVED = 32 << 20  # bytes copied to measure bandwidth
 WRITTEN = 32 << 20
 
@@ -66,8 +68,12 @@ def plan_here(
     if made_for is not None:
         request = dataclasses.replace(request, memory=made_for.limit)
     machine = machine_here(model, layers, data, shape, request, made_for and made_for.fixed)
+    found = plan_run(request, shape, machine)
+    if sum(p.seconds for p in found.passes) >= LONG and (tokens := _may_pay(request, shape, machine, model.device)):
+        rates = _measured(model, layers, data, shape, tokens, ["bfloat16"])
+        found = plan_run(request, shape, machine._replace(rates=machine.rates | rates))
     give_back()
-    return plan_run(request, shape, machine)
+    return found
 
 
 def plan_model(model: Model | Path, data: Sequences, spec: str, request: Request, hardware_name: str | None) -> Plan:
@@ -128,20 +134,39 @@ def machine_here(
     machine = _machine(shape, str(model.dtype).removeprefix("torch."), 0, model.device)
     machine = machine if fixed is None else machine._replace(resident=fixed)
     tokens = smallest_batch(request, shape, machine)
-    measured = _MEASURED.setdefault(model.module, {})
-    for dtype in dict.fromkeys((machine.loaded, *request.dtypes)):
-        if (dtype, tokens) not in measured:
+    rates = _measured(model, layers, data, shape, tokens, [machine.loaded, *request.dtypes])
+    return _timed(machine._replace(rates={"float32": rates[machine.loaded], **rates}), shape, model.device)
+
+
+def _measured(
+    model: Model, layers: list[Layer], data: Sequences, shape: Shape, tokens: int, dtypes: list[str]
+) -> dict[str, Rates]:
+    """The rates of each compute type, in batches of ``tokens``."""
+    known = _MEASURED.setdefault(model.module, {})
+    for dtype in dtypes:
+        if (dtype, tokens) not in known:
             with model.computing_in(dtype) as computing:
                 same = layers if computing is model else _same(computing, layers)
-                measured[dtype, tokens] = _rates(computing, same, data, shape, tokens)
-    rates = {dtype: x for (dtype, n), x in measured.items() if n == tokens}
-    return _timed(machine._replace(rates={"float32": rates[machine.loaded], **rates}), shape, model.device)
+                known[dtype, tokens] = _rates(computing, same, data, shape, tokens)
+    return {dtype: known[dtype, tokens] for dtype in dtypes}
+
+
+def _may_pay(request: Request, shape: Shape, machine: Machine, device: torch.device) -> int:
+    """Tokens of a batch in which bfloat16 is worth measuring; 0: no product is faster, or no copy of the model in it fits."""
+    side = min(2048, max(max(x.O, x.I) for x in shape.layers))
+    if machine.loaded != "float32" or "bfloat16" in request.dtypes or _low_precision_speed(side, device) < PAYS:
+        return 0
+    try:
+        rough = dataclasses.replace(request, dtype="bfloat16", scan_dtype="bfloat16")
+        return smallest_batch(rough, shape, machine)
+    except ConfigError:
+        return 0
 
 
 def machine_without(shape: Shape, request: Request) -> Machine:
     """This machine for a model that is not here: as fast as its products."""
     device, rates = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
-    for dtype in dict.fromkeys(("float32", *request.dtypes)):
+    for dtype in dict.fromkeys(("float32", "bfloat16", *request.dtypes)):
         like = torch.empty(0, dtype=dtype_named(dtype), device=device)
         largest = max(shape.layers, key=lambda x: x.O * x.I)
         product, symmetric, gradient = _product_rates(largest, max(1, round(request.tokens)), 1024, like)
@@ -158,7 +183,7 @@ def _machine(shape: Shape, loaded: str, to_come: int, device: torch.device) -> M
     memory = default_limit(resident)
     if device.type == "cuda":
         memory = resident + int(DEFAULT_SHARE * torch.cuda.mem_get_info(device)[0])
-    return Machine("this machine", 1, memory, cores, 0.0, 1.0, free_space(Path()), 0.0, {}, resident, loaded, 0, 1.0)
+    return Machine("this machine", 1, memory, cores, 0.0, 1.0, free_space(Path()), 0.0, {}, resident, loaded, 0)
 
 
 def _timed(machine: Machine, shape: Shape, device: torch.device) -> Machine:
@@ -166,7 +191,6 @@ def _timed(machine: Machine, shape: Shape, device: torch.device) -> Machine:
     return machine._replace(
         eigen=_eigen_rate(min(EIGEN_SIDE, side), device),
         disk=_disk_rate(),
-        low_precision=_low_precision_speed(min(2048, side), device),
         peak=0 if device.type == "cuda" else peak_memory() or 0,
         start=process_seconds() or time.process_time(),  # with the measuring, which every run begins with
     )

@@ -45,7 +45,6 @@ class Machine(NamedTuple):
     resident: int | None  # bytes in use now, with the model; None: not measured
     loaded: str  # the type that it is in
     peak: int  # the most bytes that were in use so far
-    low_precision: float  # speed of bfloat16 products over float32
 
     def of(self, dtype: str) -> Rates:
         return self.rates.get(dtype) or self.rates["float32"]
@@ -218,7 +217,6 @@ def hardware(name: str) -> Machine:
         resident=None,
         loaded="float32",
         peak=0,
-        low_precision=entry["bfloat16"] / entry["float32"],
     )
 
 

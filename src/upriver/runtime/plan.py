@@ -8,6 +8,7 @@ the division of the work from :mod:`upriver.runtime.split`, speeds from :mod:`up
 """
 
 import re
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from upriver.errors import ConfigError
@@ -17,7 +18,7 @@ from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, Machine, show_byt
 from upriver.runtime.passes import Pass, Passes, Request
 from upriver.runtime.split import ITEM, SUM, Asked, FitSplit, Job, TraceSplit, factors_of, split_fit, split_trace
 
-PAYS = 1.2  # bfloat16 products this much faster than float32 ones: recommended
+PAYS = 1.2  # times as fast in bfloat16, the run as a whole: recommended
 
 
 class Plan(NamedTuple):
@@ -81,15 +82,16 @@ def plan_run(request: Request, shape: Shape, machine: Machine) -> Plan:
     if not shape.layers:
         raise ConfigError("nothing to plan: got no tracked layer; choose some with --layers")
     spread, limit, fit, trace = _divide(request, shape, machine)
-    passes: list[Pass] = []
-    disk = _disk(request, shape)
-    if fit:
-        fitting = Passes(request, shape, machine, request.dtype)
-        passes += fitting.fit(fit)
-        disk |= {"kept between passes": size} if (size := fitting.keeping(fit).size) else {}
-    if trace:
-        passes += Passes(request, shape, machine, request.scan).trace(trace)
-    advice = _advice(request, machine, spread)
+    disk, passes = _disk(request, shape), _passes(request, shape, machine, fit, trace)
+    if fit and (size := Passes(request, shape, machine, request.dtype).keeping(fit).size):
+        disk |= {"kept between passes": size}
+    advice = []
+    if "bfloat16" in machine.rates and "bfloat16" not in request.dtypes:
+        rough = replace(request, dtype="bfloat16", scan_dtype="bfloat16")
+        faster = _total(passes) / _total(_passes(rough, shape, machine, fit, trace))
+        advice = [f"bfloat16 pays here: about {faster:.1f} times as fast (--dtype bfloat16)"] if faster >= PAYS else []
+    if spread > 1:
+        advice += [f"one copy of the model needs {spread} devices; copies side by side: {machine.devices // spread}"]
     return Plan(
         request,
         machine.name,
@@ -104,6 +106,17 @@ def plan_run(request: Request, shape: Shape, machine: Machine) -> Plan:
         disk,
         advice,
     )
+
+
+def _passes(
+    request: Request, shape: Shape, machine: Machine, fit: FitSplit | None, trace: TraceSplit | None
+) -> list[Pass]:
+    fitting, tracing = (Passes(request, shape, machine, dtype) for dtype in (request.dtype, request.scan))
+    return (fitting.fit(fit) if fit else []) + (tracing.trace(trace) if trace else [])
+
+
+def _total(passes: list[Pass]) -> float:
+    return sum(p.seconds for p in passes)
 
 
 def smallest_batch(request: Request, shape: Shape, machine: Machine) -> int:
@@ -151,17 +164,6 @@ def _disk(r: Request, shape: Shape) -> dict[str, int]:
         sizes["solved queries"] = SUM * r.queries * factors_of(layers, Asked(r.queries, r.query_tokens, r.rank))
         sizes["scores"] = 2 * SUM * r.queries * r.sequences
     return sizes
-
-
-def _advice(r: Request, machine: Machine, spread: int) -> list[str]:
-    lines = []
-    if machine.low_precision >= PAYS and "bfloat16" not in (r.dtype, r.scan):
-        lines.append(
-            f"bfloat16 pays here: its products are {machine.low_precision:.1f} times as fast (--dtype bfloat16)"
-        )
-    if spread > 1:
-        lines.append(f"one copy of the model needs {spread} devices; copies side by side: {machine.devices // spread}")
-    return lines
 
 
 def describe(plan: Plan) -> list[str]:
