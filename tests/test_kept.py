@@ -12,6 +12,8 @@ from test_plan import HERE, SMALL
 from test_resume import killed, tiny_corpus, tiny_model
 from test_split import GIVEN, factors_of, in_groups_of, long_corpus
 from upriver.curvature import fit as fitting
+from upriver.curvature.agreement import probed
+from upriver.curvature.factors import Factors
 from upriver.curvature.fit import fit
 from upriver.model import kept, sweep
 from upriver.model.kept import Kept
@@ -62,8 +64,11 @@ def test_the_second_pass_reads_what_the_first_saw(name, tmp_path, any_disk, no_s
     read = run(c.model, c.data, tmp_path / "kept", c.spec, fisher="empirical", dtype="float64")
     no_space()
     computed = run(c.model, c.data, tmp_path / "computed", c.spec, fisher="empirical", dtype="float64")
-    assert computed - read == len(c.data.plan(GIVEN["batch_tokens"]))
+    batches = c.data.plan(GIVEN["batch_tokens"])
+    assert computed - read == len(batches) + len(probed(batches, len(c.data), 8))  # correction, and how the halves agree
     assert factors_of(tmp_path / "kept") == factors_of(tmp_path / "computed")
+    halves = [Factors(tmp_path / x).manifest["fit"]["halves"] for x in ("kept", "computed")]
+    assert halves[0] == halves[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -110,8 +110,8 @@ def test_scores_by_the_same_eigenvalues_agree_and_are_those_of_the_oracle(fitted
     layers = tracked_layers(c.model, c.data, c.spec)
     moments = {x.name: factors.moments(x.name) for x in layers}
     lam = {x.name: factors.block(x.name).lam_OI + 1 for x in layers}
-    consumer = Agreement(moments, {n: torch.stack([v, 2 * v]) for n, v in lam.items()})
-    sweep.sweep(c.model, layers, c.data, [np.arange(3)], consumer)
+    consumer = Agreement(moments, {n: torch.stack([v, 2 * v]) for n, v in lam.items()}, at_once=3)
+    sweep.sweep(c.model, layers, c.data, [np.arange(4)], consumer)  # of which three are compared
     pairs_2LP = consumer.result()
     close(pairs_2LP[0], 2 * pairs_2LP[1].double(), 1e-6)
     turned = [{n: moments[n].rotate(G[n]) for n in c.names} for G in gradients("llama")[:3]]

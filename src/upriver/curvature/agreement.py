@@ -22,9 +22,25 @@ SEQUENCES, SHARE = 64, 16  # so many at most, a sixteenth of the sample at most,
 
 def probes(total: int, fitted: int, at_once: int) -> list[np.ndarray]:
     """Random ones of ``total`` sequences, in batches of about ``at_once``, for a sample of ``fitted``."""
-    most = max(8, 32 // at_once, min(SEQUENCES, fitted // SHARE))
-    rows = np.sort(np.random.default_rng(0).permutation(total)[:most])
+    rows = np.sort(np.random.default_rng(0).permutation(total)[: _most(fitted, at_once)])
     return [part for part in np.array_split(rows, max(1, len(rows) // at_once)) if len(part) > 1]
+
+
+def probed(batches: list[np.ndarray], fitted: int, at_once: int) -> list[np.ndarray]:
+    """Random ones of the sample's own ``batches``, of which the first ``at_once`` sequences are compared.
+
+    They are batches that the passes have seen, with the same labels where these are the corpus's: a disk may hold them.
+    """
+    found: list[np.ndarray] = []
+    for i in np.random.default_rng(0).permutation(len(batches)):
+        if sum(min(len(rows), at_once) for rows in found) >= _most(fitted, at_once):
+            break
+        found += [batches[i]] * (len(batches[i]) > 1)
+    return found
+
+
+def _most(fitted: int, at_once: int) -> int:
+    return max(8, 32 // at_once, min(SEQUENCES, fitted // SHARE))
 
 
 def denominators(sums: Path, group: list[Layer]) -> Tensors:
@@ -39,22 +55,23 @@ def denominators(sums: Path, group: list[Layer]) -> Tensors:
 class Agreement:
     """Consumer: the scores of the sequences of a batch on each other, by the eigenvalues of either half of the sample.
 
-    ``pairs_2LP``: for each half and layer the scores of P pairs; every two sequences of every batch are a pair.
+    ``pairs_2LP``: for each half and layer the scores of P pairs; every two of a batch's first ``at_once`` sequences are a pair.
     """
 
-    def __init__(self, moments: dict[str, Moments], denominators: dict[str, Tensor]):
+    def __init__(self, moments: dict[str, Moments], denominators: dict[str, Tensor], at_once: int):
         self.moments, self.denominators = moments, denominators  # lam + lambda: [2, O, I] of each layer
+        self.at_once = at_once
         self.parts: list[Tensor] = []
         self.place = {name: i for i, name in enumerate(moments)}
 
     def begin(self, batch: Batch) -> None:
-        N = len(batch.rows_N)
+        N = min(self.at_once, len(batch.rows_N))
         self.upper = torch.triu_indices(N, N, 1)
         self.parts.append(torch.zeros(2, len(self.place), self.upper.shape[1]))
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         m = self.moments[layer.name]
-        G_NP = rotated_gradients(a_NTI, g_NTO, m.Q_A_II, m.Q_S_OO).flatten(1)
+        G_NP = rotated_gradients(a_NTI[: self.at_once], g_NTO[: self.at_once], m.Q_A_II, m.Q_S_OO).flatten(1)
         for half, denominator_OI in enumerate(self.denominators[layer.name]):
             scores_NN = (G_NP / denominator_OI.flatten().to(G_NP)) @ G_NP.T
             self.parts[-1][half, self.place[layer.name]] = scores_NN[self.upper[0], self.upper[1]].float().cpu()

@@ -22,7 +22,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from upriver.curvature.agreement import Agreement, agreement, denominators, probes
+from upriver.curvature.agreement import Agreement, agreement, denominators, probed, probes
 from upriver.curvature.blocks import Moments
 from upriver.curvature.factors import Factors, read_moments
 from upriver.curvature.passes import Correction, Covariance
@@ -325,7 +325,6 @@ def _eigenvalues(top: Stage, work: Work, times: Times) -> dict[str, Any]:
         with times("correction"):
             make = partial(Correction, work.dtype, moments)
             sums = _pass(top, "correction", work, group, make)
-            give_back()
         with times("agreement"):
             pairs.append(_probe(work, group, moments, sums))
         files += [(sums, x) for x in group]
@@ -350,10 +349,13 @@ def _probe(work: Work, group: list[Layer], moments: dict[str, Moments], sums: Pa
     """Scores of a few sequences on each other by the eigenvalues of either half, ``[2, L, P]``; None when a half is empty."""
     if not int(read_tensor(sums, "sequences").min()):
         return None
-    consumer = Agreement(moments, denominators(sums, group))
-    batches = probes(len(work.data), work.sequences, work.split.compared)
-    kept = work.kept if len(work.split.correction) > 1 else None
-    sweep(work.model, group, work.data, batches, consumer, Labels(), kept=kept)
+    at_once = work.split.compared
+    consumer = Agreement(moments, denominators(sums, group), at_once)
+    if work.labels[1] == Labels():
+        batches = probed([rows for unit in work.units for rows in unit], work.sequences, at_once)
+    else:
+        batches = probes(len(work.data), work.sequences, at_once)
+    sweep(work.model, group, work.data, batches, consumer, Labels(), kept=work.kept)
     return consumer.result() if batches else None
 
 

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 Order = Literal["tokens", "dense", "rebuilt"]
 NUMBER = 4  # bytes
 DENSE_BYTES = 2 << 30  # queries, or batches that wait for them, held through a scan
-ENOUGH = 5  # batches wait until multiplying out takes a fifth of forming their gradients
+ENOUGH = 3  # batches wait until multiplying out takes a third of forming their gradients: longer pays little, and takes memory
 OVERSAMPLE, PRODUCTS = 16, 10  # of the randomised singular value decomposition: extra columns, products with the matrix
 
 

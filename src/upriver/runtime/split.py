@@ -137,10 +137,10 @@ def correction_work(layers: Sequence[Sized]) -> int:
     return GRADIENT_COPIES * max(GRADIENT_BYTES, SUM * max(x.O * x.I for x in layers))
 
 
-def agreement_size(shape: Shape, job: Job, compared: int) -> int:
-    """A batch of a few sequences that are scored on each other, and their gradients in one layer."""
+def agreement_size(shape: Shape, job: Job, compared: int, tokens: int) -> int:
+    """A batch, of the fit or of a few sequences that are scored on each other, and their gradients in one layer."""
     gradients = GRADIENT_COPIES * compared * SUM * max(x.O * x.I for x in shape.layers)
-    return batch_size(shape, compared * job.longest, job.dtype, gradients)
+    return batch_size(shape, max(tokens, compared * job.longest), job.dtype, gradients)
 
 
 def eigen_size(layers: Sequence[Sized], workers: int) -> int:
@@ -169,7 +169,7 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
 
     def batch(name: str, tokens: int, compared: int) -> int:
         size = batch_size(shape, tokens, job.dtype, work[name])
-        return size if name == "covariance" else max(size, agreement_size(shape, job, compared))
+        return size if name == "covariance" else max(size, agreement_size(shape, job, compared, tokens))
 
     least = max(max(size([x]) for x in layers) + batch(name, job.longest, 2) for name, size in sizes.items())
     _refuse("fit", job, max(least, eigen_size(layers, 1)))
@@ -190,7 +190,7 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
     held = {n: base + max(sizes[n]([layers[i] for i in g]) for g in found[n]) for n in sizes}
     peak = {n: held[n] + batch_size(shape, tokens, job.dtype, work[n]) for n in sizes}
     peak["eigendecomposition"] = base + eigen_size(layers, workers)
-    peak["agreement"] = held["correction"] + agreement_size(shape, job, compared)
+    peak["agreement"] = held["correction"] + agreement_size(shape, job, compared, tokens)
     return FitSplit(tokens, found["covariance"], found["correction"], workers, compared, peak, made_for)
 
 
