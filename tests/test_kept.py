@@ -65,7 +65,9 @@ def test_the_second_pass_reads_what_the_first_saw(name, tmp_path, any_disk, no_s
     no_space()
     computed = run(c.model, c.data, tmp_path / "computed", c.spec, fisher="empirical", dtype="float64")
     batches = c.data.plan(GIVEN["batch_tokens"])
-    assert computed - read == len(batches) + len(probed(batches, len(c.data), 8))  # correction, and how the halves agree
+    assert computed - read == len(batches) + len(
+        probed(batches, len(c.data), 8)
+    )  # correction, and how the halves agree
     assert factors_of(tmp_path / "kept") == factors_of(tmp_path / "computed")
     halves = [Factors(tmp_path / x).manifest["fit"]["halves"] for x in ("kept", "computed")]
     assert halves[0] == halves[1]

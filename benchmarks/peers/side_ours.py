@@ -17,7 +17,7 @@ from upriver.influence.stages import Job as Trace
 from upriver.influence.stages import divide, scan_stage, solve_stage
 from upriver.model.load import Model
 from upriver.model.sweep import tracked_layers
-from upriver.runtime.config import TraceOptions, options
+from upriver.runtime.config import BATCH_TOKENS, TraceOptions, options
 from upriver.runtime.progress import mute, silent
 from upriver.runtime.store import Stage
 from upriver.text.batch import Examples
@@ -37,9 +37,9 @@ class Side:
     def __init__(self, job: Job, folder: Path):
         self.job, self.folder = job, folder
         self.model = Model(load_module(job, torch.float32))
-        self.corpus, self.batch_tokens = Sequences(job.corpus_NT, 1), job.batch * job.tokens
+        self.corpus, self.batch_tokens = Sequences(job.corpus_NT, 1), BATCH_TOKENS
         self.settings = (
-            f"upriver {version('upriver')}, {job.batch} sequences a batch, memory {job.memory or 'not limited'}"
+            f"upriver {version('upriver')}, {BATCH_TOKENS} tokens a batch, memory {job.memory or 'not limited'}"
         )
         self.step(Meter())  # warm up: threads, buffers
 
@@ -96,7 +96,7 @@ class Side:
         """A plain forward and full backward pass over the corpus in float32, every parameter with a gradient."""
         module = self.model.module.train()
         with meter("step"):
-            for rows in self.corpus.plan(self.batch_tokens):
+            for rows in self.corpus.plan(self.job.batch * self.job.tokens):
                 tokens_NT = self.corpus.batch(rows).inputs["tokens"]
                 module(input_ids=tokens_NT, labels=tokens_NT, use_cache=False).loss.backward()
                 module.zero_grad(set_to_none=True)
