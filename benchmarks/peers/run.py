@@ -139,7 +139,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, help="default: 64")
     parser.add_argument("--tokens", type=int, help="of a sequence; default: 256 (neox), 128 (smollm2)")
     parser.add_argument("--query-tokens", type=int, default=32, help="of prompt and completion, half each")
-    parser.add_argument("--batch", type=int, default=16, help="sequences in a batch, of the peers and of the plain step")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="sequences in a batch, of the peers and of the plain step"
+    )
     parser.add_argument("--query-batch", type=int, default=16, help="queries in a batch of Kronfluence")
     parser.add_argument("--width", type=int, default=512, help="of the neox job")
     parser.add_argument("--vocabulary", type=int, default=8192, help="of the neox job")
