@@ -18,6 +18,7 @@ from upriver.influence.stages import divide, scan_stage, solve_stage
 from upriver.model.load import Model
 from upriver.model.sweep import tracked_layers
 from upriver.runtime.config import BATCH_TOKENS, TraceOptions, options
+from upriver.runtime.hardware import give_back
 from upriver.runtime.progress import mute, silent
 from upriver.runtime.store import Stage
 from upriver.text.batch import Examples
@@ -71,6 +72,7 @@ class Side:
             trace = self._trace(place, queries, rank, factors, dtype)
             with meter("solve"):
                 solved = solve_stage(trace)
+                give_back()
             stored = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
             with meter("scan"), self.model.computing_in(dtype) as computing:
                 layers = tracked_layers(computing, self.corpus, "mlp")
