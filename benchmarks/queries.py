@@ -18,6 +18,7 @@ from upriver.influence.score import Score, Scratch, route
 from upriver.model.load import Model
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.runtime import counts
+from upriver.runtime.config import BATCH_TOKENS
 from upriver.runtime.hardware import settle_memory
 from upriver.tensors import LowRank
 from upriver.text.batch import Examples
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--room", type=float, default=counts.DENSE_BYTES, help="bytes for queries or batches held")
     parser.add_argument("--repeats", type=int, default=3)

@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768, help="of the corpus of size 1")
     parser.add_argument("--sizes", default="1,2,4,8")
     parser.add_argument("--length", type=int, default=128, help="tokens of a passage")
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--memory", help="the promise given to both commands, such as 2GB")
     opts = parser.parse_args()
