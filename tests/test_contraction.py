@@ -6,6 +6,7 @@ import torch
 import reference
 from cases import CASES, case, gradients, measured
 from upriver.influence.score import Score, route
+from upriver.influence.stages import _evenly
 from upriver.model.layers import Layer
 from upriver.model.sweep import sweep, tracked_layers
 from upriver.runtime.counts import contraction, orders
@@ -71,3 +72,9 @@ def test_one_query_goes_by_tokens_and_many_by_dense_gradients_or_rebuilt():
     assert chosen(M=4096, N=8, Q=200, room=half - 1, number=2)[0] == {"rebuilt"}
     whole = contraction(wide, M=4096, N=8, Q=200, R=None)
     assert set(whole.orders.values()) == {"dense"}
+
+
+@pytest.mark.parametrize(("hold", "batches", "even"), [(1, 5, 1), (5, 8, 4), (8, 8, 8), (20, 8, 8), (3, 8, 3), (6, 32, 6)])
+def test_batches_wait_in_even_numbers_and_no_more_often(hold, batches, even):
+    assert _evenly(hold, batches) == even
+    assert -(-batches // even) == -(-batches // hold)
