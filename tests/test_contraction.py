@@ -74,7 +74,9 @@ def test_one_query_goes_by_tokens_and_many_by_dense_gradients_or_rebuilt():
     assert set(whole.orders.values()) == {"dense"}
 
 
-@pytest.mark.parametrize(("hold", "batches", "even"), [(1, 5, 1), (5, 8, 4), (8, 8, 8), (20, 8, 8), (3, 8, 3), (6, 32, 6)])
+@pytest.mark.parametrize(
+    ("hold", "batches", "even"), [(1, 5, 1), (5, 8, 4), (8, 8, 8), (20, 8, 8), (3, 8, 3), (6, 32, 6)]
+)
 def test_batches_wait_in_even_numbers_and_no_more_often(hold, batches, even):
     assert _evenly(hold, batches) == even
     assert -(-batches // even) == -(-batches // hold)
