@@ -14,13 +14,13 @@ import torch
 from scan import timed
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from upriver.influence.score import Score, Scratch, route
+from upriver.influence.score import Score, route
 from upriver.model.load import Model
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.runtime import counts
 from upriver.runtime.config import BATCH_TOKENS
 from upriver.runtime.hardware import settle_memory
-from upriver.tensors import LowRank
+from upriver.tensors import LowRank, Scratch
 from upriver.text.batch import Examples
 
 VOCABULARY, WIDTH, RANK = 8192, 512, 32

@@ -19,8 +19,11 @@ from upriver.errors import ConfigError, MismatchError, NumericalError
 from upriver.model.losses import Sampler, sample
 from upriver.tensors import (
     LowRank,
+    Scratch,
     add_second_moment,
+    aligned,
     eigh,
+    even_parts,
     orthonormal,
     rotated_gradients,
     symmetric,
@@ -237,12 +240,27 @@ def test_the_covariance_and_correction_passes_draw_different_labels():
 class TestTensors:
     def test_both_orders_of_rotation(self):
         torch.manual_seed(0)
-        for T, O, I in ((1, 3, 5), (4, 3, 5), (4, 5, 3), (40, 3, 5)):
+        scratch = Scratch()  # shared by all, so that what one left lies where the next one works
+        for T, O, I in ((1, 3, 5), (4, 3, 5), (4, 5, 3), (40, 3, 5), (4, 17, 16)):
             a, g = torch.randn(2, T, I, dtype=torch.float64), torch.randn(2, T, O, dtype=torch.float64)
             Q_A, Q_S = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q for n in (I, O))
             expected = torch.stack([Q_S.T @ (g[n].T @ a[n]) @ Q_A for n in (0, 1)])
             close(rotated_gradients(a, g, Q_A, Q_S), expected)
             close(rotated_gradients(a @ Q_A, g, None, Q_S), expected)
+            wide = scratch.product("input", a, Q_A, aligned(I))
+            assert wide.shape == (2, T, aligned(I))
+            assert wide.is_contiguous()
+            close(rotated_gradients(a, g, Q_A, Q_S, scratch), expected)
+            found = rotated_gradients(wide, g, None, Q_S, scratch)
+            close(found[..., :I], expected)
+            assert not found[..., I:].any()
+
+    def test_even_parts(self):
+        assert even_parts(0, 3) == []
+        for total, most, sizes in ((8, 8, [8]), (9, 8, [4, 5]), (8, 3, [2, 3, 3]), (3, 1, [1, 1, 1])):
+            parts = even_parts(total, most)
+            assert [len(range(total)[part]) for part in parts] == sizes
+            assert [n for part in parts for n in range(total)[part]] == list(range(total))
 
     @pytest.mark.parametrize("device", ["cpu", "blocks"])
     @pytest.mark.parametrize("shape", [(0, 3), (7, 1), (50, 3), (20, 33)])

@@ -174,9 +174,10 @@ def test_invariant_3_trace_is_the_mean_squared_norm_in_any_orthogonal_bases(name
     bases = {x.name: Moments(orthogonal(x.I), orthogonal(x.O), torch.ones(x.I), torch.ones(x.O), 1.0) for x in layers}
     consumer = Correction(torch.float64, bases)
     sweep(c.model, layers, c.data, c.data.plan(30), consumer, Labels(0, 2))
+    sums = consumer.result()
     for x in layers:
         expected = torch.stack([G[x.name].square().sum() for G in cases.truth(name).grads]).mean()
-        close(consumer.result()[f"lam:{x.name}"].sum() / len(c.data), expected)
+        close(sums[f"lam:{x.name}"].sum() / len(c.data), expected)
         close(factors.block(x.name).lam_OI.sum(), expected)
         close(factors.block(x.name, "diagonal").lam_OI.sum(), expected)
 

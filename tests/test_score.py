@@ -17,13 +17,13 @@ from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.errors import ModelError
 from upriver.influence import stages
 from upriver.influence.gradients import Solver, measurements, query_chunks, query_gradients
-from upriver.influence.score import Score, Scratch, dots, route
+from upriver.influence.score import Score, dots, route
 from upriver.influence.tokens import output_token_influence, rescore, spurious
 from upriver.model.sweep import sweep, tracked_layers
 from upriver.pipeline import trace
 from upriver.runtime.counts import Contraction, contraction, orders
 from upriver.runtime.split import split_trace
-from upriver.tensors import LowRank
+from upriver.tensors import LowRank, Scratch
 
 KINDS = ("ekfac", "kfac", "diagonal", "identity")
 ORDERS = ("tokens", "dense", "rebuilt")

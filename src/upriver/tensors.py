@@ -4,6 +4,8 @@ Axes: N sequences, T positions, M real tokens, I inputs of a layer (+1 with a bi
 ``a_NTI`` is a layer's input, ``g_NTO`` the gradient at its output, ``q_QOI`` a query gradient, ``v_QOI`` the solved one.
 """
 
+import math
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from upriver.errors import NumericalError
 
 OVERSAMPLE, RANDOM_STEPS = 16, 4
 BLOCKS = 8  # of a symmetric product: 9/16 of the multiplications of the full one
+ALIGNED = 16  # numbers of 4 bytes in 64
 FLOOR = 1e-6  # of the largest eigenvalue: the smallest weight a direction has in the low-rank factorisation
 
 
@@ -26,6 +29,46 @@ class LowRank(NamedTuple):
 
     def dense(self) -> Tensor:
         return self.U_QOR @ self.V_QRI
+
+
+class Scratch:
+    """Memory that is used again and again: fresh pages would cost as much as the products that fill them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        size, held = math.prod(shape), self._held.get(name)
+        if held is None or held.numel() < size or held.dtype != like.dtype:
+            self._held.pop(name, None)
+            held = self._held[name] = like.new_empty(size)
+        return held[:size].view(shape)
+
+    def copy(self, name: str, x: Tensor) -> Tensor:
+        return self.take(name, tuple(x.shape), x).copy_(x)
+
+    def product(self, name: str, x_NTI: Tensor, y_IK: Tensor, width: int | None = None) -> Tensor:
+        """``x @ y``, ``[N, T, K]``, or ``[N, T, width]`` with zeros beyond K.
+
+        Rows are laid out :func:`aligned`: the product takes up to a quarter longer where they do not start at such places.
+        """
+        (N, T), K = x_NTI.shape[:2], y_IK.shape[1]
+        out_NTW = self.take(name, (N, T, aligned(K)), x_NTI)
+        torch.mm(x_NTI.flatten(0, 1), y_IK, out=out_NTW.flatten(0, 1)[:, :K])
+        out_NTW[..., K:] = 0
+        return out_NTW[..., : width or K]
+
+
+def aligned(n: int) -> int:
+    """The width of rows of at least ``n`` numbers that all start at a multiple of 64 bytes."""
+    return -(-n // ALIGNED) * ALIGNED
+
+
+def even_parts(total: int, most: int) -> list[slice]:
+    """As few parts of ``total`` as with ``most`` in each, of about equal size."""
+    count = -(-total // most)
+    bounds = [i * total // count for i in range(count + 1)]
+    return [slice(*ends) for ends in pairwise(bounds)]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -70,18 +113,24 @@ def symmetric(lower_II: Tensor) -> Tensor:
     return lower_II.tril() + lower_II.tril(-1).T
 
 
-def rotated_gradients(a_NTI: Tensor, g_NTO: Tensor, Q_A_II: Tensor | None, Q_S_OO: Tensor) -> Tensor:
+def rotated_gradients(
+    a_NTI: Tensor, g_NTO: Tensor, Q_A_II: Tensor | None, Q_S_OO: Tensor, scratch: Scratch | None = None
+) -> Tensor:
     """``Q_S^T (sum_t g_t a_t^T) Q_A`` for each sequence, ``[N, O, I]``, each side rotated where it is cheaper.
 
     Multiplications a sequence: on the tokens ``T I^2`` and ``T O^2``, on the gradient ``O I^2`` and ``O^2 I``.
 
     Args:
         Q_A_II: None when the inputs are rotated already.
+        scratch: memory to work in; what is returned may lie there.
     """
-    (T, I), O = a_NTI.shape[1:], g_NTO.shape[2]
+    (T, I), O, scratch = a_NTI.shape[1:], g_NTO.shape[2], scratch or Scratch()
     if Q_A_II is not None and T <= O:
-        a_NTI, Q_A_II = a_NTI @ Q_A_II, None
-    G_NOI = sequence_gradients(a_NTI, g_NTO @ Q_S_OO if T <= I else g_NTO)
+        a_NTI, Q_A_II = scratch.product("a", a_NTI, Q_A_II), None
+    if T <= I:
+        g_NTO = scratch.product("g", g_NTO, Q_S_OO)
+    G_NOI = scratch.take("gradients", (len(a_NTI), O, I), a_NTI)
+    torch.bmm(g_NTO.transpose(1, 2), a_NTI, out=G_NOI)
     if Q_A_II is not None:
         G_NOI = G_NOI @ Q_A_II
     return G_NOI if T <= I else Q_S_OO.T @ G_NOI

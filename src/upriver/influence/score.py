@@ -10,7 +10,6 @@ decided before the pass, by counting multiplications and bytes (:func:`upriver.r
     rebuilt    as dense, v = U V for every few batches, which wait until then with their M (O + I) numbers
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from upriver.model.layers import Layer
 from upriver.runtime import counts
-from upriver.tensors import LowRank, accumulator_dtype
+from upriver.tensors import LowRank, Scratch, accumulator_dtype
 from upriver.text.batch import Batch
 
 GRADIENT_BYTES = 256 << 20  # sequence gradients held at once
@@ -54,7 +53,7 @@ def route(order: Order, solved: LowRank | Tensor, like: Tensor) -> Route:
     return Route(order, None, None, None, LowRank(U_QOR, V_QRI), Q)
 
 
-def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor, scratch: "Scratch") -> Tensor:
+def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor, scratch: Scratch) -> Tensor:
     """``< v_q, sum_t g_t a_t^T >`` for each sequence and query, ``[N, Q]``, by tokens or by dense queries."""
     if r.order == "tokens":
         assert r.U_OP is not None
@@ -67,7 +66,7 @@ def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor, scratch: "Scratch") -> Tens
     return torch.cat([dots(form(scratch, a, g), r.v_QOI) for a, g in parts])
 
 
-def form(scratch: "Scratch", a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
+def form(scratch: Scratch, a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
     """Each sequence's gradient, ``[N, O, I]``, in memory that the next ones take over."""
     shape = (len(a_NTI), g_NTO.shape[2], a_NTI.shape[2])
     return torch.bmm(g_NTO.transpose(1, 2), a_NTI, out=scratch.take("gradients", shape, a_NTI))
@@ -88,23 +87,6 @@ def dots(G_NOI: Tensor, v_QOI: Tensor) -> Tensor:
     return torch.bmm(G_CNP, v_CPQ).sum(0, dtype=accumulator_dtype(G_NOI.dtype))
 
 
-class Scratch:
-    """Memory that is used again and again: fresh pages would cost as much as the products that fill them."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        size, held = math.prod(shape), self._held.get(name)
-        if held is None or held.numel() < size or held.dtype != like.dtype:
-            self._held.pop(name, None)
-            held = self._held[name] = like.new_empty(size)
-        return held[:size].view(shape)
-
-    def copy(self, name: str, x: Tensor) -> Tensor:
-        return self.take(name, tuple(x.shape), x).copy_(x)
-
-
 class Score:
     """Consumer: raw influence of each sequence of a pass on every query, in total and layer by layer.
 
@@ -121,7 +103,7 @@ class Score:
         keep_layers: bool,
         hold: int = 1,
         rebuild_bytes: int = REBUILD_BYTES,
-        scratch: "Scratch | None" = None,
+        scratch: Scratch | None = None,
     ):
         self.routes, self.Q, self.keep_layers = routes, Q, keep_layers
         self.hold, self.rebuild_bytes = hold, rebuild_bytes

@@ -11,7 +11,7 @@ from upriver.curvature.base import Damping
 from upriver.curvature.factors import Factors
 from upriver.influence.gradients import Measured, Solver, query_chunks, read_solved
 from upriver.influence.scanned import Pass, Scanned, gather
-from upriver.influence.score import Route, Score, Scratch, route
+from upriver.influence.score import Route, Score, route
 from upriver.influence.tokens import Rescored, rescore
 from upriver.model.layers import Layer
 from upriver.model.load import Model
@@ -24,6 +24,7 @@ from upriver.runtime.counts import contraction
 from upriver.runtime.progress import Progress
 from upriver.runtime.split import Asked, TraceSplit, split_trace
 from upriver.runtime.store import Stage, Tensors
+from upriver.tensors import Scratch
 from upriver.text.batch import Sequences
 
 
