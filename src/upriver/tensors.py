@@ -67,7 +67,7 @@ def aligned(n: int) -> int:
 def even_parts(total: int, most: int) -> list[slice]:
     """As few parts of ``total`` as with ``most`` in each, of about equal size."""
     count = -(-total // most)
-    bounds = [i * total // count for i in range(count + 1)]
+    bounds = [i * total // max(1, count) for i in range(count + 1)]
     return [slice(*ends) for ends in pairwise(bounds)]
 
 
