@@ -17,6 +17,7 @@ from upriver.curvature.blocks import Eigenblock, Moments, TokenGradient
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM, fit
 from upriver.errors import ConfigError, MismatchError, NumericalError
 from upriver.model.losses import Sampler, sample
+from upriver.runtime.threads import one_core_each
 from upriver.tensors import (
     LowRank,
     Scratch,
@@ -286,6 +287,32 @@ class TestTensors:
         assert values.tolist() == [0, 2, 4]
         assert clamped == pytest.approx(-0.25)
         close(vectors.abs(), torch.tensor([[0, 0, 1], [1, 0, 0], [0, 1, 0]], dtype=torch.float64))
+
+    @pytest.mark.parametrize("mkl", [True, False])
+    def test_eigh_by_either_library(self, mkl, monkeypatch):
+        monkeypatch.setattr("upriver.tensors.MKL_AT_HOME", mkl)
+        torch.manual_seed(0)
+        x = torch.randn(30, 20, dtype=torch.float64)
+        matrix = x @ x.T  # ten eigenvalues are zero
+        with one_core_each(2) as pool:
+            found = list(pool.map(eigh, [matrix, matrix.tril(), 2 * matrix]))  # the lower triangle counts
+        for scale, (values, vectors, low) in zip((1, 1, 2), found, strict=True):
+            close(vectors @ (values[:, None] * vectors.T), scale * matrix)
+            close(vectors.T @ vectors, torch.eye(30, dtype=torch.float64))
+            assert values.min() >= 0
+            assert -1e-12 < low <= 0
+
+    def test_one_core_each_leaves_the_threads_as_they_were(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            with one_core_each(2) as pool:
+                assert list(pool.map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
+                failed = pool.submit(lambda: 1 / 0)
+            assert isinstance(failed.exception(), ZeroDivisionError)
+            assert torch.get_num_threads() == 3
+        finally:
+            torch.set_num_threads(before)
 
     def test_eigh_refuses_nan(self):
         with pytest.raises(NumericalError, match="NaN"):

@@ -6,6 +6,7 @@ Axes: N sequences, T positions, M real tokens, I inputs of a layer (+1 with a bi
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,16 @@ OVERSAMPLE, RANDOM_STEPS = 16, 4
 BLOCKS = 8  # of a symmetric product: 9/16 of the multiplications of the full one
 ALIGNED = 16  # numbers of 4 bytes in 64
 FLOOR = 1e-6  # of the largest eigenvalue: the smallest weight a direction has in the low-rank factorisation
+
+
+def _intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+
+
+MKL_AT_HOME = torch.backends.mkl.is_available() and _intel()
 
 
 class LowRank(NamedTuple):
@@ -139,8 +150,9 @@ def rotated_gradients(
 def eigh(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
     """Eigenvalues (ascending, clamped at zero), eigenvectors, and the most negative eigenvalue over the largest.
 
-    In float64: divide and conquer (LAPACK ``syevd``).  NumPy lets other threads run meanwhile, so that each core can have a
-    matrix of its own, and its library takes about half the time of torch's on the CPU.
+    In float64: divide and conquer (LAPACK ``syevd``).  Either library lets other threads run meanwhile, so that each core can
+    have a matrix of its own: torch's, MKL, takes a sixth less time than NumPy's, OpenBLAS, on processors of MKL's maker, and
+    more on others.
 
     Raises:
         NumericalError: the matrix holds a NaN or an infinity, or the decomposition failed.
@@ -149,7 +161,7 @@ def eigh(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
     if not torch.isfinite(matrix).all():
         raise NumericalError("a covariance holds NaN or infinity; check the weights, or fit with --dtype float32")
     try:
-        if matrix.is_cuda:
+        if matrix.is_cuda or MKL_AT_HOME:
             values, vectors = torch.linalg.eigh(matrix)
         else:
             values, vectors = map(torch.from_numpy, np.linalg.eigh(matrix.numpy()))

@@ -11,7 +11,6 @@ FACTORS/correction/layers-A-B/    sums of squared rotated gradients; likewise
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from upriver.curvature.agreement import Agreement, agreement, denominators, probed, probes
@@ -43,6 +41,7 @@ from upriver.runtime.plan import describe
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.split import FitSplit, keeping, split_fit
 from upriver.runtime.store import Stage, Tensors, accumulate, locked, opened, read_tensor, write_stream
+from upriver.runtime.threads import one_core_each
 from upriver.tensors import accumulator_dtype, eigh
 from upriver.text.batch import Sequences
 
@@ -287,11 +286,7 @@ def _decompose(stage: Stage, work: Work, group: list[Layer], sums: Path) -> None
         if not stage.has(unit):
             stage.commit(unit, _eigen(x, sums, work.sequences, work.model.device))
 
-    with (
-        work.progress("eigendecomposition", len(group)) as advance,
-        threadpool_limits(1),
-        ThreadPoolExecutor(at_once) as pool,
-    ):
+    with work.progress("eigendecomposition", len(group)) as advance, one_core_each(at_once) as pool:
         for _ in pool.map(decompose, mine):
             advance(1)
     dist.barrier()

@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from upriver.errors import ConfigError
@@ -38,6 +37,7 @@ from upriver.runtime.hardware import (
 from upriver.runtime.passes import Request
 from upriver.runtime.plan import PAYS, Plan, plan_run, smallest_batch
 from upriver.runtime.split import ITEM, Job
+from upriver.runtime.threads import one_core_each
 from upriver.tensors import add_second_moment, eigh, sequence_gradients
 from upriver.text.batch import Batch, Sequences, pad, plan, sample
 
@@ -251,8 +251,8 @@ def _eigen_rate(n: int, device: torch.device) -> float:
     """Seconds over ``n^3``, one matrix with one thread."""
     x = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device)
     matrix = x @ x.T
-    with threadpool_limits(1):
-        return _seconds(lambda: eigh(matrix), device) / n**3
+    with one_core_each(1) as pool:
+        return pool.submit(_seconds, lambda: eigh(matrix), device).result() / n**3
 
 
 @cache
