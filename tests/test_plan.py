@@ -435,3 +435,22 @@ def test_a_blank_corpus_is_a_corpus():
     batch = data.batch(data.sample(21, 0))
     assert batch.inputs["tokens"].shape == (3, 7)
     assert batch.n_tokens == 21
+
+
+def test_sums_that_are_held_do_not_move_and_those_of_several_processes_do():
+    """Bytes to and from the disk; a unit of the fit is 65,536 tokens, here 4 of them."""
+    request = Request(4096, 64, fit_tokens=4 * 65_536, memory=8 * 10**9)
+    sums, lam = 4 * 4 * (512**2 + 256**2), 4 * 4 * 512 * 256
+
+    def moved(machine: Machine) -> list[float]:
+        plan = plan_run(request, SMALL, machine)
+        return [p.moved for p in plan.passes if p.name in ("covariance", "correction")]
+
+    assert moved(HERE) == [7 * sums, 7 * 2 * lam + lam + sums]
+    assert moved(HERE._replace(accelerator=True)) == [sums, 3 * lam + sums]
+    assert moved(HERE._replace(accelerator=True, devices=2)) == [8 * sums, 8 * 2 * lam + lam + sums]
+    alone, shared = (plan_run(request, SMALL, HERE._replace(devices=n)).disk["while fitting"] for n in (1, 2))
+    assert alone == sums + 2 * lam
+    assert shared == max(5 * sums, sums + 5 * 2 * lam)
+    assert hardware("h100").accelerator
+    assert not hardware("epyc-9554").accelerator

@@ -21,8 +21,9 @@ from upriver.influence import stages
 from upriver.model import sweep
 from upriver.model.load import Model
 from upriver.pipeline import trace
-from upriver.runtime import store
-from upriver.runtime.store import Stage, accumulate, locked
+from upriver.runtime import store, sums
+from upriver.runtime.store import Stage, locked
+from upriver.runtime.sums import accumulate
 
 GIVEN = {"batch_tokens": 40}
 
@@ -271,6 +272,52 @@ def test_diagonal_is_measured_once_and_goes_on(tmp_path, monkeypatch):
         fit_diagonal(model, corpus, each)
     assert results(tmp_path / "killed") == results(tmp_path / "alone")
     assert Factors(tmp_path / "killed").block("model.layers.0.mlp.up_proj", "diagonal").lam_OI.min() >= 0
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the rename", "after the rename"])
+@pytest.mark.parametrize("share", [0.0, 1e9], ids=["sums written at the ends", "sums written after each unit"])
+def test_sums_held_in_memory_have_the_same_bits(share: float, after: bool, alone, tmp_path, monkeypatch):
+    """As on an accelerator, in one process that goes through, and in others that die after more and more commits."""
+    monkeypatch.setattr("upriver.curvature.fit._in_memory", lambda work, group: True)
+    monkeypatch.setattr(sums, "COMMIT_SHARE", share)
+    run(tmp_path / "through")
+    assert results(tmp_path / "through") == alone
+    for room in range(1, 100):  # the tables at the end are one unit of several files
+        with monkeypatch.context() as patch:
+            Count(patch, room, after)
+            try:
+                run(tmp_path / "killed")
+            except Died:
+                continue
+        break
+    assert results(tmp_path / "killed") == alone
+
+
+@pytest.mark.parametrize("share", [0.0, 1e9])
+def test_what_is_held_goes_on_from_the_newest_sum(share: float, tmp_path, monkeypatch):
+    monkeypatch.setattr(sums, "COMMIT_SHARE", share)
+    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    stage, computed = Stage.open(tmp_path, "sum", {}), []
+
+    def compute(unit: int) -> store.Tensors:
+        if unit == 4 and 4 not in computed:
+            computed.append(unit)
+            raise Died
+        computed.append(unit)
+        return {"x": values[unit].clone()} | ({"late": torch.ones(1)} if unit > 1 else {})
+
+    with pytest.raises(Died):
+        accumulate(stage, list(range(6)), 6, compute, lambda: None, hold=True)
+    kept = 4 if share else 1
+    assert [p.name for p in tmp_path.glob("sum-*")] == [f"sum-{kept:06d}.safetensors"]
+    total = store.read_tensors(accumulate(stage, list(range(6)), 6, compute, lambda: None, hold=True))
+    assert computed == [0, 1, 2, 3, 4, *range(kept, 6)]
+    assert total["late"] == 4
+    assert [p.name for p in tmp_path.glob("sum-*")] == ["sum-000006.safetensors"]
+    expected = values[0]
+    for value in values[1:]:
+        expected = expected + value
+    assert torch.equal(total["x"], expected)
 
 
 @pytest.mark.parametrize("n_units", [1, 2, 5])

@@ -35,16 +35,18 @@ from upriver.model.sweep import Labels, split_units, sweep, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.counts import Shape
-from upriver.runtime.hardware import free_space, give_back
+from upriver.runtime.hardware import available_memory, free_space, give_back
 from upriver.runtime.passes import request_for
 from upriver.runtime.plan import describe
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
-from upriver.runtime.split import FitSplit, keeping, split_fit
-from upriver.runtime.store import Stage, Tensors, accumulate, locked, opened, read_tensor, write_stream
+from upriver.runtime.split import FitSplit, covariance_size, keeping, split_fit
+from upriver.runtime.store import Stage, Tensors, locked, opened, read_tensor, write_stream
+from upriver.runtime.sums import accumulate
 from upriver.runtime.threads import one_core_each
 from upriver.tensors import accumulator_dtype, eigh
 from upriver.text.batch import Sequences
 
+HELD_COPIES = 4  # of sums, while some are added to others; those of a correction are smaller
 COVARIANCE_STREAM, CORRECTION_STREAM = 1, 2  # the two passes draw different labels
 
 
@@ -247,7 +249,14 @@ def _pass(top: Stage, name: str, work: Work, group: list[Layer], make: Callable[
             sweep(work.model, group, work.data, work.units[unit], consumer, labels, advance, work.kept)
             return {key: value.cpu() for key, value in consumer.result().items()}
 
-        return accumulate(stage, dist.share(len(work.units)), len(work.units), compute, dist.barrier)
+        hold = _in_memory(work, group)
+        return accumulate(stage, dist.share(len(work.units)), len(work.units), compute, dist.barrier, hold)
+
+
+def _in_memory(work: Work, group: list[Layer]) -> bool:
+    """Whether the sums of a group stay in memory from unit to unit: on an accelerator, where the memory beside it is free."""
+    room = available_memory()
+    return work.model.device.type != "cpu" and room is not None and HELD_COPIES * covariance_size(group) < room
 
 
 def _bases(top: Stage, work: Work, times: Times, keep: bool) -> float:

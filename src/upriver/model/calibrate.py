@@ -183,7 +183,8 @@ def _machine(shape: Shape, loaded: str, to_come: int, device: torch.device) -> M
     memory = default_limit(resident)
     if device.type == "cuda":
         memory = resident + int(DEFAULT_SHARE * torch.cuda.mem_get_info(device)[0])
-    return Machine("this machine", 1, memory, cores, 0.0, 1.0, free_space(Path()), 0.0, {}, resident, loaded, 0)
+    own = device.type != "cpu"
+    return Machine("this machine", 1, memory, cores, 0.0, 1.0, free_space(Path()), 0.0, {}, resident, loaded, 0, own)
 
 
 def _timed(machine: Machine, shape: Shape, device: torch.device) -> Machine:

@@ -45,6 +45,7 @@ class Machine(NamedTuple):
     resident: int | None  # bytes in use now, with the model; None: not measured
     loaded: str  # the type that it is in
     peak: int  # the most bytes that were in use so far
+    accelerator: bool = False  # with a memory of its own, so that sums may stay in the one beside it
 
     def of(self, dtype: str) -> Rates:
         return self.rates.get(dtype) or self.rates["float32"]
@@ -217,6 +218,7 @@ def hardware(name: str) -> Machine:
         resident=None,
         loaded="float32",
         peak=0,
+        accelerator=not entry.get("cpu", False),
     )
 
 

@@ -7,7 +7,17 @@ from upriver.runtime import counts
 from upriver.runtime.config import BATCH_TOKENS
 from upriver.runtime.counts import Shape
 from upriver.runtime.hardware import Machine
-from upriver.runtime.split import ITEM, SUM, Asked, FitSplit, Keeping, TraceSplit, factors_of, keeping
+from upriver.runtime.split import (
+    ITEM,
+    SUM,
+    Asked,
+    FitSplit,
+    Keeping,
+    TraceSplit,
+    covariance_size,
+    factors_of,
+    keeping,
+)
 
 UNIT_TOKENS = 65_536  # after so many the sums of a pass go to disk
 SAMPLE = 64  # random sequences rescored with the top; and at the end of a fit as many at most are scored on each other
@@ -72,8 +82,8 @@ class Pass(NamedTuple):
 class Passes:
     """Operations and seconds of each pass, in one compute type."""
 
-    def __init__(self, request: Request, shape: Shape, machine: Machine, dtype: str):
-        self.r, self.shape, self.machine = request, shape, machine
+    def __init__(self, request: Request, shape: Shape, machine: Machine, dtype: str, copies: int = 1):
+        self.r, self.shape, self.machine, self.copies = request, shape, machine, copies
         self.rates, self.exact = machine.of(dtype), machine.of("float32")
         self.layers, self.T = shape.layers, request.tokens
 
@@ -107,8 +117,7 @@ class Passes:
         tokens, groups = self.fitted, split.covariance
         through = tokens * (self.model() if kept and kept.covariance else self._through(groups))
         sums = 2 * tokens * sum(map(counts.covariance, self.layers))
-        size = SUM * sum(x.O**2 + (x.I**2 if counts.leads(x) else 0) for x in self.layers)
-        moved = size * (1 + 2 * max(0.0, tokens / UNIT_TOKENS - 1))
+        moved = self._added_up(covariance_size(self.layers), tokens)
         if kept and kept.covariance:
             moved += _through_disk(kept) * (1 if len(groups) == 1 else 2)
         seconds = through / self.rates.model + sums / self.rates.symmetric
@@ -123,7 +132,8 @@ class Passes:
     def correction(self, split: FitSplit, kept: Keeping | None, tokens: float | None = None) -> Pass:
         tokens, groups = tokens or self.fitted, split.correction
         through = tokens * self._through(groups)
-        moved = 3 * SUM * sum(x.O * x.I for x in self.layers) + SUM * sum(x.O**2 + x.I**2 for x in self.layers)
+        lam, bases = SUM * sum(x.O * x.I for x in self.layers), SUM * sum(x.O**2 + x.I**2 for x in self.layers)
+        moved = self._added_up(2 * lam, tokens) + lam + bases
         if kept and kept.correction:
             through = 0.0 if kept.one else tokens * self.model()
             moved += _through_disk(kept) * (1 if kept.one else 2)
@@ -187,6 +197,14 @@ class Passes:
         seconds = through / self.exact.model + each / self.exact.product
         flop, moved = through + each, chunks * self._factors()
         return self._pass("rescore", "trace", chunks, tokens / chunks, flop, moved, seconds, split.peak)
+
+    def _added_up(self, size: int, tokens: float) -> float:
+        """Bytes that sums move: read and written after every unit, each unit by itself where several processes share the work;
+        a process alone on an accelerator holds them."""
+        units = max(1.0, tokens / UNIT_TOKENS)
+        if self.copies > 1:
+            return 2 * size * units
+        return float(size) if self.machine.accelerator else size * (2 * units - 1)
 
     def _through(self, groups: list[list[int]]) -> float:
         return sum(self.model([self.layers[i] for i in group]) for group in groups)

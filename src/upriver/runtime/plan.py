@@ -7,6 +7,7 @@ One floating-point multiplication and its addition are two operations (FLOP).  O
 the division of the work from :mod:`upriver.runtime.split`, speeds from :mod:`upriver.runtime.hardware`.
 """
 
+import math
 import re
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from upriver.errors import ConfigError
 from upriver.runtime import counts
 from upriver.runtime.counts import Shape
 from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, Machine, show_bytes
-from upriver.runtime.passes import Pass, Passes, Request
+from upriver.runtime.passes import UNIT_TOKENS, Pass, Passes, Request
 from upriver.runtime.split import ITEM, SUM, Asked, FitSplit, Job, TraceSplit, factors_of, split_fit, split_trace
 
 PAYS = 1.2  # times as fast in bfloat16, the run as a whole: recommended
@@ -82,16 +83,17 @@ def plan_run(request: Request, shape: Shape, machine: Machine) -> Plan:
     if not shape.layers:
         raise ConfigError("nothing to plan: got no tracked layer; choose some with --layers")
     spread, limit, fit, trace = _divide(request, shape, machine)
-    disk, passes = _disk(request, shape), _passes(request, shape, machine, fit, trace)
-    if fit and (size := Passes(request, shape, machine, request.dtype).keeping(fit).size):
+    copies = machine.devices // spread
+    disk, passes = _disk(request, shape, copies), _passes(request, shape, machine, fit, trace, copies)
+    if fit and (size := Passes(request, shape, machine, request.dtype, copies).keeping(fit).size):
         disk |= {"kept between passes": size}
     advice = []
     if "bfloat16" in machine.rates and "bfloat16" not in request.dtypes:
         rough = replace(request, dtype="bfloat16", scan_dtype="bfloat16")
-        faster = _total(passes) / _total(_passes(rough, shape, machine, fit, trace))
+        faster = _total(passes) / _total(_passes(rough, shape, machine, fit, trace, copies))
         advice = [f"bfloat16 pays here: about {faster:.1f} times as fast (--dtype bfloat16)"] if faster >= PAYS else []
     if spread > 1:
-        advice += [f"one copy of the model needs {spread} devices; copies side by side: {machine.devices // spread}"]
+        advice += [f"one copy of the model needs {spread} devices; copies side by side: {copies}"]
     return Plan(
         request,
         machine.name,
@@ -109,9 +111,9 @@ def plan_run(request: Request, shape: Shape, machine: Machine) -> Plan:
 
 
 def _passes(
-    request: Request, shape: Shape, machine: Machine, fit: FitSplit | None, trace: TraceSplit | None
+    request: Request, shape: Shape, machine: Machine, fit: FitSplit | None, trace: TraceSplit | None, copies: int
 ) -> list[Pass]:
-    fitting, tracing = (Passes(request, shape, machine, dtype) for dtype in (request.dtype, request.scan))
+    fitting, tracing = (Passes(request, shape, machine, dtype, copies) for dtype in (request.dtype, request.scan))
     return (fitting.fit(fit) if fit else []) + (tracing.trace(trace) if trace else [])
 
 
@@ -153,13 +155,16 @@ def _job(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> 
     return Job(limit, resident, r.batch_tokens, r.longest_tokens, dtype, machine.cores, r.batch_sequences, copy)
 
 
-def _disk(r: Request, shape: Shape) -> dict[str, int]:
-    layers = shape.layers
+def _disk(r: Request, shape: Shape, copies: int) -> dict[str, int]:
+    """Where several processes share the work, the sums of every unit lie on the disk until all of them are there."""
+    layers, units = shape.layers, 1
+    if copies > 1:
+        units += math.ceil(min(r.fit_tokens, r.sequences * r.tokens) / UNIT_TOKENS)
     bases = SUM * sum(x.O**2 + (x.I**2 if counts.leads(x) else 0) for x in layers)
     sizes: dict[str, int] = {}
     if r.fit:
         sizes["factors"] = bases + SUM * sum(x.O * x.I for x in layers)
-        sizes["while fitting"] = bases + 2 * SUM * sum(x.O * x.I for x in layers)
+        sizes["while fitting"] = max(units * bases, bases + 2 * units * SUM * sum(x.O * x.I for x in layers))
     if r.queries:
         sizes["solved queries"] = SUM * r.queries * factors_of(layers, Asked(r.queries, r.query_tokens, r.rank))
         sizes["scores"] = 2 * SUM * r.queries * r.sequences

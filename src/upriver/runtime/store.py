@@ -94,7 +94,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    write_stream(path, {name: _form(t) for name, t in tensors.items()}, tensors.__getitem__)
+    write_stream(path, {name: form_of(t) for name, t in tensors.items()}, tensors.__getitem__)
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -291,63 +291,7 @@ def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any]
     return None if old == new else (name, old, new)
 
 
-def accumulate(
-    stage: Stage, units: list[int], n_units: int, compute: Callable[[int], Tensors], barrier: Callable[[], None]
-) -> Path:
-    """The file with the sum of ``compute(unit)`` over all ``n_units``, added in unit order; ``units`` are this rank's.
-
-    The sum lives on the disk: in memory there is one unit's part of it, and one tensor of the sum while the part is added.
-    After each unit the sum so far is committed, so a run that stops goes on where it was.  With several ranks each commits
-    its own units; the first rank forms the sum after the barrier, in the same order, and so to the same bits.
-    """
-    first = _newest_sum(stage)
-    alone = len(units) == n_units
-    for unit in (u for u in units if u >= first):
-        if alone:
-            _fold(stage, unit, stage.read(unit) if stage.has(unit) else compute(unit))
-        elif not stage.has(unit):
-            stage.commit(unit, compute(unit))
-    barrier()
-
-    def fold_rest() -> None:
-        for unit in range(_newest_sum(stage), n_units):
-            _fold(stage, unit, stage.read(unit))
-
-    dist.lead(fold_rest)
-    barrier()
-    return sum_path(stage, n_units)
-
-
-def sum_path(stage: Stage, n_units: int) -> Path:
-    return stage.path / f"sum-{n_units:06d}.safetensors"
-
-
-def _newest_sum(stage: Stage) -> int:
-    """How many units the newest sum holds."""
-    sums = sorted(stage.path.glob("sum-*.safetensors"))
-    for older in sums[:-1]:  # a kill came between writing the next sum and removing this one
-        older.unlink(missing_ok=True)
-    return int(sums[-1].stem.removeprefix("sum-")) if sums else 0
-
-
-def _fold(stage: Stage, unit: int, partial: Tensors) -> None:
-    if unit == 0:
-        write_tensors(sum_path(stage, 1), partial)
-        return
-    old = sum_path(stage, unit)
-    with opened(old) as file:
-        held = {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-    def total(name: str) -> Tensor:
-        if name not in partial:  # a layer may be called in some units only
-            return read_tensor(old, name)
-        return partial.pop(name) + read_tensor(old, name) if name in held else partial.pop(name)
-
-    write_stream(sum_path(stage, unit + 1), {name: _form(t) for name, t in partial.items()} | held, total)
-    sum_path(stage, unit).unlink(missing_ok=True)
-
-
-def _form(tensor: Tensor) -> Form:
+def form_of(tensor: Tensor) -> Form:
     return DTYPE_NAMES[tensor.dtype], list(tensor.shape)
 
 
@@ -368,7 +312,7 @@ def write_stream(path: Path, forms: dict[str, Form], tensor: Callable[[str], Ten
         sink.write(len(text).to_bytes(8, "little") + text)
         for name, form in forms.items():
             value = tensor(name).detach().cpu().contiguous()
-            assert _form(value) == form
+            assert form_of(value) == form
             sink.write(value.flatten().view(torch.uint8).numpy().data)
 
 

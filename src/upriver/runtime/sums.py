@@ -1,0 +1,109 @@
+"""Sums over units of work, on the disk: added up in the order of the units, so that a run that stops goes on to the same bits."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from upriver.runtime import dist
+from upriver.runtime.store import (
+    Stage,
+    Tensors,
+    form_of,
+    opened,
+    read_tensor,
+    read_tensors,
+    write_stream,
+    write_tensors,
+)
+
+COMMIT_SHARE = 0.05  # of the time, at most, goes into writing sums that are held in memory
+
+
+def accumulate(
+    stage: Stage,
+    units: list[int],
+    n_units: int,
+    compute: Callable[[int], Tensors],
+    barrier: Callable[[], None],
+    hold: bool = False,
+) -> Path:
+    """The file with the sum of ``compute(unit)`` over all ``n_units``, added in unit order; ``units`` are this rank's.
+
+    The sum lives on the disk: in memory there is one unit's part of it, and one tensor of the sum while the part is added.
+    After each unit the sum so far is committed, so a run that stops goes on where it was.  With several ranks each commits
+    its own units; the first rank forms the sum after the barrier, in the same order, and so to the same bits.
+
+    Args:
+        hold: where units take less time than writing sums, as on an accelerator: a process alone keeps the sum in memory, and
+            commits it when that takes a twentieth of the time since the last commit.  The bits are the same.
+    """
+    first = _newest_sum(stage)
+    alone = len(units) == n_units
+    mine = [u for u in units if u >= first]
+    if alone:
+        made = ((u, stage.read(u) if stage.has(u) else compute(u)) for u in mine)
+        if hold:
+            _sum_in_memory(stage, made, n_units)
+        else:
+            for unit, part in made:
+                _fold(stage, unit, part)
+    else:
+        for unit in mine:
+            if not stage.has(unit):
+                stage.commit(unit, compute(unit))
+    barrier()
+
+    def fold_rest() -> None:
+        for unit in range(_newest_sum(stage), n_units):
+            _fold(stage, unit, stage.read(unit))
+
+    dist.lead(fold_rest)
+    barrier()
+    return sum_path(stage, n_units)
+
+
+def _sum_in_memory(stage: Stage, made: Iterable[tuple[int, Tensors]], n_units: int) -> None:
+    committed = _newest_sum(stage)
+    total = read_tensors(sum_path(stage, committed)) if committed else {}
+    since, cost = time.perf_counter(), 0.0
+    for unit, part in made:
+        for name in list(part):
+            total[name] = part.pop(name) + total[name] if name in total else part.pop(name)
+        now = time.perf_counter()
+        if unit + 1 == n_units or cost <= COMMIT_SHARE * (now - since):
+            write_tensors(sum_path(stage, unit + 1), total)
+            if committed:
+                sum_path(stage, committed).unlink(missing_ok=True)
+            committed, since = unit + 1, time.perf_counter()
+            cost = since - now
+
+
+def sum_path(stage: Stage, n_units: int) -> Path:
+    return stage.path / f"sum-{n_units:06d}.safetensors"
+
+
+def _newest_sum(stage: Stage) -> int:
+    """How many units the newest sum holds."""
+    sums = sorted(stage.path.glob("sum-*.safetensors"))
+    for older in sums[:-1]:  # a kill came between writing the next sum and removing this one
+        older.unlink(missing_ok=True)
+    return int(sums[-1].stem.removeprefix("sum-")) if sums else 0
+
+
+def _fold(stage: Stage, unit: int, partial: Tensors) -> None:
+    if unit == 0:
+        write_tensors(sum_path(stage, 1), partial)
+        return
+    old = sum_path(stage, unit)
+    with opened(old) as file:
+        held = {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def total(name: str) -> Tensor:
+        if name not in partial:  # a layer may be called in some units only
+            return read_tensor(old, name)
+        return partial.pop(name) + read_tensor(old, name) if name in held else partial.pop(name)
+
+    write_stream(sum_path(stage, unit + 1), {name: form_of(t) for name, t in partial.items()} | held, total)
+    sum_path(stage, unit).unlink(missing_ok=True)
