@@ -61,7 +61,8 @@ class Scratch:
     def product(self, name: str, x_NTI: Tensor, y_IK: Tensor, width: int | None = None) -> Tensor:
         """``x @ y``, ``[N, T, K]``, or ``[N, T, width]`` with zeros beyond K.
 
-        Rows are laid out :func:`aligned`: the product takes up to a quarter longer where they do not start at such places.
+        Rows are laid out :func:`aligned`: the product takes up to a third longer where they do not start at such places
+        (``benchmarks/kernels.py``).
         """
         (N, T), K = x_NTI.shape[:2], y_IK.shape[1]
         out_NTW = self.take(name, (N, T, aligned(K)), x_NTI)
@@ -152,7 +153,7 @@ def eigh(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
 
     In float64: divide and conquer (LAPACK ``syevd``).  Either library lets other threads run meanwhile, so that each core can
     have a matrix of its own: torch's, MKL, takes a sixth less time than NumPy's, OpenBLAS, on processors of MKL's maker, and
-    more on others.
+    more on others (``benchmarks/kernels.py``).
 
     Raises:
         NumericalError: the matrix holds a NaN or an infinity, or the decomposition failed.

@@ -63,8 +63,8 @@ class Covariance:
 class Correction:
     """Consumer: sums squared rotated sequence gradients (eq. 20), in two halves by the parity of the sequences' keys.
 
-    Inside, inputs are J wide: I and some zeros.  A product whose rows do not start at multiples of 64 bytes takes up to a quarter
-    longer, and those of a layer with a bias, with its column of ones, never do.
+    Inside, inputs are J wide: I and some zeros.  A product into rows that do not start at multiples of 64 bytes takes up to a
+    third longer, and those of a layer with a bias, with its column of ones, never do.
     """
 
     def __init__(self, dtype: torch.dtype, moments: dict[str, Moments] | None):

@@ -75,8 +75,8 @@ def form(scratch: Scratch, a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
 def dots(G_NOI: Tensor, v_QOI: Tensor) -> Tensor:
     """``< v_q, G_n >``, ``[N, Q]``.
 
-    On the CPU a float32 product of a few rows along many numbers keeps one thread busy; its parts, side by side, take a third of
-    the time (8 sequences, 16 queries, 2,048 x 513, two threads).  In bfloat16 it is the other way round.
+    On the CPU a float32 product of a few rows along many numbers keeps one thread busy; its parts, side by side, take a half to a
+    third of the time (``benchmarks/kernels.py``).  In bfloat16 it is the other way round.
     """
     (N, O, I), Q = G_NOI.shape, len(v_QOI)
     if N * Q >= FEW or G_NOI.dtype == torch.bfloat16:

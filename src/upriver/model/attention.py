@@ -1,7 +1,6 @@
 """Attention in bfloat16 on the CPU: over short sequences in float32 inside, as torch's kernel goes backward faster so.
 
-torch 2.13, two threads of a Xeon with AMX, forward and backward, milliseconds: 16 x 5 heads x 128 tokens x 32: 13.8 in bfloat16,
-5.8 turned to float32 and back; 12 x 9 x 160 x 64: 25.5 and 15.8; 8 x 8 x 256 x 64: 17.4 and 19.5.
+``benchmarks/kernels.py`` prints by how much, ``SHORT`` is where the two met on a Xeon with AMX (torch 2.13, two threads).
 """
 
 from collections.abc import Callable

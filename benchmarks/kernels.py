@@ -1,0 +1,116 @@
+"""Where the code prefers one way of computing the same over another: both in one run, on this machine.
+
+    python benchmarks/kernels.py [--repeats 9]
+
+Each line is the time of the other way over the time of ours, the median of the repeats in alternation.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import upriver  # noqa: F401 - sets how threads wait
+from upriver.influence.score import dots
+from upriver.model.attention import ShortAttention
+from upriver.runtime.threads import one_core_each
+from upriver.tensors import MKL_AT_HOME, Scratch, rotated_gradients
+
+Work = Callable[[], object]
+
+
+def rotation() -> tuple[str, Work, Work]:
+    """Tokens turned into an eigenbasis of odd size, as a bias makes it."""
+    scratch, x_NTI, Q_II = Scratch(), torch.randn(8, 256, 2049), torch.randn(2049, 2049)
+    out_NTI = torch.empty(8, 256, 2049)
+    return (
+        "8 x 256 tokens turned, 2,049 wide: rows as long as they are, over aligned rows",
+        lambda: torch.mm(x_NTI.flatten(0, 1), Q_II, out=out_NTI.flatten(0, 1)),
+        lambda: scratch.product("x", x_NTI, Q_II),
+    )
+
+
+def gradients() -> tuple[str, Work, Work]:
+    """Turned gradients of sequences, in fresh memory or in memory that is used again."""
+    scratch, a_NTI, g_NTO = Scratch(), torch.randn(4, 256, 512), torch.randn(4, 256, 2048)
+    Q_A_II, Q_S_OO = torch.randn(512, 512), torch.randn(2048, 2048)
+    return (
+        "turned gradients of 4 sequences, 2,048 x 512: fresh memory, over memory that is used again",
+        lambda: rotated_gradients(a_NTI, g_NTO, Q_A_II, Q_S_OO),
+        lambda: rotated_gradients(a_NTI, g_NTO, Q_A_II, Q_S_OO, scratch),
+    )
+
+
+def eigendecompositions() -> tuple[str, Work, Work]:
+    """Two matrices side by side, one core each."""
+    x = torch.randn(1024, 1024, dtype=torch.float64)
+    matrix = x @ x.T
+
+    def numpy() -> None:
+        with one_core_each(2) as pool:
+            list(pool.map(np.linalg.eigh, [matrix.numpy()] * 2))
+
+    def mkl() -> None:
+        with one_core_each(2) as pool:
+            list(pool.map(torch.linalg.eigh, [matrix] * 2))
+
+    what = "two eigendecompositions of 1,024 side by side"
+    return (f"{what}: NumPy over torch", numpy, mkl) if MKL_AT_HOME else (f"{what}: torch over NumPy", mkl, numpy)
+
+
+def few_products() -> tuple[str, Work, Work]:
+    """Few sequences times few queries."""
+    G_NOI, v_QOI = torch.randn(8, 2048, 513), torch.randn(16, 2048, 513)
+    return (
+        "8 sequences times 16 queries, 2,048 x 513: one product, over parts side by side",
+        lambda: v_QOI.flatten(1) @ G_NOI.flatten(1).T,
+        lambda: dots(G_NOI, v_QOI),
+    )
+
+
+def attention(length: int, width: int) -> tuple[str, Work, Work]:
+    """Forward and backward in bfloat16."""
+    qkv = [torch.randn(16, 5, length, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+    def plain() -> None:
+        F.scaled_dot_product_attention(*qkv, is_causal=True).sum().backward()
+
+    def wide() -> None:
+        with ShortAttention():
+            plain()
+
+    return (
+        f"attention in bfloat16, 16 x 5 heads of {length} tokens x {width}: as it is, over float32 inside",
+        plain,
+        wide,
+    )
+
+
+def ratio(other: Work, ours: Work, repeats: int) -> float:
+    def seconds(work: Work) -> float:
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    seconds(other), seconds(ours)  # warm up
+    return statistics.median(seconds(other) / seconds(ours) for _ in range(repeats))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    for what, other, ours in (
+        rotation(), gradients(), eigendecompositions(), few_products(), attention(128, 32), attention(160, 64),
+    ):  # fmt: skip
+        print(f"{ratio(other, ours, args.repeats):5.2f}  {what}")
+
+
+if __name__ == "__main__":
+    main()
