@@ -7,12 +7,14 @@ Each line is the time of the other way over the time of ours, the median of the 
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scan import timed
 
 import upriver  # noqa: F401 - sets how threads wait
 from upriver.influence.score import dots
@@ -50,14 +52,11 @@ def eigendecompositions() -> tuple[str, Work, Work]:
     x = torch.randn(1024, 1024, dtype=torch.float64)
     matrix = x @ x.T
 
-    def numpy() -> None:
+    def twice(eigh: Callable[[Any], object], of: Any) -> None:
         with one_core_each(2) as pool:
-            list(pool.map(np.linalg.eigh, [matrix.numpy()] * 2))
+            list(pool.map(eigh, [of] * 2))
 
-    def mkl() -> None:
-        with one_core_each(2) as pool:
-            list(pool.map(torch.linalg.eigh, [matrix] * 2))
-
+    numpy, mkl = partial(twice, np.linalg.eigh, matrix.numpy()), partial(twice, torch.linalg.eigh, matrix)
     what = "two eigendecompositions of 1,024 side by side"
     return (f"{what}: NumPy over torch", numpy, mkl) if MKL_AT_HOME else (f"{what}: torch over NumPy", mkl, numpy)
 
@@ -91,13 +90,8 @@ def attention(length: int, width: int) -> tuple[str, Work, Work]:
 
 
 def ratio(other: Work, ours: Work, repeats: int) -> float:
-    def seconds(work: Work) -> float:
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
-
-    seconds(other), seconds(ours)  # warm up
-    return statistics.median(seconds(other) / seconds(ours) for _ in range(repeats))
+    timed(other), timed(ours)  # warm up
+    return statistics.median(timed(other) / timed(ours) for _ in range(repeats))
 
 
 def main() -> None:

@@ -88,9 +88,16 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def sequence_gradients(a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
-    """Each sequence's weight gradient, ``[N, O, I]``: tokens are summed here, before anything is squared."""
-    return g_NTO.transpose(1, 2) @ a_NTI
+def sequence_gradients(a_NTI: Tensor, g_NTO: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """Each sequence's weight gradient, ``[N, O, I]``: tokens are summed here, before anything is squared.
+
+    Args:
+        scratch: where they lie, until the next ones take their place.
+    """
+    if scratch is None:
+        return g_NTO.transpose(1, 2) @ a_NTI
+    shape = (len(a_NTI), g_NTO.shape[2], a_NTI.shape[2])
+    return torch.bmm(g_NTO.transpose(1, 2), a_NTI, out=scratch.take("gradients", shape, a_NTI))
 
 
 def add_second_moment(total_II: Tensor, x_MI: Tensor) -> None:
@@ -141,8 +148,7 @@ def rotated_gradients(
         a_NTI, Q_A_II = scratch.product("a", a_NTI, Q_A_II), None
     if T <= I:
         g_NTO = scratch.product("g", g_NTO, Q_S_OO)
-    G_NOI = scratch.take("gradients", (len(a_NTI), O, I), a_NTI)
-    torch.bmm(g_NTO.transpose(1, 2), a_NTI, out=G_NOI)
+    G_NOI = sequence_gradients(a_NTI, g_NTO, scratch)
     if Q_A_II is not None:
         G_NOI = G_NOI @ Q_A_II
     return G_NOI if T <= I else Q_S_OO.T @ G_NOI

@@ -46,7 +46,7 @@ from upriver.runtime.threads import one_core_each
 from upriver.tensors import accumulator_dtype, eigh
 from upriver.text.batch import Sequences
 
-HELD_COPIES = 4  # of sums, while some are added to others; those of a correction are smaller
+HELD_COPIES = 4  # of sums, while some are added to others; those of a correction are about as large at most
 COVARIANCE_STREAM, CORRECTION_STREAM = 1, 2  # the two passes draw different labels
 
 
@@ -255,8 +255,10 @@ def _pass(top: Stage, name: str, work: Work, group: list[Layer], make: Callable[
 
 def _in_memory(work: Work, group: list[Layer]) -> bool:
     """Whether the sums of a group stay in memory from unit to unit: on an accelerator, where the memory beside it is free."""
+    if work.model.device.type == "cpu":
+        return False
     room = available_memory()
-    return work.model.device.type != "cpu" and room is not None and HELD_COPIES * covariance_size(group) < room
+    return room is not None and HELD_COPIES * covariance_size(group) < room
 
 
 def _bases(top: Stage, work: Work, times: Times, keep: bool) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from upriver.model.layers import Layer
 from upriver.runtime import counts
-from upriver.tensors import LowRank, Scratch, accumulator_dtype
+from upriver.tensors import LowRank, Scratch, accumulator_dtype, sequence_gradients
 from upriver.text.batch import Batch
 
 GRADIENT_BYTES = 256 << 20  # sequence gradients held at once
@@ -63,13 +63,7 @@ def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor, scratch: Scratch) -> Tensor
     assert r.v_QOI is not None
     step = max(1, GRADIENT_BYTES // (g_NTO.element_size() * r.v_QOI[0].numel()))
     parts = zip(a_NTI.split(step), g_NTO.split(step), strict=True)
-    return torch.cat([dots(form(scratch, a, g), r.v_QOI) for a, g in parts])
-
-
-def form(scratch: Scratch, a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
-    """Each sequence's gradient, ``[N, O, I]``, in memory that the next ones take over."""
-    shape = (len(a_NTI), g_NTO.shape[2], a_NTI.shape[2])
-    return torch.bmm(g_NTO.transpose(1, 2), a_NTI, out=scratch.take("gradients", shape, a_NTI))
+    return torch.cat([dots(sequence_gradients(a, g, scratch), r.v_QOI) for a, g in parts])
 
 
 def dots(G_NOI: Tensor, v_QOI: Tensor) -> Tensor:

@@ -12,9 +12,8 @@ from upriver.model.kept import Kept
 from upriver.model.layers import Layer, find_layers, probe
 from upriver.model.load import Model
 from upriver.model.losses import Sampler
+from upriver.runtime.passes import UNIT_TOKENS
 from upriver.text.batch import Batch, Sequences
-
-UNIT_TOKENS = 65_536  # work that a kill can cost; with it store.SCHEMA must change: a run in progress counts in units
 
 
 class Consumer(Protocol):

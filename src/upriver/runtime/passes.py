@@ -19,7 +19,7 @@ from upriver.runtime.split import (
     keeping,
 )
 
-UNIT_TOKENS = 65_536  # after so many the sums of a pass go to disk
+UNIT_TOKENS = 65_536  # work that a kill can cost; with it store.SCHEMA must change: a run in progress counts in units
 SAMPLE = 64  # random sequences rescored with the top; and at the end of a fit as many at most are scored on each other
 SHARE = 16  # but no more than one of so many that were fitted on
 MOVES = 6  # numbers read or written for each entry of a sequence's gradient that is squared and summed
@@ -125,7 +125,7 @@ class Passes:
 
     def eigen(self, split: FitSplit) -> Pass:
         cubes = sum(float(n) ** 3 for x in self.layers for n in ([x.O, x.I] if counts.leads(x) else [x.O]))
-        size = SUM * sum(x.O**2 + (x.I**2 if counts.leads(x) else 0) for x in self.layers)
+        size = covariance_size(self.layers)  # as large as the bases
         seconds = self.machine.eigen * cubes / split.eigen_workers
         return self._pass("eigendecomposition", "fit", 0, 0, 9 * cubes, 2 * size, seconds, split.peak)
 
@@ -211,8 +211,7 @@ class Passes:
 
     def _factors(self) -> float:
         """Bytes of bases and eigenvalues on disk."""
-        bases = sum(x.O**2 + (x.I**2 if counts.leads(x) else 0) + x.O * x.I for x in self.layers)
-        return float(SUM * bases)
+        return float(covariance_size(self.layers) + SUM * sum(x.O * x.I for x in self.layers))
 
     def _pass(
         self, name: str, verb: str, sweeps: int, tokens: float, flop: float, moved: float, seconds: float, peak: dict

@@ -13,11 +13,21 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from upriver.errors import ConfigError
-from upriver.runtime import counts
 from upriver.runtime.counts import Shape
 from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, Machine, show_bytes
 from upriver.runtime.passes import UNIT_TOKENS, Pass, Passes, Request
-from upriver.runtime.split import ITEM, SUM, Asked, FitSplit, Job, TraceSplit, factors_of, split_fit, split_trace
+from upriver.runtime.split import (
+    ITEM,
+    SUM,
+    Asked,
+    FitSplit,
+    Job,
+    TraceSplit,
+    covariance_size,
+    factors_of,
+    split_fit,
+    split_trace,
+)
 
 PAYS = 1.2  # times as fast in bfloat16, the run as a whole: recommended
 
@@ -160,11 +170,11 @@ def _disk(r: Request, shape: Shape, copies: int) -> dict[str, int]:
     layers, units = shape.layers, 1
     if copies > 1:
         units += math.ceil(min(r.fit_tokens, r.sequences * r.tokens) / UNIT_TOKENS)
-    bases = SUM * sum(x.O**2 + (x.I**2 if counts.leads(x) else 0) for x in layers)
+    bases, lam = covariance_size(layers), SUM * sum(x.O * x.I for x in layers)
     sizes: dict[str, int] = {}
     if r.fit:
-        sizes["factors"] = bases + SUM * sum(x.O * x.I for x in layers)
-        sizes["while fitting"] = max(units * bases, bases + 2 * units * SUM * sum(x.O * x.I for x in layers))
+        sizes["factors"] = bases + lam
+        sizes["while fitting"] = max(units * bases, bases + 2 * units * lam)
     if r.queries:
         sizes["solved queries"] = SUM * r.queries * factors_of(layers, Asked(r.queries, r.query_tokens, r.rank))
         sizes["scores"] = 2 * SUM * r.queries * r.sequences

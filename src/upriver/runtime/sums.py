@@ -44,8 +44,8 @@ def accumulate(
     mine = [u for u in units if u >= first]
     if alone:
         made = ((u, stage.read(u) if stage.has(u) else compute(u)) for u in mine)
-        if hold:
-            _sum_in_memory(stage, made, n_units)
+        if hold and mine:
+            _sum_in_memory(stage, made, first, n_units)
         else:
             for unit, part in made:
                 _fold(stage, unit, part)
@@ -64,8 +64,8 @@ def accumulate(
     return sum_path(stage, n_units)
 
 
-def _sum_in_memory(stage: Stage, made: Iterable[tuple[int, Tensors]], n_units: int) -> None:
-    committed = _newest_sum(stage)
+def _sum_in_memory(stage: Stage, made: Iterable[tuple[int, Tensors]], committed: int, n_units: int) -> None:
+    """Go on from the sum of the first ``committed`` units."""
     total = read_tensors(sum_path(stage, committed)) if committed else {}
     since, cost = time.perf_counter(), 0.0
     for unit, part in made:
