@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from upriver.errors import ModelError
+from upriver.model.attention import LONGEST
 from upriver.model.capture import capture, frozen
 from upriver.model.head import hidden_states
 from upriver.model.layers import Layer, find_layers, layer_kind, probe, weight_shape
@@ -64,9 +65,10 @@ def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: C
 
 
 def model_shape(model: Model, layers: list[Layer], data: Sequences) -> Shape:
-    """The shape of a loaded model, seen on one sequence of middle length."""
-    row = np.argsort(data.lengths_N)[[len(data) // 2]]
-    batch = data.batch(row).to(model.device)
+    """The shape of a loaded model, seen on one sequence: the longest whose attention keeps its probabilities, if there is one."""
+    ascending = np.argsort(data.lengths_N, kind="stable")
+    few = int((data.lengths_N <= LONGEST).sum())
+    batch = data.batch(ascending[[few - 1 if few else 0]]).to(model.device)
     with torch.no_grad(), frozen(model.module):
         model.task.loss(model.module, batch)  # the first pass runs the head whole
     tokens = model.task.positions(batch) or 1
