@@ -97,7 +97,7 @@ def passes(args, folder):
         name: LowRank(torch.randn(args.queries, O, args.rank), torch.randn(args.queries, args.rank, I))
         for name, (O, I) in sizes.items()
     }
-    routes = {name: route(chosen.orders[name], low, model.like) for name, low in random.items()}
+    routes = {name: route(chosen.orders[name], lambda v=v: v, args.queries, model.like) for name, v in random.items()}
 
     def run(consumer, stream=None):
         sweep(model, layers, corpus, batches, consumer, Labels(0, stream))

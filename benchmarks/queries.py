@@ -60,7 +60,7 @@ def scanner(model: Model, data: Tokens, batches: list[np.ndarray], Q: int, room:
     M, N = float(np.mean([data.lengths_N[b].sum() for b in batches])), float(np.mean([len(b) for b in batches]))
     chosen = counts.contraction(layers, M, N, Q, RANK, room)
     low = {x.name: LowRank(torch.randn(Q, x.O, RANK), torch.randn(Q, RANK, x.I)) for x in layers}
-    routes = {name: route(chosen.orders[name], v, model.like) for name, v in low.items()}
+    routes = {name: route(chosen.orders[name], lambda v=v: v, Q, model.like) for name, v in low.items()}
     how = ", ".join(sorted(set(chosen.orders.values()))) + (f", {chosen.hold} batches wait" if chosen.hold > 1 else "")
 
     def run() -> None:

@@ -9,7 +9,7 @@ from upriver.influence.score import Score, route
 from upriver.influence.stages import _evenly
 from upriver.model.layers import Layer
 from upriver.model.sweep import sweep, tracked_layers
-from upriver.runtime.counts import contraction, orders
+from upriver.runtime.counts import WAITING_BYTES, contraction, orders
 from upriver.tensors import LowRank
 
 
@@ -18,7 +18,9 @@ class Contractions(Score):
 
     def __init__(self, order, solved: dict[str, LowRank | torch.Tensor], N: int, Q: int):
         like = torch.empty(0, dtype=torch.float64)
-        super().__init__({n: route(order, v, like) for n, v in solved.items()}, Q, False, hold=2, rebuild_bytes=1)
+        super().__init__(
+            {n: route(order, lambda v=v: v, Q, like) for n, v in solved.items()}, Q, False, hold=2, rebuild_bytes=1
+        )
         self.exact_NQ = torch.zeros(N, Q, dtype=torch.float64)
 
     def _add(self, batch, name, products_NQ) -> None:
@@ -72,6 +74,39 @@ def test_one_query_goes_by_tokens_and_many_by_dense_gradients_or_rebuilt():
     assert chosen(M=4096, N=8, Q=200, room=half - 1, number=2)[0] == {"rebuilt"}
     whole = contraction(wide, M=4096, N=8, Q=200, R=None)
     assert set(whole.orders.values()) == {"dense"}
+
+
+def test_bytes_that_stay_through_a_scan():
+    """Counted one by one: queries laid out, the largest of those that are read again, and what waits."""
+    layers = [Layer(n, (), O, I, False, 0, n) for n, O, I in (("up", 512, 2048), ("down", 1024, 512))]
+    given = {"M": 512.0, "N": 2, "R": 32}
+    up, down, whole = 4 * 32 * (512 + 2048), 4 * 32 * (1024 + 512), 4 * (512 * 2048 + 1024 * 512)  # of one query
+    waiting = 4 * 512 * (512 + 2048 + 1024 + 512)
+    assert contraction(layers, Q=200, room=0, **given).held == 200 * up
+    assert contraction(layers, Q=200, room=0, at_hand=True, **given).held == 200 * (up + down)
+    assert contraction(layers, Q=200, room=3 * waiting, **given)[1:] == (3, 200 * up + 3 * waiting)
+    assert contraction(layers, Q=200, **given).held == 200 * whole
+    assert contraction(layers, Q=200, **given | {"R": None}).held == 200 * whole
+    assert contraction(layers, Q=1, **given).held == up + down
+
+
+def test_waiting_batches_take_three_quarters_of_a_gigabyte_or_as_queries_ask():
+    layers = [Layer(n, (), 1024, 1024, False, 0, n) for n in "abcdefgh"]
+    batch, query = 8 * 4 * 2048 * 2048, 8 * 4 * 32 * 2048
+    holds = [contraction(layers, M=2048, N=8, Q=Q, R=32, room=1 << 32).hold for Q in (200, 400, 800)]
+    assert (
+        holds == [WAITING_BYTES // batch, int(1.5 * 400 * query / batch), int(1.5 * 800 * query / batch)] == [6, 9, 18]
+    )
+
+
+def test_rebuilt_queries_are_read_for_each_wait_and_not_held():
+    reads = []
+    low = LowRank(torch.randn(3, 4, 2), torch.randn(3, 2, 5))
+    found = route("rebuilt", lambda: reads.append(0) or low, 3, torch.empty(0))
+    assert not reads
+    for _ in range(2):
+        assert torch.equal(found.low().dense(), low.dense())
+    assert len(reads) == 2
 
 
 @pytest.mark.parametrize(

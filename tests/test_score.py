@@ -3,7 +3,7 @@
 Axes: N sequences, Q queries, T positions, O outputs, I inputs.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -63,7 +63,7 @@ def solver(c, factors) -> Solver:
 def streamed(c, solutions, order, batch_tokens=30, rebuild_bytes=1):
     """Scores ``[N, Q]`` and ``[N, Q, L]`` of one pass in one order of contraction."""
     layers, like = tracked_layers(c.model, c.data, c.spec), torch.empty(0, dtype=torch.float64)
-    routes = {x.name: route(order, solutions[x.name], like) for x in layers}
+    routes = {x.name: route(order, partial(solutions.get, x.name), len(c.queries), like) for x in layers}
     consumer = Score(routes, len(c.queries), keep_layers=True, hold=3, rebuild_bytes=rebuild_bytes)
     sweep(c.model, layers, c.data, c.data.plan(batch_tokens), consumer)
     found = consumer.tensors()
@@ -118,7 +118,7 @@ def test_memory_that_units_share_changes_nothing(name, fitted):
     v = solver(c, fitted(name, seed=SEED)).low_rank(indices(c), 64)
     low = {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}
     layers, like, scratch = tracked_layers(c.model, c.data, c.spec), torch.empty(0, dtype=torch.float64), Scratch()
-    routes = {x.name: route("rebuilt", low[x.name], like) for x in layers}
+    routes = {x.name: route("rebuilt", partial(low.get, x.name), len(c.queries), like) for x in layers}
     for batch_tokens in (30, 60, 15):
         for rows in c.data.plan(batch_tokens), c.data.plan(batch_tokens)[::-1]:
             shared, own = (Score(routes, len(c.queries), False, 2, scratch=s) for s in (scratch, None))
@@ -215,7 +215,7 @@ def test_the_order_that_is_chosen_costs_least():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_trace_gives_the_same_in_every_order(order, fitted, tmp_path, monkeypatch):
-    chosen = lambda layers, *a: Contraction(dict.fromkeys((x.name for x in layers), order), 2)  # noqa: E731
+    chosen = lambda layers, *a, **k: Contraction(dict.fromkeys((x.name for x in layers), order), 2)  # noqa: E731
     monkeypatch.setattr(stages, "contraction", chosen)
     found = traced(case("llama"), fitted("llama", seed=SEED), tmp_path, rank=32)
     close(found, scores("llama"), STORED)

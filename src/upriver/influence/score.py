@@ -8,8 +8,12 @@ decided before the pass, by counting multiplications and bytes (:func:`upriver.r
     tokens     sum_t (g_t U) . (V a_t)               M (O + I) Q R
     dense      form sum_t g_t a_t^T, times every v   M O I + N O I Q          and Q O I numbers held
     rebuilt    as dense, v = U V for every few batches, which wait until then with their M (O + I) numbers
+
+Queries that are rebuilt are read again each time, so a scan holds those of one layer, however many there are; on an accelerator
+they stay where they are multiplied.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +22,7 @@ from torch import Tensor
 
 from upriver.model.layers import Layer
 from upriver.runtime import counts
-from upriver.tensors import LowRank, Scratch, accumulator_dtype, sequence_gradients
+from upriver.tensors import LowRank, Scratch, accumulator_dtype, on_cpu, sequence_gradients
 from upriver.text.batch import Batch
 
 GRADIENT_BYTES = 256 << 20  # sequence gradients held at once
@@ -35,22 +39,31 @@ class Route(NamedTuple):
     U_OP: Tensor | None  # tokens: P = Q R columns
     V_IP: Tensor | None
     v_QOI: Tensor | None  # dense
-    low: LowRank | None  # rebuilt
+    low: Callable[[], LowRank] | None  # rebuilt
     Q: int
 
 
-def route(order: Order, solved: LowRank | Tensor, like: Tensor) -> Route:
-    """Lay one layer's solved queries out for its order, in the device and dtype of ``like``."""
+Read = Callable[[], LowRank | Tensor]
+
+
+def route(order: Order, read: Read, Q: int, like: Tensor) -> Route:
+    """Lay one layer's ``Q`` solved queries, which ``read`` gives, out for its order, in the device and dtype of ``like``."""
+    if order == "rebuilt":
+        held = None if on_cpu(like) else _laid_out(read, like)
+        return Route(order, None, None, None, lambda: held or _laid_out(read, like), Q)
+    solved = read()
     if isinstance(solved, Tensor):
-        return Route("dense", None, None, solved.to(like), None, len(solved))
+        return Route("dense", None, None, solved.to(like), None, Q)
     U_QOR, V_QRI = (x.to(like) for x in solved)
-    Q = len(U_QOR)
-    if order == "tokens":
-        U_OP = U_QOR.permute(1, 0, 2).flatten(1).contiguous()
-        return Route(order, U_OP, V_QRI.flatten(0, 1).T.contiguous(), None, None, Q)
     if order == "dense":
         return Route(order, None, None, U_QOR @ V_QRI, None, Q)
-    return Route(order, None, None, None, LowRank(U_QOR, V_QRI), Q)
+    U_OP = U_QOR.permute(1, 0, 2).flatten(1).contiguous()
+    return Route(order, U_OP, V_QRI.flatten(0, 1).T.contiguous(), None, None, Q)
+
+
+def _laid_out(read: Read, like: Tensor) -> LowRank:
+    U_QOR, V_QRI = read()
+    return LowRank(U_QOR.to(like), V_QRI.to(like))
 
 
 def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor, scratch: Scratch) -> Tensor:
@@ -141,7 +154,7 @@ class Score:
         for name in list(self.waiting):
             low, held = self.routes[name].low, self.waiting.pop(name)
             assert low is not None
-            U_QOR, V_QRI = low
+            U_QOR, V_QRI = low()
             if V_QRI.shape[2] > U_QOR.shape[1]:  # some rows of the larger side, whole rows of the smaller
                 U_QOR, V_QRI = V_QRI.transpose(1, 2), U_QOR.transpose(1, 2)
                 held = [(batch, g_NTO, a_NTI) for batch, a_NTI, g_NTO in held]

@@ -1,6 +1,7 @@
 """The resumable stages of a trace: solved queries, the scan of the corpus, and the full-rank second look at the top."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from upriver.runtime.counts import contraction
 from upriver.runtime.progress import Progress
 from upriver.runtime.split import Asked, TraceSplit, split_trace
 from upriver.runtime.store import Stage, Tensors
-from upriver.tensors import Scratch
+from upriver.tensors import Scratch, on_cpu
 from upriver.text.batch import Sequences
 
 
@@ -101,8 +102,12 @@ def plan_routes(
     N = float(np.mean([len(rows) for rows in batches]))
     Q = len(range(len(job.queries))[queries])
     like = job.model.like
-    chosen = contraction(job.layers, M, N, Q, job.rank, job.split.dense_bytes, like.element_size())
-    routes = {x.name: route(chosen.orders[x.name], read_solved(solved, x.name, queries), like) for x in job.layers}
+    chosen = contraction(
+        job.layers, M, N, Q, job.rank, job.split.dense_bytes, like.element_size(), at_hand=not on_cpu(like)
+    )
+    routes = {
+        x.name: route(chosen.orders[x.name], partial(read_solved, solved, x.name, queries), Q, like) for x in job.layers
+    }
     return routes, chosen.hold
 
 

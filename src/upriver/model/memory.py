@@ -43,7 +43,8 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
     copy = sum(p.numel() for p in model.module.parameters()) * dtype_named(dtype).itemsize if copied else 0
     cores = 1 if model.device.type == "cuda" else torch.get_num_threads()
     most = max(map(len, data.plan(batch_tokens)))
-    return Job(limit, fixed, batch_tokens, int(data.lengths_N.max()), dtype or own, cores, sequences=most, copy=copy)
+    longest, accelerator = int(data.lengths_N.max()), model.device.type != "cpu"
+    return Job(limit, fixed, batch_tokens, longest, dtype or own, cores, most, copy, accelerator)
 
 
 def settle(peak: Mapping[str, int], job: Job, device: torch.device) -> None:

@@ -18,6 +18,10 @@ from typing import Literal, NamedTuple, Protocol
 Order = Literal["tokens", "dense", "rebuilt"]
 NUMBER = 4  # bytes
 DENSE_BYTES = 2 << 30  # queries, or batches that wait for them, held through a scan
+WAITING_BYTES, WAITING_SHARE = (
+    768 << 20,
+    1.5,
+)  # batches that wait: at most so much, or so many times the compressed queries
 ENOUGH = 3  # batches wait until multiplying out takes a third of forming their gradients: longer pays little, and takes memory
 OVERSAMPLE, PRODUCTS = 16, 10  # of the randomised singular value decomposition: extra columns, products with the matrix
 
@@ -194,28 +198,54 @@ class Contraction(NamedTuple):
 
     orders: dict[str, Order]
     hold: int
+    held: float = (
+        0.0  # bytes: queries as they are laid out (at most one layer's, where they are read again), and what waits
+    )
 
 
 def contraction(
-    layers: Sequence[Sized], M: float, N: float, Q: int, R: int | None, room: float = DENSE_BYTES, number: int = NUMBER
+    layers: Sequence[Sized],
+    M: float,
+    N: float,
+    Q: int,
+    R: int | None,
+    room: float = DENSE_BYTES,
+    number: int = NUMBER,
+    at_hand: bool = False,
 ) -> Contraction:
     """The cheapest order of each layer, by operations and memory, in numbers of ``number`` bytes.
 
     Where sequence gradients are cheaper than tokens, the queries are multiplied out once and held, if those of all such layers
     fit in ``room`` bytes; else the inputs and output gradients of some batches are, and the queries are multiplied out once
     for all of these.
+
+    Args:
+        at_hand: compressed queries that are multiplied out stay in memory, instead of being read each time.
     """
+
+    def dense(some: Sequence[Sized]) -> float:
+        return number * Q * sum(x.O * x.I for x in some)
+
+    def compressed(some: Sequence[Sized]) -> float:
+        return number * Q * (R or 0) * sum(x.O + x.I for x in some)
+
+    def waiting(some: Sequence[Sized]) -> float:
+        return number * M * sum(x.O + x.I for x in some)
+
     if R is None:
-        return Contraction(dict.fromkeys((x.name for x in layers), "dense"), 1)
+        return Contraction(dict.fromkeys((x.name for x in layers), "dense"), 1, dense(layers))
     costs = {x.name: orders(x.O, x.I, M, N, Q, R) for x in layers}
     formed = [x for x in layers if costs[x.name].dense < costs[x.name].tokens]
+    rest = [x for x in layers if x not in formed]
     chosen: dict[str, Order] = dict.fromkeys((x.name for x in layers), "tokens")
-    if sum(number * Q * x.O * x.I for x in formed) <= room:
+    if dense(formed) <= room:
         chosen.update(dict.fromkeys((x.name for x in formed), "dense"))
-        return Contraction(chosen, 1)
-    waiting = sum(number * M * (x.O + x.I) for x in formed)
-    hold = max(1, min(int(room / waiting), round(ENOUGH * Q * R / M)))
-    for x in formed:
-        if costs[x.name].dense + Q * x.O * x.I * R / hold < costs[x.name].tokens:
-            chosen[x.name] = "rebuilt"
-    return Contraction(chosen, hold if "rebuilt" in chosen.values() else 1)
+        return Contraction(chosen, 1, compressed(rest) + dense(formed))
+    room = min(room, max(WAITING_BYTES, WAITING_SHARE * compressed(formed)))
+    hold = max(1, min(int(room / waiting(formed)), round(ENOUGH * Q * R / M)))
+    rebuilt = [x for x in formed if costs[x.name].dense + Q * x.O * x.I * R / hold < costs[x.name].tokens]
+    chosen.update(dict.fromkeys((x.name for x in rebuilt), "rebuilt"))
+    hold = hold if rebuilt else 1
+    read = compressed(rebuilt) if at_hand else max((compressed([x]) for x in rebuilt), default=0.0)
+    held = compressed([x for x in layers if x not in rebuilt]) + read + (waiting(rebuilt) if hold > 1 else 0.0) * hold
+    return Contraction(chosen, hold, held)

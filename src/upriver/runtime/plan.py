@@ -162,7 +162,8 @@ def _job(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> 
     """The model is there as it was loaded, for queries and the second look; another compute type is a copy beside it."""
     resident = LIBRARIES + SUM * shape.parameters if machine.resident is None else machine.resident
     copy = ITEM[dtype] * shape.parameters if dtype != machine.loaded else 0
-    return Job(limit, resident, r.batch_tokens, r.longest_tokens, dtype, machine.cores, r.batch_sequences, copy)
+    longest, accelerator = r.longest_tokens, machine.accelerator
+    return Job(limit, resident, r.batch_tokens, longest, dtype, machine.cores, r.batch_sequences, copy, accelerator)
 
 
 def _disk(r: Request, shape: Shape, copies: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from upriver.errors import ConfigError
-from upriver.runtime.counts import Shape, Sized, leads
+from upriver.runtime.counts import DENSE_BYTES, Contraction, Shape, Sized, contraction, leads
 from upriver.runtime.hardware import show_bytes
 
 SUM = 4  # bytes of a number in a sum, a basis or a full-rank query, whatever the compute type
@@ -27,7 +27,6 @@ SLACK = 160 << 20  # what the allocator, the BLAS libraries and their threads ke
 MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met on average
 SYMMETRIC_COPIES = 3  # of the largest matrix, while a triangle is made whole and added to the sums on disk
 QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
-DENSE_BYTES = 2 << 30  # multiplied-out queries, or batches that wait for them, held through a scan, at most
 REBUILD_BYTES = 128 << 20  # rows of multiplied-out queries held at once in one layer, with those of gradients
 
 
@@ -42,6 +41,7 @@ class Job(NamedTuple):
     cores: int = 1
     sequences: int = 0  # most sequences of a batch; 0: all are as long as the longest
     copy: int = 0  # of the weights, in the compute type of a fit or a scan; queries and the second look do without
+    accelerator: bool = False  # the memory is that of a GPU
 
 
 class FitSplit(NamedTuple):
@@ -253,12 +253,25 @@ def rescore_size(shape: Shape, asked: Asked, at_once: int, tokens: int) -> int:
     return max(solve_size(shape, full, at_once, tokens), batch + at_once * query_size(shape.layers, full))
 
 
-def scan_size(shape: Shape, asked: Asked, job: Job, tokens: int) -> int:
-    """The model in its compute type, compressed queries, laid out, and one batch with the gradients of its sequences."""
-    held = ITEM[job.dtype] * asked.queries * factors_of(shape.layers, asked)
+def _at_once(job: Job, tokens: int) -> int:
+    """The most sequences of a batch of ``tokens``."""
+    return max(1, -(-(job.sequences or job.batch_tokens // job.longest) * tokens // job.batch_tokens))
+
+
+def _contraction(shape: Shape, asked: Asked, job: Job, tokens: int, room: int) -> Contraction:
+    N, number = _at_once(job, tokens), ITEM[job.dtype]
+    return contraction(shape.layers, tokens, N, asked.queries, asked.rank, room, number, job.accelerator)
+
+
+def scan_size(shape: Shape, asked: Asked, job: Job, tokens: int, room: int = 0) -> int:
+    """The model in its compute type, queries as they are laid out, and one batch with the gradients of its sequences.
+
+    Args:
+        room: for queries that are multiplied out once, or batches that wait for them.
+    """
+    held = int(_contraction(shape, asked, job, tokens, room).held) + REBUILD_BYTES
     largest = ITEM[job.dtype] * max(x.O * x.I for x in shape.layers)
-    at_once = -(-(job.sequences or job.batch_tokens // job.longest) * tokens // job.batch_tokens)
-    gradients = max(largest, min(SCORED_BYTES, max(1, at_once) * largest))
+    gradients = max(largest, min(SCORED_BYTES, _at_once(job, tokens) * largest))
     by_token = 2 * ITEM[job.dtype] * tokens * min(asked.queries * (asked.rank or 0), shape.widest)
     return job.copy + held + batch_size(shape, tokens, job.dtype, max(gradients, by_token))
 
@@ -272,7 +285,7 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
     layers, free = shape.layers, _free(job)
 
     def scan(queries: int, tokens: int) -> int:
-        return scan_size(shape, asked._replace(queries=queries), job, tokens) + REBUILD_BYTES
+        return scan_size(shape, asked._replace(queries=queries), job, tokens)
 
     def least(tokens: int) -> int:
         return max(scan(1, tokens), solve_size(shape, asked, 1, tokens), rescore_size(shape, asked, 1, tokens))
@@ -289,17 +302,15 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
     each = (query_size(layers, asked), query_size(layers, full))
     solved = _most(min(asked.queries, most // each[0]), free, lambda q: solve_size(shape, asked, q, tokens))
     rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore_size(shape, asked, q, tokens))
-    held = scan_size(shape, asked._replace(queries=scanned), job, tokens)
-    whole = scanned * sum(x.O * x.I for x in layers) * ITEM[job.dtype]
-    dense = int(max(0, min(DENSE_BYTES, whole, free - held - REBUILD_BYTES)))
+    room = max(0, min(DENSE_BYTES, free - scan(scanned, tokens)))
     base = job.fixed + SLACK
     peak = {
         "queries": base + solve_size(shape, asked, solved, tokens),
-        "scan": base + held + REBUILD_BYTES + dense,
+        "scan": base + scan_size(shape, asked._replace(queries=scanned), job, tokens, room),
         "rescore": base + rescore_size(shape, asked, rescored, tokens),
     }
     sizes = (solved * each[0], rescored * each[1])
-    return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], dense, REBUILD_BYTES, peak, job)
+    return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], room, REBUILD_BYTES, peak, job)
 
 
 def _most(at_most: int, room: int, size: Callable[[int], int]) -> int:
