@@ -1,5 +1,8 @@
 """Contraction in float64: every order, at low and at full rank, to nine digits; costs are the multiplications written out."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -82,9 +85,9 @@ def test_bytes_that_stay_through_a_scan():
     given = {"M": 512.0, "N": 2, "R": 32}
     up, down, whole = 4 * 32 * (512 + 2048), 4 * 32 * (1024 + 512), 4 * (512 * 2048 + 1024 * 512)  # of one query
     waiting = 4 * 512 * (512 + 2048 + 1024 + 512)
-    assert contraction(layers, Q=200, room=0, **given).held == 200 * up
-    assert contraction(layers, Q=200, room=0, at_hand=True, **given).held == 200 * (up + down)
-    assert contraction(layers, Q=200, room=3 * waiting, **given)[1:] == (3, 200 * up + 3 * waiting)
+    assert contraction(layers, Q=200, room=0, **given).held == 2 * 200 * up
+    assert contraction(layers, Q=200, room=0, at_hand=True, **given).held == 200 * (up + up + down)
+    assert contraction(layers, Q=200, room=3 * waiting, **given)[1:] == (3, 2 * 200 * up + 3 * waiting)
     assert contraction(layers, Q=200, **given).held == 200 * whole
     assert contraction(layers, Q=200, **given | {"R": None}).held == 200 * whole
     assert contraction(layers, Q=1, **given).held == up + down
@@ -94,9 +97,7 @@ def test_waiting_batches_take_three_quarters_of_a_gigabyte_or_as_queries_ask():
     layers = [Layer(n, (), 1024, 1024, False, 0, n) for n in "abcdefgh"]
     batch, query = 8 * 4 * 2048 * 2048, 8 * 4 * 32 * 2048
     holds = [contraction(layers, M=2048, N=8, Q=Q, R=32, room=1 << 32).hold for Q in (200, 400, 800)]
-    assert (
-        holds == [WAITING_BYTES // batch, int(1.5 * 400 * query / batch), int(1.5 * 800 * query / batch)] == [6, 9, 18]
-    )
+    assert holds == [WAITING_BYTES // batch, int(2 * 400 * query / batch), int(2 * 800 * query / batch)] == [6, 12, 25]
 
 
 def test_rebuilt_queries_are_read_for_each_wait_and_not_held():
@@ -107,6 +108,23 @@ def test_rebuilt_queries_are_read_for_each_wait_and_not_held():
     for _ in range(2):
         assert torch.equal(found.low().dense(), low.dense())
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("hold", [1, 2])
+@pytest.mark.parametrize(("O", "I"), [(130, 37), (37, 130), (64, 64), (33, 1), (1000, 16)])
+def test_rebuilt_by_halves_is_the_written_out_sum(O, I, hold):
+    """Sides that no block divides, either one the larger."""
+    low = LowRank(torch.randn(5, O, 3, dtype=torch.float64), torch.randn(5, 3, I, dtype=torch.float64))
+    a, g = torch.randn(4, 7, I, dtype=torch.float64), torch.randn(4, 7, O, dtype=torch.float64)
+    layer, like = Layer("x", (), O, I, False, 0, "x"), a[:0]
+    score = Contractions("rebuilt", {"x": low}, 4, 5)
+    score.hold, score.routes["x"] = hold, route("rebuilt", lambda: low, 5, like)
+    for rows in (np.array([0, 1]), np.array([2, 3])):
+        score.begin(SimpleNamespace(rows_N=rows))
+        score(layer, a[rows], g[rows])
+    score.tensors()
+    expected = torch.einsum("qoi,ntoi->nq", low.dense(), torch.einsum("nto,nti->ntoi", g, a))
+    torch.testing.assert_close(score.exact_NQ, -expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,14 @@ class Scratch:
     def copy(self, name: str, x: Tensor) -> Tensor:
         return self.take(name, tuple(x.shape), x).copy_(x)
 
+    def padded(self, name: str, x_NTI: Tensor) -> Tensor:
+        """A copy with rows laid out :func:`aligned`, zeros at their ends: ``[N, T, aligned(I)]``."""
+        N, T, I = x_NTI.shape
+        out_NTW = self.take(name, (N, T, aligned(I)), x_NTI)
+        out_NTW[..., :I] = x_NTI
+        out_NTW[..., I:] = 0
+        return out_NTW
+
     def product(self, name: str, x_NTI: Tensor, y_IK: Tensor, width: int | None = None) -> Tensor:
         """``x @ y``, ``[N, T, K]``, or ``[N, T, width]`` with zeros beyond K.
 

@@ -22,12 +22,16 @@ from torch import Tensor
 
 from upriver.model.layers import Layer
 from upriver.runtime import counts
-from upriver.tensors import LowRank, Scratch, accumulator_dtype, on_cpu, sequence_gradients
+from upriver.runtime.split import REBUILD_BYTES, SIDES
+from upriver.runtime.threads import side_by_side
+from upriver.tensors import ALIGNED, LowRank, Scratch, accumulator_dtype, on_cpu, sequence_gradients
 from upriver.text.batch import Batch
 
 GRADIENT_BYTES = 256 << 20  # sequence gradients held at once
-REBUILD_BYTES = 128 << 20  # rows of gradients held at once, and of the queries that are multiplied out for them
-SHARE = 4  # of these bytes a quarter is for the queries
+ROWS, FEW_ROWS = (
+    256,
+    32,
+)  # of gradients, and of the queries that are multiplied out for them, held at once: they meet in the caches
 FEW, LONG = 1024, 4096  # pairs of a sequence and a query; numbers that one of them is multiplied along at once
 Order = counts.Order
 
@@ -94,6 +98,14 @@ def dots(G_NOI: Tensor, v_QOI: Tensor) -> Tensor:
     return torch.bmm(G_CNP, v_CPQ).sum(0, dtype=accumulator_dtype(G_NOI.dtype))
 
 
+class Waiting(NamedTuple):
+    """What one layer saw of a batch."""
+
+    batch: int
+    a_NTI: Tensor
+    g_NTO: Tensor
+
+
 class Score:
     """Consumer: raw influence of each sequence of a pass on every query, in total and layer by layer.
 
@@ -119,7 +131,7 @@ class Score:
         self.scores_NQ: list[Tensor] = []
         self.layers_NQL: list[Tensor] = []
         self.scratch = scratch or Scratch()
-        self.waiting: dict[str, list[tuple[int, Tensor, Tensor]]] = {}  # batch, a, g
+        self.waiting: dict[str, list[Waiting]] = {}
         self.inputs: dict[str, Tensor] = {}  # of this batch, where several layers may share one
 
     def begin(self, batch: Batch) -> None:
@@ -137,42 +149,62 @@ class Score:
         if route.order == "rebuilt":
             if self.hold > 1:
                 a_NTI, g_NTO = self._kept(layer, a_NTI, g_NTO, batch % self.hold)
-            self.waiting.setdefault(layer.name, []).append((batch, a_NTI, g_NTO))
+            self.waiting.setdefault(layer.name, []).append(Waiting(batch, a_NTI, g_NTO))
             if self.hold == 1:
                 self._flush()
         else:
             self._add(batch, layer.name, contract(route, a_NTI, g_NTO, self.scratch))
 
     def _kept(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """Copies in memory that later batches take over; an input that layers share waits once."""
+        """Padded copies in memory that later batches take over; an input that layers share waits once."""
         if layer.A_of not in self.inputs:
-            self.inputs[layer.A_of] = self.scratch.copy(f"a {place} {layer.A_of}", a_NTI)
-        return self.inputs[layer.A_of], self.scratch.copy(f"g {place} {layer.name}", g_NTO)
+            self.inputs[layer.A_of] = self.scratch.padded(f"a {place} {layer.A_of}", a_NTI)
+        return self.inputs[layer.A_of], self.scratch.padded(f"g {place} {layer.name}", g_NTO)
 
     def _flush(self) -> None:
-        """Score what waits, layer by layer and some rows at a time, so that gradients and queries meet in the caches."""
+        """Score what waits, layer by layer."""
         for name in list(self.waiting):
             low, held = self.routes[name].low, self.waiting.pop(name)
             assert low is not None
-            U_QOR, V_QRI = low()
-            if V_QRI.shape[2] > U_QOR.shape[1]:  # some rows of the larger side, whole rows of the smaller
-                U_QOR, V_QRI = V_QRI.transpose(1, 2), U_QOR.transpose(1, 2)
-                held = [(batch, g_NTO, a_NTI) for batch, a_NTI, g_NTO in held]
-            (Q, O), I, sizes = U_QOR.shape[:2], V_QRI.shape[2], [len(a_NTI) for _, a_NTI, _ in held]
-            N, row = sum(sizes), U_QOR.element_size() * I
-            rows = max(1, min(O, self.rebuild_bytes * (SHARE - 1) // SHARE // (row * N)))
-            few = max(1, min(rows, self.rebuild_bytes // SHARE // (row * Q)))
+            sizes = [len(x.a_NTI) for x in held]
+            for x, found_NQ in zip(held, self._rebuilt(low(), held).T.split(sizes), strict=True):
+                self._add(x.batch, name, found_NQ)
+
+    def _rebuilt(self, low: LowRank, held: list[Waiting]) -> Tensor:
+        """``< U_q V_q, G_n >``, ``[Q, N]``, some rows of the larger side and whole rows of the smaller at a time.
+
+        Half of the rows on each half of the cores: the products are too small to keep all of them busy, and what both halves
+        hold stays in the caches.
+        """
+        U_QOR, V_QRI = low
+        left, right = [x.g_NTO for x in held], [x.a_NTI for x in held]
+        if V_QRI.shape[2] > U_QOR.shape[1]:
+            U_QOR, V_QRI, left, right = V_QRI.transpose(1, 2), U_QOR.transpose(1, 2), right, left
+        if self.hold == 1 and right[0].shape[2] % ALIGNED:
+            right = [self.scratch.padded("a", x_NTI) for x_NTI in right]
+        V_QRI = self.scratch.padded("V", V_QRI)
+        (Q, O), I, N = U_QOR.shape[:2], V_QRI.shape[2], sum(map(len, right))
+        room = self.rebuild_bytes // (2 * SIDES * U_QOR.element_size() * I)
+        most = (ROWS, FEW_ROWS) if on_cpu(U_QOR) else (O, O)
+        rows, few = max(1, min(most[0], room // N)), max(1, min(most[1], room // Q))
+        middle = min(O, -(-O // (2 * FEW_ROWS)) * FEW_ROWS)
+
+        def half(side: int) -> Tensor:
             sums_QN = torch.zeros(Q, N, dtype=accumulator_dtype(U_QOR.dtype), device=U_QOR.device)
-            for start in range(0, O, rows):
-                G_NoI = self.scratch.take("gradients", (N, min(rows, O - start), I), U_QOR)
-                for out_NoI, (_, a_NTI, g_NTO) in zip(G_NoI.split(sizes), held, strict=True):
-                    torch.bmm(g_NTO[:, :, start : start + rows].transpose(1, 2), a_NTI, out=out_NoI)
-                for G_NpI, U_QpR in zip(G_NoI.split(few, 1), U_QOR[:, start : start + rows].split(few, 1), strict=True):
-                    v_QpI = self.scratch.take("queries", (Q, U_QpR.shape[1], I), U_QOR)
+            end = (middle, O)[side]
+            for start in range((0, middle)[side], end, rows):
+                part = slice(start, min(start + rows, end))
+                G_NoI = self.scratch.take(f"gradients {side}", (N, part.stop - start, I), U_QOR)
+                outs = G_NoI.split([len(x) for x in right])
+                for out_NoI, g_NTO, a_NTI in zip(outs, left, right, strict=True):
+                    torch.bmm(g_NTO[:, :, part].transpose(1, 2), a_NTI, out=out_NoI)
+                for G_NpI, U_QpR in zip(G_NoI.split(few, 1), U_QOR[:, part].split(few, 1), strict=True):
+                    v_QpI = self.scratch.take(f"queries {side}", (Q, U_QpR.shape[1], I), U_QOR)
                     torch.bmm(U_QpR, V_QRI, out=v_QpI)
                     sums_QN += v_QpI.flatten(1) @ G_NpI.flatten(1).T
-            for (batch, _, _), found_NQ in zip(held, sums_QN.T.split(sizes), strict=True):
-                self._add(batch, name, found_NQ)
+            return sums_QN
+
+        return torch.stack(list(side_by_side(half, range(SIDES), U_QOR.device))).sum(0)
 
     def _add(self, batch: int, name: str, products_NQ: Tensor) -> None:
         scores_NQ = -products_NQ.float().cpu()

@@ -18,10 +18,8 @@ from typing import Literal, NamedTuple, Protocol
 Order = Literal["tokens", "dense", "rebuilt"]
 NUMBER = 4  # bytes
 DENSE_BYTES = 2 << 30  # queries, or batches that wait for them, held through a scan
-WAITING_BYTES, WAITING_SHARE = (
-    768 << 20,
-    1.5,
-)  # batches that wait: at most so much, or so many times the compressed queries
+WAITING_BYTES = 768 << 20  # of batches that wait, at most, or so many times the compressed queries:
+WAITING_SHARE = 2
 ENOUGH = 3  # batches wait until multiplying out takes a third of forming their gradients: longer pays little, and takes memory
 OVERSAMPLE, PRODUCTS = 16, 10  # of the randomised singular value decomposition: extra columns, products with the matrix
 
@@ -194,13 +192,15 @@ def per_token(layer: Sized, T: float, M: float, Q: int, R: int) -> dict[str, Cos
 
 
 class Contraction(NamedTuple):
-    """How each layer is contracted with the queries, and how many batches wait for queries that are multiplied out."""
+    """How each layer is contracted with the queries, and how many batches wait for queries that are multiplied out.
+
+    ``held`` bytes stay through a scan: queries as they are laid out (one layer's, twice, where they are read again), and what
+    waits.
+    """
 
     orders: dict[str, Order]
     hold: int
-    held: float = (
-        0.0  # bytes: queries as they are laid out (at most one layer's, where they are read again), and what waits
-    )
+    held: float = 0.0
 
 
 def contraction(
@@ -246,6 +246,7 @@ def contraction(
     rebuilt = [x for x in formed if costs[x.name].dense + Q * x.O * x.I * R / hold < costs[x.name].tokens]
     chosen.update(dict.fromkeys((x.name for x in rebuilt), "rebuilt"))
     hold = hold if rebuilt else 1
-    read = compressed(rebuilt) if at_hand else max((compressed([x]) for x in rebuilt), default=0.0)
+    laid_out = max((compressed([x]) for x in rebuilt), default=0.0)
+    read = laid_out + (compressed(rebuilt) if at_hand else laid_out)
     held = compressed([x for x in layers if x not in rebuilt]) + read + (waiting(rebuilt) if hold > 1 else 0.0) * hold
     return Contraction(chosen, hold, held)
