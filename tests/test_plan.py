@@ -448,9 +448,14 @@ def test_sums_that_are_held_do_not_move_and_those_of_several_processes_do():
 
     assert moved(HERE) == [7 * sums, 7 * 2 * lam + lam + sums]
     assert moved(HERE._replace(accelerator=True)) == [sums, 3 * lam + sums]
-    assert moved(HERE._replace(accelerator=True, devices=2)) == [8 * sums, 8 * 2 * lam + lam + sums]
-    alone, shared = (plan_run(request, SMALL, HERE._replace(devices=n)).disk["while fitting"] for n in (1, 2))
-    assert alone == sums + 2 * lam
-    assert shared == max(5 * sums, sums + 5 * 2 * lam)
+    assert moved(HERE._replace(accelerator=True, devices=2)) == [12 * sums, 12 * 2 * lam + lam + sums]
+
+    def disk(units: int, devices: int) -> int:
+        asked = Request(units * 1024, 64, fit_tokens=units * 65_536, memory=8 * 10**9)
+        return plan_run(asked, SMALL, HERE._replace(devices=devices)).disk["while fitting"]
+
+    assert disk(4, 1) == disk(100, 1) == sums + 2 * lam
+    assert disk(3, 2) == max(4 * sums, sums + 4 * 2 * lam)
+    assert disk(4, 2) == disk(100, 2) == max(5 * sums, sums + 5 * 2 * lam)
     assert hardware("h100").accelerator
     assert not hardware("epyc-9554").accelerator

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -320,33 +321,51 @@ def test_what_is_held_goes_on_from_the_newest_sum(share: float, tmp_path, monkey
     assert torch.equal(total["x"], expected)
 
 
-@pytest.mark.parametrize("n_units", [1, 2, 5])
+@pytest.mark.parametrize("n_units", [1, 2, 5, 8])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_ranks_that_stop_anywhere_add_up_to_the_same_sum(n_units: int, ranks: int, tmp_path):
-    """Some ranks commit their units and die; then any number of ranks, one after the other here, goes on."""
+@pytest.mark.parametrize("died", [0, 1, 2])
+def test_ranks_that_stop_anywhere_add_up_to_the_same_sum(died: int, ranks: int, n_units: int, tmp_path):
+    """Some ranks commit their units and die; then any number of ranks goes on, here in one process, as if side by side."""
     values = torch.randn(n_units, 4, generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(4)
     for value in values:
         expected = expected + value
-    for died in range(3):
-        stage = Stage.open(tmp_path / str(died), "sum", {})
-        computed = []
+    stage, computed, most = Stage.open(tmp_path, "sum", {}), [], 0
 
-        def compute(unit: int, log: list[int] = computed) -> store.Tensors:
-            log.append(unit)
-            return {"x": values[unit].clone()}
+    def compute(unit: int) -> store.Tensors:
+        computed.append(unit)
+        return {"x": values[unit].clone()} | ({"late": torch.ones(1)} if unit > 1 else {})
 
-        for unit in range(n_units)[died::3]:  # what an earlier run on three ranks left
-            stage.commit(unit, {"x": values[unit]})
-        shares = [list(range(rank, n_units, ranks)) for rank in range(ranks)]
-        for share in shares[1:]:
-            for unit in share:
-                if not stage.has(unit) and len(share) < n_units:
-                    stage.commit(unit, compute(unit))
-        total = accumulate(stage, shares[0], n_units, compute, lambda: None)
-        total = store.read_tensors(total)
-        assert torch.equal(total["x"], expected)
-        assert sorted(computed) == [u for u in range(n_units) if u % 3 != died]
-        for share in shares[1:]:
-            again = accumulate(stage, share, n_units, compute, lambda: None)
-            assert torch.equal(store.read_tensors(again)["x"], total["x"])
+    for unit in range(n_units)[died::3]:  # what an earlier run on three ranks left
+        stage.commit(unit, compute(unit))
+    shares = [list(range(rank, n_units, ranks)) for rank in range(ranks)]
+    late = [u for turn in zip_longest(*shares[1:]) for u in turn if u is not None and not stage.has(u)]
+    arrivals = iter(late if ranks > 1 else [])
+
+    def meanwhile(unit: int) -> store.Tensors:  # each of the others finishes a unit for each that the first one makes
+        nonlocal most
+        most = max(most, len(list(stage.path.glob("unit-*"))))
+        for other in islice(arrivals, ranks - 1):
+            stage.commit(other, compute(other))
+        return compute(unit)
+
+    barriers = iter([[], arrivals, []])  # at the second one the others are done
+    path = accumulate(
+        stage, shares[0], n_units, meanwhile, lambda: [stage.commit(u, compute(u)) for u in next(barriers)] and None
+    )
+    total = store.read_tensors(path)
+    assert torch.equal(total["x"], expected)
+    assert float(total.get("late", torch.zeros(1))) == max(0, n_units - 2)
+    assert sorted(computed) == list(range(n_units))
+    assert len(shares[0]) == n_units or not list(stage.path.glob("unit-*"))
+    assert ranks == 1 or most <= ranks + len(range(n_units)[died::3])
+    for share in shares[1:]:
+        again = accumulate(stage, share, n_units, compute, lambda: None)
+        assert torch.equal(store.read_tensors(again)["x"], total["x"])
+    assert len(computed) == n_units
+
+
+def test_a_part_that_is_missing_is_told(tmp_path):
+    stage = Stage.open(tmp_path, "sum", {})
+    with pytest.raises(StorageError, match="missing"):
+        accumulate(stage, [0, 2], 4, lambda unit: {"x": torch.ones(1)}, lambda: None)

@@ -199,11 +199,11 @@ class Passes:
         return self._pass("rescore", "trace", chunks, tokens / chunks, flop, moved, seconds, split.peak)
 
     def _added_up(self, size: int, tokens: float) -> float:
-        """Bytes that sums move: read and written after every unit, each unit by itself where several processes share the work;
-        a process alone on an accelerator holds them."""
+        """Bytes that sums move: read and written after every unit; where several processes share the work, each unit is besides,
+        and the sum for about as many of them as there are processes; a process alone on an accelerator holds them."""
         units = max(1.0, tokens / UNIT_TOKENS)
         if self.copies > 1:
-            return 2 * size * units
+            return 2 * size * units * (1 + 1 / self.copies)
         return float(size) if self.machine.accelerator else size * (2 * units - 1)
 
     def _through(self, groups: list[list[int]]) -> float:

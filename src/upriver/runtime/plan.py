@@ -167,10 +167,10 @@ def _job(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> 
 
 
 def _disk(r: Request, shape: Shape, copies: int) -> dict[str, int]:
-    """Where several processes share the work, the sums of every unit lie on the disk until all of them are there."""
+    """Where several processes share the work, units lie on the disk until those before them are there: about two of each."""
     layers, units = shape.layers, 1
     if copies > 1:
-        units += math.ceil(min(r.fit_tokens, r.sequences * r.tokens) / UNIT_TOKENS)
+        units += min(2 * copies, math.ceil(min(r.fit_tokens, r.sequences * r.tokens) / UNIT_TOKENS))
     bases, lam = covariance_size(layers), SUM * sum(x.O * x.I for x in layers)
     sizes: dict[str, int] = {}
     if r.fit:

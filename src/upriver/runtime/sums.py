@@ -6,8 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from upriver.errors import StorageError
 from upriver.runtime import dist
 from upriver.runtime.store import (
+    Form,
     Stage,
     Tensors,
     form_of,
@@ -33,15 +35,17 @@ def accumulate(
 
     The sum lives on the disk: in memory there is one unit's part of it, and one tensor of the sum while the part is added.
     After each unit the sum so far is committed, so a run that stops goes on where it was.  With several ranks each commits
-    its own units; the first rank forms the sum after the barrier, in the same order, and so to the same bits.
+    its own units; the first rank adds up those that are there, in the same order, and so to the same bits, between its own, and
+    what is added is removed: about as many parts as ranks lie on the disk at a time.
 
     Args:
         hold: where units take less time than writing sums, as on an accelerator: a process alone keeps the sum in memory, and
             commits it when that takes a twentieth of the time since the last commit.  The bits are the same.
     """
     first = _newest_sum(stage)
-    alone = len(units) == n_units
-    mine = [u for u in units if u >= first]
+    alone, mine = len(units) == n_units, [u for u in units if u >= first]
+    missing = [u for u in mine if not stage.has(u)]
+    barrier()  # what was there is known to all before the first rank adds and removes it
     if alone:
         made = ((u, stage.read(u) if stage.has(u) else compute(u)) for u in mine)
         if hold and mine:
@@ -50,18 +54,44 @@ def accumulate(
             for unit, part in made:
                 _fold(stage, unit, part)
     else:
-        for unit in mine:
-            if not stage.has(unit):
-                stage.commit(unit, compute(unit))
+        for unit in missing:
+            stage.commit(unit, compute(unit))
+            if 0 in units:
+                _fold_ready(stage, n_units)
     barrier()
-
-    def fold_rest() -> None:
-        for unit in range(_newest_sum(stage), n_units):
-            _fold(stage, unit, stage.read(unit))
-
-    dist.lead(fold_rest)
+    dist.lead(lambda: _fold_ready(stage, n_units))
     barrier()
+    if not sum_path(stage, n_units).exists():
+        raise StorageError(f"parts of a sum are missing in {stage.path}; give the same command again")
     return sum_path(stage, n_units)
+
+
+def _fold_ready(stage: Stage, n_units: int) -> None:
+    """Add up the units that come next, as far as they are there, one tensor at a time, and remove them."""
+    first = ready = _newest_sum(stage)
+    while ready < n_units and stage.has(ready):
+        ready += 1
+    if ready == first:
+        return
+    files = [sum_path(stage, first)] * (first > 0) + [stage.unit_path(unit) for unit in range(first, ready)]
+    forms: dict[str, Form] = {}
+    holders: dict[str, list[Path]] = {}  # a layer may be called in some units only
+    for path in files:
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                forms[name] = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
+                holders.setdefault(name, []).append(path)
+
+    def total(name: str) -> Tensor:
+        found, *others = holders[name]
+        value = read_tensor(found, name)
+        for path in others:
+            value = value + read_tensor(path, name)
+        return value
+
+    write_stream(sum_path(stage, ready), forms, total)
+    for path in files:
+        path.unlink(missing_ok=True)
 
 
 def _sum_in_memory(stage: Stage, made: Iterable[tuple[int, Tensors]], committed: int, n_units: int) -> None:
