@@ -28,10 +28,8 @@ from upriver.tensors import ALIGNED, LowRank, Scratch, accumulator_dtype, on_cpu
 from upriver.text.batch import Batch
 
 GRADIENT_BYTES = 256 << 20  # sequence gradients held at once
-ROWS, FEW_ROWS = (
-    256,
-    32,
-)  # of gradients, and of the queries that are multiplied out for them, held at once: they meet in the caches
+ROWS = 256  # of gradients that are formed at once, for queries that are multiplied out:
+FEW_ROWS = 32  # as many of these, so that they meet in the caches
 FEW, LONG = 1024, 4096  # pairs of a sequence and a query; numbers that one of them is multiplied along at once
 Order = counts.Order
 
@@ -188,12 +186,12 @@ class Score:
         most = (ROWS, FEW_ROWS) if on_cpu(U_QOR) else (O, O)
         rows, few = max(1, min(most[0], room // N)), max(1, min(most[1], room // Q))
         middle = min(O, -(-O // (2 * FEW_ROWS)) * FEW_ROWS)
+        halves = (range(0, middle, rows), range(middle, O, rows))
 
         def half(side: int) -> Tensor:
             sums_QN = torch.zeros(Q, N, dtype=accumulator_dtype(U_QOR.dtype), device=U_QOR.device)
-            end = (middle, O)[side]
-            for start in range((0, middle)[side], end, rows):
-                part = slice(start, min(start + rows, end))
+            for start in halves[side]:
+                part = slice(start, min(start + rows, halves[side].stop))
                 G_NoI = self.scratch.take(f"gradients {side}", (N, part.stop - start, I), U_QOR)
                 outs = G_NoI.split([len(x) for x in right])
                 for out_NoI, g_NTO, a_NTI in zip(outs, left, right, strict=True):
