@@ -26,9 +26,17 @@ from upriver.model.shape import config_only, config_shape, module_shape
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import counts
 from upriver.runtime.counts import Block, LayerSize, Shape
-from upriver.runtime.hardware import Machine, Rates, available_memory, hardware, parse_memory, resident_memory
+from upriver.runtime.hardware import (
+    Machine,
+    Rates,
+    available_memory,
+    hardware,
+    parse_memory,
+    resident_memory,
+    show_bytes,
+)
 from upriver.runtime.passes import Request, request_for
-from upriver.runtime.plan import describe, parse_sizes, plan_run
+from upriver.runtime.plan import describe, parse_sizes, plan_run, show_flop
 from upriver.runtime.split import (
     Asked,
     Job,
@@ -459,3 +467,12 @@ def test_sums_that_are_held_do_not_move_and_those_of_several_processes_do():
     assert disk(4, 2) == disk(100, 2) == max(5 * sums, sums + 5 * 2 * lam)
     assert hardware("h100").accelerator
     assert not hardware("epyc-9554").accelerator
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0 kB"), (999.4e6, "999 MB"), (999.6e6, "1 GB"), (1e9, "1 GB"), (12_345e6, "12.3 GB"), (2e12, "2 TB")],
+)
+def test_sizes_are_shown_in_three_digits_of_the_unit_that_they_round_to(n, text):
+    assert show_bytes(n) == text
+    assert show_flop(999.6e9) == "1 TFLOP"

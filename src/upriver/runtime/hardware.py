@@ -68,8 +68,12 @@ def parse_memory(text: str) -> int:
     return int(number * UNITS[unit])
 
 
+ROUNDS_UP = 0.9995  # of a unit: three digits would show a thousand of the one below
+
+
 def show_bytes(n: float) -> str:
-    unit, name = next(((u, s) for u, s in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if n >= u), (1e3, "kB"))
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"))
+    unit, name = next(((u, s) for u, s in units if n >= ROUNDS_UP * u), (1e3, "kB"))
     return f"{n / unit:.3g} {name}"
 
 

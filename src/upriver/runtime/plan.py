@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from upriver.errors import ConfigError
 from upriver.runtime.counts import Shape
-from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, Machine, show_bytes
+from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, ROUNDS_UP, Machine, show_bytes
 from upriver.runtime.passes import UNIT_TOKENS, Pass, Passes, Request
 from upriver.runtime.split import (
     ITEM,
@@ -209,13 +209,14 @@ def _batches(plan: Plan) -> str:
 
 
 def _count(n: float) -> str:
-    unit, name = next(((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if n >= u), (1, ""))
+    unit, name = next(((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if n >= ROUNDS_UP * u), (1, ""))
     return f"{n / unit:.3g}{name} tokens"
 
 
 def show_flop(n: float) -> str:
     unit, name = next(
-        ((u, s) for u, s in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")) if n >= u), (1e6, "M")
+        ((u, s) for u, s in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")) if n >= ROUNDS_UP * u),
+        (1e6, "M"),
     )
     return f"{n / unit:.3g} {name}FLOP"
 
