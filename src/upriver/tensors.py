@@ -43,7 +43,7 @@ class LowRank(NamedTuple):
 
 
 class Scratch:
-    """Memory that is used again and again: fresh pages would cost as much as the products that fill them."""
+    """Memory that is used again and again: pages that were given back to the system would have to be had afresh."""
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
@@ -55,15 +55,17 @@ class Scratch:
             held = self._held[name] = like.new_empty(size)
         return held[:size].view(shape)
 
-    def copy(self, name: str, x: Tensor) -> Tensor:
-        return self.take(name, tuple(x.shape), x).copy_(x)
+    def rows(self, name: str, like_NTI: Tensor, width: int) -> Tensor:
+        """``[N, T, aligned(width)]``, to be filled up to ``width``; zeros beyond."""
+        out_NTW = self.take(name, (*like_NTI.shape[:2], aligned(width)), like_NTI)
+        out_NTW[..., width:] = 0
+        return out_NTW
 
     def padded(self, name: str, x_NTI: Tensor) -> Tensor:
         """A copy with rows laid out :func:`aligned`, zeros at their ends: ``[N, T, aligned(I)]``."""
-        N, T, I = x_NTI.shape
-        out_NTW = self.take(name, (N, T, aligned(I)), x_NTI)
+        I = x_NTI.shape[2]
+        out_NTW = self.rows(name, x_NTI, I)
         out_NTW[..., :I] = x_NTI
-        out_NTW[..., I:] = 0
         return out_NTW
 
     def product(self, name: str, x_NTI: Tensor, y_IK: Tensor, width: int | None = None) -> Tensor:
@@ -72,10 +74,9 @@ class Scratch:
         Rows are laid out :func:`aligned`: the product takes up to a third longer where they do not start at such places
         (``benchmarks/kernels.py``).
         """
-        (N, T), K = x_NTI.shape[:2], y_IK.shape[1]
-        out_NTW = self.take(name, (N, T, aligned(K)), x_NTI)
+        K = y_IK.shape[1]
+        out_NTW = self.rows(name, x_NTI, K)
         torch.mm(x_NTI.flatten(0, 1), y_IK, out=out_NTW.flatten(0, 1)[:, :K])
-        out_NTW[..., K:] = 0
         return out_NTW[..., : width or K]
 
 

@@ -1,9 +1,9 @@
 """Attention on the CPU: forward and backward by blocks of rows, each as long as the causal mask lets it see.
 
-torch's fused kernel goes backward at a third of the speed of its matrix products, in bfloat16 more slowly still, because it forms
-the probabilities again.  Sequences of a few hundred tokens have room to keep them, in the type of the model; what is left are
-plain products.  In bfloat16 the scores before the softmax are float32, so the error is that of torch's kernel
-(``benchmarks/kernels.py`` prints speeds, tests/test_attention.py compares errors).
+torch's fused kernel forms the probabilities again when it goes backward, and is slow at it, in bfloat16 above all.  Sequences of
+a few hundred tokens have room to keep them, in the type of the model; what is left are plain products.  In bfloat16 the scores
+before the softmax are float32, so the error is that of torch's kernel (``benchmarks/kernels.py`` prints speeds,
+tests/test_attention.py compares errors).
 
 Axes: N sequences, H heads, T tokens, D width of a head; B heads of some sequences, W tokens that a block of R rows sees.
 """

@@ -71,10 +71,14 @@ def parse_memory(text: str) -> int:
 ROUNDS_UP = 0.9995  # of a unit: three digits would show a thousand of the one below
 
 
+def in_units(n: float, *units: tuple[float, str]) -> str:
+    """``n`` in three digits, in the first of the descending units that it makes one of, or else in the last."""
+    unit, name = next(((u, s) for u, s in units if n >= ROUNDS_UP * u), units[-1])
+    return f"{n / unit:.3g}{name}"
+
+
 def show_bytes(n: float) -> str:
-    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"))
-    unit, name = next(((u, s) for u, s in units if n >= ROUNDS_UP * u), (1e3, "kB"))
-    return f"{n / unit:.3g} {name}"
+    return in_units(n, (1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
 
 
 def available_memory() -> int | None:

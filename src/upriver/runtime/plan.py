@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from upriver.errors import ConfigError
 from upriver.runtime.counts import Shape
-from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, ROUNDS_UP, Machine, show_bytes
+from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, Machine, in_units, show_bytes
 from upriver.runtime.passes import UNIT_TOKENS, Pass, Passes, Request
 from upriver.runtime.split import (
     ITEM,
@@ -209,16 +209,12 @@ def _batches(plan: Plan) -> str:
 
 
 def _count(n: float) -> str:
-    unit, name = next(((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if n >= ROUNDS_UP * u), (1, ""))
-    return f"{n / unit:.3g}{name} tokens"
+    return in_units(n, (1e9, "G tokens"), (1e6, "M tokens"), (1e3, "k tokens"), (1, " tokens"))
 
 
 def show_flop(n: float) -> str:
-    unit, name = next(
-        ((u, s) for u, s in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")) if n >= ROUNDS_UP * u),
-        (1e6, "M"),
-    )
-    return f"{n / unit:.3g} {name}FLOP"
+    prefixes = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+    return in_units(n, *((size, f" {name}FLOP") for size, name in prefixes))
 
 
 def show_seconds(s: float) -> str:

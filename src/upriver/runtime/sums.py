@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -74,22 +75,7 @@ def _fold_ready(stage: Stage, n_units: int) -> None:
     if ready == first:
         return
     files = [sum_path(stage, first)] * (first > 0) + [stage.unit_path(unit) for unit in range(first, ready)]
-    forms: dict[str, Form] = {}
-    holders: dict[str, list[Path]] = {}  # a layer may be called in some units only
-    for path in files:
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                forms[name] = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
-                holders.setdefault(name, []).append(path)
-
-    def total(name: str) -> Tensor:
-        found, *others = holders[name]
-        value = read_tensor(found, name)
-        for path in others:
-            value = value + read_tensor(path, name)
-        return value
-
-    write_stream(sum_path(stage, ready), forms, total)
+    _write_sum(sum_path(stage, ready), [_stored(path) for path in files])
     for path in files:
         path.unlink(missing_ok=True)
 
@@ -122,18 +108,32 @@ def _newest_sum(stage: Stage) -> int:
     return int(sums[-1].stem.removeprefix("sum-")) if sums else 0
 
 
-def _fold(stage: Stage, unit: int, partial: Tensors) -> None:
-    if unit == 0:
-        write_tensors(sum_path(stage, 1), partial)
-        return
+def _fold(stage: Stage, unit: int, part: Tensors) -> None:
+    """Add a unit's part, whose tensors are let go as they are written."""
+    held = {name: (form_of(tensor), partial(part.pop, name)) for name, tensor in part.items()}
     old = sum_path(stage, unit)
-    with opened(old) as file:
-        held = {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    _write_sum(sum_path(stage, unit + 1), [held, _stored(old)] if unit else [held])
+    old.unlink(missing_ok=True)
+
+
+Parts = dict[str, tuple[Form, Callable[[], Tensor]]]  # by the name of a tensor: its form, and how it is had
+
+
+def _stored(path: Path) -> Parts:
+    with opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        forms = {name: (x.get_dtype(), x.get_shape()) for name, x in slices.items()}
+    return {name: (form, partial(read_tensor, path, name)) for name, form in forms.items()}
+
+
+def _write_sum(path: Path, added: list[Parts]) -> None:
+    """Add up one tensor at a time; a layer may be called in some units only."""
 
     def total(name: str) -> Tensor:
-        if name not in partial:  # a layer may be called in some units only
-            return read_tensor(old, name)
-        return partial.pop(name) + read_tensor(old, name) if name in held else partial.pop(name)
+        first, *others = (parts[name][1] for parts in added if name in parts)
+        value = first()
+        for other in others:
+            value = value + other()
+        return value
 
-    write_stream(sum_path(stage, unit + 1), {name: form_of(t) for name, t in partial.items()} | held, total)
-    sum_path(stage, unit).unlink(missing_ok=True)
+    write_stream(path, {name: form for parts in added for name, (form, _) in parts.items()}, total)
