@@ -1,4 +1,4 @@
-"""The scan in bfloat16 against the scan in float32: speed in one run, and how far the scores agree.
+"""The scan in bfloat16 and in mixed precision against the scan in float32: speed in one run, and how far the scores agree.
 
     python benchmarks/low_precision.py                                                       the demo
     python benchmarks/low_precision.py --model FILE.gguf --corpus passages.jsonl --queries queries.jsonl --seq-len 160
@@ -51,13 +51,17 @@ def main() -> None:
     queries = up.Queries.read(args.queries, model.tokenizer, complete=1)
     if queries.needs_completion:
         queries = up.complete(model, queries, 8)
-    with tempfile.TemporaryDirectory() as folder, model.computing_in("bfloat16") as rough:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        model.computing_in("bfloat16") as rough,
+        model.computing_in("mixed") as mixed,
+    ):
         place = args.factors or Path(folder) / "factors"
         factors = up.Factors(place) if args.factors else up.fit(model, corpus, place, max_tokens=args.fit_tokens)
         opts, rows = TraceOptions(), corpus.sample(args.tokens, 0)
         stage = Stage.open(Path(folder) / "scores", "bench", {})
         jobs = {}
-        for name, m in (("float32", model), ("bfloat16", rough)):
+        for name, m in (("float32", model), ("mixed", mixed), ("bfloat16", rough)):
             layers = tracked_layers(m, corpus, factors.options.layers)
             split = divide(model, layers, corpus, queries, opts, name)
             jobs[name] = Job(stage, m, layers, corpus, queries, factors, rows, opts, silent, split)
@@ -72,14 +76,15 @@ def main() -> None:
                 taken = timed(work)
                 if repeat:  # the first round warms up
                     seconds[name].append(taken)
-    ratio = statistics.median(a / b for a, b in zip(seconds["float32"], seconds["bfloat16"], strict=True))
-    pearson = [np.corrcoef(a, b)[0, 1] for a, b in zip(scores["float32"].T, scores["bfloat16"].T, strict=True)]
     tokens = int(corpus.lengths_N[rows].sum())
     print(f"{Path(args.model).name}: {len(queries)} queries, {tokens:,} tokens, {torch.get_num_threads()} threads")
-    print(f"bfloat16 is {ratio:.2f} times as fast as float32 (median of {args.repeats})")
-    print(
-        f"correlation of its scores with those of float32: mean {np.mean(pearson):.5f}, worst query {min(pearson):.5f}"
-    )
+    for name in ("mixed", "bfloat16"):
+        ratio = statistics.median(a / b for a, b in zip(seconds["float32"], seconds[name], strict=True))
+        pearson = [np.corrcoef(a, b)[0, 1] for a, b in zip(scores["float32"].T, scores[name].T, strict=True)]
+        print(f"{name} is {ratio:.2f} times as fast as float32 (median of {args.repeats})")
+        print(
+            f"correlation of its scores with those of float32: {np.mean(pearson):.6f}, worst query {min(pearson):.6f}"
+        )
 
 
 if __name__ == "__main__":

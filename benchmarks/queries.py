@@ -1,6 +1,6 @@
 """What more queries cost: the scan with 1, 8, 64 and 256 of them, in plain training steps over the same batches, in one run.
 
-    python benchmarks/queries.py [--length 256] [--tokens 16384] [--queries 1 8 64 256] [--repeats 3]
+    python benchmarks/queries.py [--length 256] [--tokens 16384] [--queries 1 8 64 256] [--dtype float32] [--repeats 3]
 
 A GPT-NeoX type of random weights, 512 wide, 6 layers, vocabulary 8,192; queries of random factors, rank 32, as the cost does not
 depend on their values.  All go over the same batches with the same threads, in alternation; the median of the ratios counts.
@@ -59,7 +59,7 @@ def scanner(model: Model, data: Tokens, batches: list[np.ndarray], Q: int, room:
     """The scan with ``Q`` queries, and how they are contracted."""
     layers = tracked_layers(model, data, "mlp")
     M, N = float(np.mean([data.lengths_N[b].sum() for b in batches])), float(np.mean([len(b) for b in batches]))
-    chosen = counts.contraction(layers, M, N, Q, RANK, room)
+    chosen = counts.contraction(layers, M, N, Q, RANK, room, model.like.element_size())
     low = {x.name: LowRank(torch.randn(Q, x.O, RANK), torch.randn(Q, RANK, x.I)) for x in layers}
     routes = {name: route(chosen.orders[name], lambda v=v: v, Q, model.like) for name, v in low.items()}
     hold = _evenly(chosen.hold, len(batches))
@@ -80,21 +80,24 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--room", type=float, default=counts.DENSE_BYTES, help="bytes for queries or batches held")
+    parser.add_argument("--dtype", choices=["float32", "mixed", "bfloat16"], default="float32", help="of the scans")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     settle_memory(reuse=True)  # as a scan does where the memory allows
     model, data = neox(args.length), Tokens(args.tokens // args.length, args.length)
     batches = data_batches(data, args)
     scratch = Scratch()
-    scans = {Q: scanner(model, data, batches, Q, args.room, scratch) for Q in args.queries}
     seconds: dict[object, list[float]] = {}
-    step(model, data, batches[:1])
-    for _ in range(args.repeats):
-        seconds.setdefault("step", []).append(timed(lambda: step(model, data, batches)))
-        for Q, (run, _) in scans.items():
-            seconds.setdefault(Q, []).append(timed(run))
+    with model.computing_in(args.dtype) as computing:
+        scans = {Q: scanner(computing, data, batches, Q, args.room, scratch) for Q in args.queries}
+        step(model, data, batches[:1])
+        for _ in range(args.repeats):
+            seconds.setdefault("step", []).append(timed(lambda: step(model, data, batches)))
+            for Q, (run, _) in scans.items():
+                seconds.setdefault(Q, []).append(timed(run))
+    threads = torch.get_num_threads()
     print(
-        f"{args.tokens:,} tokens in sequences of {args.length}, {torch.get_num_threads()} threads, median of {args.repeats}\n"
+        f"{args.tokens:,} tokens in sequences of {args.length}, {args.dtype}, {threads} threads, median of {args.repeats}\n"
     )
     print(f"| queries | plain steps | times the scan with {args.queries[0]} | contraction |\n|---|---|---|---|")
     for Q, (_, how) in scans.items():

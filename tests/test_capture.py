@@ -112,6 +112,24 @@ def broken(*given):
     raise ZeroDivisionError
 
 
+@pytest.mark.parametrize("name", ["gpt2", "twice"])
+def test_what_is_handed_over_in_a_narrower_type_is_rounded_once(name):
+    """Mixed precision: the model computes as it did."""
+    c = CASES[name]()
+    batch = c.data.batch(np.arange(4))
+    layers = find_layers(c.model.module, c.spec)
+
+    def seen(dtype):
+        given = {}
+        with capture(c.model.module, layers, lambda layer, *ag: given.update({layer.name: ag}), dtype) as run:
+            run(4, c.model.task.positions(batch), lambda: c.model.task.loss(c.model.module, batch))
+        return given
+
+    narrow = seen(torch.bfloat16)
+    for layer, whole in seen(None).items():
+        assert all(torch.equal(x, y.bfloat16()) for x, y in zip(narrow[layer], whole, strict=True))
+
+
 class InPlace(nn.Module):
     """Writes over the output of its first layer, as code that saves memory does."""
 

@@ -178,8 +178,9 @@ def test_the_short_way_past_the_logits_refuses_a_second_derivative():
 
 @pytest.fixture
 def tiny_chunks(monkeypatch):
-    """Two loss tokens a chunk."""
+    """Two loss tokens a chunk, and one at a time of these."""
     monkeypatch.setattr("upriver.model.head.CHUNK_BYTES", 2 * 4 * V)
+    monkeypatch.setattr("upriver.model.head.PART_BYTES", 4 * V)
 
 
 @pytest.mark.parametrize("stream", [None, 1], ids=["own", "drawn"])
@@ -203,13 +204,27 @@ def test_the_chunked_loss_is_cross_entropy_and_so_is_its_gradient(bias, tiny_chu
     labels, weight = torch.randint(V, (9,)), torch.randn(9)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         head, x = head.to(dtype), hidden.detach().to(dtype).requires_grad_()
-        losses = token_losses(x, head, lambda logits, rows: labels[rows])
+        losses = token_losses(x, head, lambda p, rows: labels[rows])
         (found,) = torch.autograd.grad((losses * weight.to(losses)).sum(), x)
         whole = nn.functional.cross_entropy(head(x).to(losses.dtype), labels, reduction="none")
         (wanted,) = torch.autograd.grad((whole * weight.to(losses)).sum(), x)
         assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(losses, whole, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("far", [50.0, 80.0, 100.0, 1000.0])
+def test_a_label_that_the_model_all_but_rules_out_has_its_loss_and_gradient(far):
+    """From 88 on its probability is no normal float32 number any more."""
+    head, labels = nn.Linear(3, 3, False).requires_grad_(False), torch.tensor([1, 0, 1])
+    head.weight.copy_(torch.eye(3))
+    hidden = torch.tensor([[far, 0.0, 1.0], [1.0, 0.0, 2.0], [far, -far, 0.0]], requires_grad=True)
+    losses = token_losses(hidden, head, lambda p, rows: labels[rows])
+    whole = nn.functional.cross_entropy(hidden.detach().double(), labels, reduction="none")
+    torch.testing.assert_close(losses, whole.float(), rtol=1e-6, atol=1e-6)
+    losses.sum().backward()
+    wanted = hidden.detach().double().softmax(-1) - nn.functional.one_hot(labels, 3)
+    torch.testing.assert_close(hidden.grad, wanted.float(), rtol=1e-6, atol=1e-6)
 
 
 def test_a_tracked_head_is_a_layer_like_any_other():

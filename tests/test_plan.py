@@ -215,7 +215,7 @@ jobs = st.builds(
     fixed=st.integers(0, 10**9),
     batch_tokens=st.integers(1, 5000),
     longest=st.integers(1, 2000),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
+    dtype=st.sampled_from(["float32", "bfloat16", "mixed"]),
     cores=st.integers(1, 8),
     sequences=st.integers(0, 300),
     copy=st.integers(0, 10**8),
@@ -355,6 +355,20 @@ def test_what_pays_is_the_run_as_a_whole_and_not_its_products():
     long = plan_run(Request(100_000, 128, queries=1), SMALL, machine)
     assert float(re.search(r"about ([\d.]+) times", long.advice[0])[1]) > 4
     assert plan_run(Request(100, 128, queries=1), SMALL, machine._replace(eigen=1e-7)).advice == []
+
+
+def test_mixed_precision_has_the_model_of_float32_and_the_products_of_bfloat16():
+    machine = _with_bfloat16(2.0)
+    whole, low, mixed = (machine.of(dtype) for dtype in ("float32", "bfloat16", "mixed"))
+    assert mixed == low._replace(model=whole.model)
+
+    def scan(dtype):
+        plan = plan_run(Request(100_000, 128, queries=400, dtype=dtype), SMALL, machine)
+        assert plan.advice == [] or dtype == "float32"
+        return next(p for p in plan.passes if p.name == "scan")
+
+    assert scan("bfloat16").seconds < scan("mixed").seconds < scan("float32").seconds
+    assert scan("mixed").peak < scan("float32").peak, "no copy of the model, and queries and what waits take half"
 
 
 def test_the_description_names_every_pass_and_what_pays():

@@ -204,12 +204,13 @@ def test_output_token_influence_needs_a_language_model():
 
 def test_the_order_that_is_chosen_costs_least():
     layers, least = case("llama").layers, {}
-    for M, N, Q, R in ((100, 1, 1, 2), (64, 64, 50, 8), (4096, 4, 300, 32), (7, 2, 1000, 3)):
+    for M, N, Q, R in ((100, 1, 1, 2), (640, 5, 50, 8), (4096, 4, 300, 32), (7, 2, 1000, 3)):
         found = contraction(layers, M, N, Q, R).orders
         for x in layers:
             costs = orders(x.O, x.I, M, N, Q, R)
             least[found[x.name]] = True
-            assert getattr(costs, found[x.name]) == min(costs)
+            with_memory = costs.dense + 32 * x.O * x.I * (2 * N + Q)  # gradients there and back, queries once
+            assert (found[x.name] == "tokens") == (costs.tokens <= with_memory)
     assert set(least) == {"tokens", "dense"}, "both were met"
 
 

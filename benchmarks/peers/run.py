@@ -133,7 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--job", choices=list(SIZES), default="neox")
     parser.add_argument("--queries", type=int, nargs="+", default=[8, 64, 128])
     parser.add_argument("--ranks", type=rank_of, nargs="+", default=[None, 32], help="numbers, or full")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "mixed", "bfloat16"], default="float32")
     parser.add_argument("--sides", nargs="+", choices=["kronfluence", "bergson"], default=["kronfluence", "bergson"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sequences", type=int, help="default: 64")

@@ -40,7 +40,7 @@ class SumOfLogProbs(Task):
 class Side:
     def __init__(self, job: Job, folder: Path):
         self.job, self.low = job, job.dtype == "bfloat16"
-        module = load_module(job, getattr(torch, job.dtype))
+        module = load_module(job, torch.bfloat16 if self.low else torch.float32)
         self.names = mlp_names(module)
         task = SumOfLogProbs(self.names)
         self.corpus = items(job.corpus_NT, 1)

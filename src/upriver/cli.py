@@ -86,7 +86,7 @@ def fit_command(
     until: Annotated[
         float | None, typer.Option(help="Stop when the scores by either half of the sample correlate so well, as 0.99.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or mixed.")] = "float32",
     batch_tokens: BatchTokens = BATCH_TOKENS,
     memory: Memory = None,
     seed: Annotated[int, typer.Option(help="Of the sampled labels and sequences.", min=0)] = 0,
@@ -124,7 +124,7 @@ def trace_command(
     complete: Annotated[
         int | None, typer.Option(help="Let the model answer queries without completion, in N tokens.", min=1)
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the scan: float32 or bfloat16; that of the factors.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the scan, as for fit; that of the factors.")] = None,
     memory: Memory = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -171,7 +171,7 @@ def plan_command(
     max_tokens: MaxTokens = 1_000_000,
     rank: Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")] = "32",
     top: Annotated[int, typer.Option(help="Passages a side that are looked at again.", min=1)] = 100,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or mixed.")] = "float32",
     batch_tokens: BatchTokens = BATCH_TOKENS,
     memory: Memory = None,
     hardware: Annotated[

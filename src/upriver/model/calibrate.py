@@ -20,6 +20,7 @@ from upriver.model.layers import Layer, find_layers
 from upriver.model.load import Model, dtype_named
 from upriver.model.shape import config_shape, model_shape
 from upriver.model.sweep import tracked_layers
+from upriver.runtime.config import weights_in
 from upriver.runtime.counts import LayerSize, Shape
 from upriver.runtime.hardware import (
     DEFAULT_SHARE,
@@ -154,7 +155,7 @@ def _measured(
 def _may_pay(request: Request, shape: Shape, machine: Machine, device: torch.device) -> int:
     """Tokens of a batch in which bfloat16 is worth measuring; 0: no product is faster, or no copy of the model in it fits."""
     side = min(2048, max(max(x.O, x.I) for x in shape.layers))
-    if machine.loaded != "float32" or "bfloat16" in request.dtypes or _low_precision_speed(side, device) < PAYS:
+    if machine.loaded != "float32" or request.narrow or _low_precision_speed(side, device) < PAYS:
         return 0
     try:
         rough = dataclasses.replace(request, dtype="bfloat16", scan_dtype="bfloat16")
@@ -166,7 +167,7 @@ def _may_pay(request: Request, shape: Shape, machine: Machine, device: torch.dev
 def machine_without(shape: Shape, request: Request) -> Machine:
     """This machine for a model that is not here: as fast as its products."""
     device, rates = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
-    for dtype in dict.fromkeys(("float32", "bfloat16", *request.dtypes)):
+    for dtype in dict.fromkeys(("float32", "bfloat16", *map(weights_in, request.dtypes))):
         like = torch.empty(0, dtype=dtype_named(dtype), device=device)
         largest = max(shape.layers, key=lambda x: x.O * x.I)
         product, symmetric, gradient = _product_rates(largest, max(1, round(request.tokens)), 1024, like)
@@ -225,7 +226,7 @@ def _pass_rate(model: Model, layers: list[Layer], data: Sequences, shape: Shape,
         batch = data.batch(rows).to(model.device)
         run(len(rows), model.task.positions(batch), lambda: model.task.loss(model.module, batch))
 
-    with capture(model.module, layers, lambda *_: None) as run:
+    with capture(model.module, layers, lambda *_: None, model.handed) as run:
         run_on(rows[:1])
         seconds = min(_seconds(lambda: run_on(rows), model.device, 1, 0.0) for _ in range(2))
     tokens = float(data.lengths_N[rows].sum())

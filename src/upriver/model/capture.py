@@ -51,14 +51,19 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def capture(module: nn.Module, layers: list[Layer], consume: Consume) -> Iterator["Run"]:
+def capture(
+    module: nn.Module, layers: list[Layer], consume: Consume, dtype: torch.dtype | None = None
+) -> Iterator["Run"]:
     """Yield ``run(N, T, forward)``, which runs a forward and a backward pass and feeds ``consume``.
+
+    Args:
+        dtype: of what ``consume`` is given; None: as the model computes.
 
     Raises:
         ModelError: a layer's input cannot be laid out by sequence and token, or the model hides its calls.
         NumericalError: the loss is NaN or infinite.
     """
-    run = Run(consume)
+    run = Run(consume, dtype)
     hooks = [
         m.register_forward_hook(partial(run.on_call, layer), with_kwargs=True)
         for layer in layers
@@ -80,8 +85,8 @@ class Call(NamedTuple):
 class Run:
     """The forward and backward passes of one :func:`capture`; call it once per batch."""
 
-    def __init__(self, consume: Consume):
-        self._consume = consume
+    def __init__(self, consume: Consume, dtype: torch.dtype | None = None):
+        self._consume, self._dtype = consume, dtype
         self._N, self._T = 0, None
         self._backward = False
         self._expected: dict[str, int] = {}
@@ -153,4 +158,9 @@ class Run:
                 f"in a batch of {N} sequences of {T} tokens; leave it out with --layers"
             )
         x_NTI = x.reshape(N, -1, x.shape[-1])
-        return torch.cat([x_NTI, x_NTI.new_ones(*x_NTI.shape[:2], 1)], 2) if bias else x_NTI
+        if not bias:
+            return x_NTI.to(self._dtype or x_NTI.dtype)
+        out_NTI = x_NTI.new_empty(*x_NTI.shape[:2], x_NTI.shape[2] + 1, dtype=self._dtype)
+        out_NTI[..., :-1] = x_NTI
+        out_NTI[..., -1] = 1
+        return out_NTI

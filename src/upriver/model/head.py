@@ -16,9 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upriver.errors import ModelError
+from upriver.tensors import on_cpu
 
 CHUNK_BYTES, CHUNK_ROWS = 128 << 20, 1024  # float32 logits held at once; more rows make no product faster
-Labels = Callable[[Tensor, slice], Tensor]  # (logits of a chunk, which rows) -> labels
+PART_BYTES, PART_ROWS = (
+    2 << 20,
+    256,
+)  # probabilities at once: on the CPU what stays in the caches, elsewhere a quarter of a chunk
+FAR = 60.0  # a loss beyond which the probability loses digits: it is computed again, from the logits
+Labels = Callable[[Tensor, slice], Tensor]  # (probabilities of some rows, which ones) -> labels
 
 
 class Heads:
@@ -76,24 +82,35 @@ def token_losses(hidden_MH: Tensor, head: nn.Linear, labels: Labels) -> Tensor:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """The gradient of ``- log softmax(h W^T)[label]`` to ``h`` is ``(softmax - onehot) W``, formed while the logits are there."""
+    """The gradient of ``- log softmax(h W^T)[label]`` to ``h`` is ``(softmax - onehot) W``, formed while the logits are there.
+
+    Products take a chunk of tokens; what lies between them takes a few at a time, so that it stays in the caches.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_MH: Tensor, head: nn.Linear, labels: Labels) -> Tensor:
         wide = torch.float64 if hidden_MH.dtype == torch.float64 else torch.float32
         losses_M = hidden_MH.new_empty(len(hidden_MH), dtype=wide)
+        labels_M = torch.empty(len(hidden_MH), dtype=torch.int64, device=hidden_MH.device)
         gradient_MH = torch.empty_like(hidden_MH) if ctx.needs_input_grad[0] else None
-        step = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * head.out_features)))
-        for start in range(0, len(hidden_MH), step):
-            rows = slice(start, start + step)
-            logits_mV = F.linear(hidden_MH[rows], head.weight, head.bias).to(wide)
-            label_m1 = labels(logits_mV, rows)[:, None]
-            log_p_mV = logits_mV.log_softmax(-1)
-            losses_M[rows] = -log_p_mV.gather(1, label_m1)[:, 0]
+        row = 4 * head.out_features
+        few = max(1, PART_BYTES // row) if on_cpu(hidden_MH) else PART_ROWS
+        for rows in _slices(0, len(hidden_MH), max(1, min(CHUNK_ROWS, CHUNK_BYTES // row))):
+            logits_mV = F.linear(hidden_MH[rows], head.weight, head.bias)
+            for some in _slices(rows.start, rows.stop, few):
+                logits_pV = logits_mV[some.start - rows.start : some.stop - rows.start]
+                p_pV = logits_pV.to(wide).softmax(-1)
+                labels_M[some] = labels(p_pV, some)
+                label_p1 = labels_M[some, None]
+                losses_M[some] = -p_pV.gather(1, label_p1)[:, 0].log()
+                if gradient_MH is not None:
+                    logits_pV.copy_(p_pV.scatter_add_(1, label_p1, -torch.ones_like(label_p1, dtype=wide)))
             if gradient_MH is not None:
-                gradient_mV = log_p_mV.exp_()
-                gradient_mV.scatter_add_(1, label_m1, -torch.ones_like(label_m1, dtype=wide))
-                gradient_MH[rows] = gradient_mV.to(hidden_MH.dtype) @ head.weight
+                gradient_MH[rows] = logits_mV @ head.weight
+        far_F = (losses_M > FAR).nonzero()[:, 0]
+        for some_F in far_F.split(CHUNK_ROWS):
+            logits_FV = F.linear(hidden_MH[some_F], head.weight, head.bias)
+            losses_M[some_F] = F.cross_entropy(logits_FV.to(wide), labels_M[some_F], reduction="none")
         if gradient_MH is not None:
             ctx.save_for_backward(gradient_MH)
         return losses_M
@@ -106,3 +123,7 @@ class _TokenLosses(torch.autograd.Function):
             )
         (gradient_MH,) = ctx.saved_tensors
         return gradient_MH * outer[0].to(gradient_MH.dtype)[:, None], None, None
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from upriver.errors import ConfigError, ModelError
 from upriver.model.losses import LanguageModel, Task
 from upriver.runtime import dist
+from upriver.runtime.config import MIXED, weights_in
 from upriver.runtime.store import digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -34,6 +36,7 @@ class Model:
     task: Task = field(default_factory=LanguageModel)
     name: str = "module"
     info: dict[str, Any] = field(default_factory=dict)  # attention kernel, vocabulary, ...
+    handed: torch.dtype | None = None  # in which passes give what layers saw; None: as the weights
 
     @property
     def device(self) -> torch.device:
@@ -45,8 +48,8 @@ class Model:
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor in the device and dtype of the weights."""
-        return torch.empty(0, dtype=self.dtype, device=self.device)
+        """An empty tensor in the device and dtype of what passes give of the layers."""
+        return torch.empty(0, dtype=self.handed or self.dtype, device=self.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,12 +72,14 @@ class Model:
 
     @contextlib.contextmanager
     def computing_in(self, dtype: str) -> Iterator["Model"]:
-        """This model with its weights in ``dtype``; a copy that lives as long as the block where that differs."""
-        wanted = dtype_named(dtype)
-        if wanted == self.dtype:
-            yield self
-        else:
-            yield Model(copy.deepcopy(self.module).to(wanted), self.tokenizer, self.task, self.name, self.info)
+        """This model with its weights in ``dtype``; a copy that lives as long as the block where that differs.
+
+        ``mixed``: the model in float32, and what its layers saw handed on in bfloat16.
+        """
+        wanted, handed = dtype_named(weights_in(dtype)), torch.bfloat16 if dtype == MIXED else None
+        module = self.module if wanted == self.dtype else copy.deepcopy(self.module).to(wanted)
+        same = module is self.module and handed == self.handed
+        yield self if same else dataclasses.replace(self, module=module, handed=handed)
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -115,13 +115,14 @@ class LanguageModel(Task):
         if sampler is not None:
             u_M = sampler.uniform(labels_NT.shape[1])[..., 0].to(at_NT.device)[at_NT]
 
-        def labels(logits_mV: Tensor, rows: slice) -> Tensor:
-            return labels_M[rows] if u_M is None else sample(logits_mV.detach(), u_M[rows])
+        def labels(p_mV: Tensor, rows: slice) -> Tensor:
+            return labels_M[rows] if u_M is None else _invert(p_mV, u_M[rows])
 
         head = self._heads.plain_head(module)
         if head is None:
             logits_MV = self._heads.logits(module, batch.inputs["tokens"])[at_NT]
-            return F.cross_entropy(_wide(logits_MV), labels(logits_MV, slice(None)), reduction="none")
+            drawn_M = labels_M if u_M is None else sample(logits_MV.detach(), u_M)
+            return F.cross_entropy(_wide(logits_MV), drawn_M, reduction="none")
         return token_losses(hidden_states(module, head, batch.inputs["tokens"])[at_NT], head, labels)
 
 
@@ -187,18 +188,18 @@ def next_tokens(batch: Batch) -> Tensor:
 
 def sample(logits_MV: Tensor, u_M: Tensor) -> Tensor:
     """One label from each row's softmax, by inverting its cumulative distribution at ``u``: ``[M]``."""
-    parts = [_invert(*rows) for rows in zip(logits_MV.split(SAMPLE_ROWS), u_M.split(SAMPLE_ROWS), strict=True)]
-    return torch.cat(parts)
+    parts = zip(logits_MV.split(SAMPLE_ROWS), u_M.split(SAMPLE_ROWS), strict=True)
+    return torch.cat([_invert(_wide(logits_mV).softmax(-1), u_m) for logits_mV, u_m in parts])
 
 
-def _invert(logits_MV: Tensor, u_M: Tensor) -> Tensor:
-    cumulative_MV = _wide(logits_MV).softmax(-1).cumsum_(-1)
+def _invert(p_MV: Tensor, u_M: Tensor) -> Tensor:
+    cumulative_MV = p_MV.cumsum(-1)
     total_M1 = cumulative_MV[:, -1:]
     below_M1 = torch.nextafter(
         total_M1, torch.zeros_like(total_M1)
     )  # u near 1 rounds to 1: never past the last likely token
     target_M1 = torch.minimum(u_M.to(total_M1.dtype)[:, None] * total_M1, below_M1)
-    return torch.searchsorted(cumulative_MV, target_M1, right=True)[:, 0].clamp(max=logits_MV.shape[-1] - 1)
+    return torch.searchsorted(cumulative_MV, target_M1, right=True)[:, 0].clamp(max=p_MV.shape[-1] - 1)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from upriver.model.load import Model, dtype_named
+from upriver.runtime.config import weights_in
 from upriver.runtime.hardware import (
     DEFAULT_SHARE,
     default_limit,
@@ -39,8 +40,9 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
         fixed = resident_memory() or 0
         limit = asked or default_limit(fixed)
     own = str(model.dtype).removeprefix("torch.")
-    copied = dtype not in ("", own)
-    copy = sum(p.numel() for p in model.module.parameters()) * dtype_named(dtype).itemsize if copied else 0
+    weights = weights_in(dtype or own)
+    parameters = sum(p.numel() for p in model.module.parameters())
+    copy = parameters * dtype_named(weights).itemsize if weights != own else 0
     cores = 1 if model.device.type == "cuda" else torch.get_num_threads()
     most = max(map(len, data.plan(batch_tokens)))
     longest, accelerator = int(data.lengths_N.max()), model.device.type != "cpu"

@@ -54,7 +54,8 @@ def sweep(
         kept: batches that it holds are read instead (of the same labels); the others are written there.
     """
     recorder = kept.recorder(labels, layers, consumer) if kept is not None else None
-    with capture(model.module, kept.layers if kept and recorder else layers, recorder or consumer) as run:
+    seen = kept.layers if kept and recorder else layers
+    with capture(model.module, seen, recorder or consumer, model.handed) as run:
         for rows, batch in zip(batches, _ahead(model, data, batches), strict=True):
             consumer.begin(batch)
             if kept is not None and kept.holds(labels, rows):

@@ -22,6 +22,8 @@ CONVENTIONS = {
 BATCH_TOKENS = 2048  # two cores are as fast with 1,024 as with 4,096, and activations take memory; a GPU may want more
 CURVATURES = ("ekfac", "kfac", "diagonal", "identity")
 POSITIVE = "Positive means: training on this passage raises the probability of the answer."
+MIXED = "mixed"  # the model in float32, and products over what its layers saw in bfloat16
+Dtype = Literal["float32", "bfloat16", "mixed", "float64"]
 PLAIN = {
     "Input should be": "allowed is", "a valid integer": "a whole number", "a valid string": "a text",
     "a valid boolean": "true or false",
@@ -46,7 +48,7 @@ class FitOptions(Options):
     fisher: Literal["sampled", "empirical"] = "sampled"
     max_tokens: int | None = Field(1_000_000, ge=1)
     until: float | None = Field(None, gt=0, le=1)
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Dtype = "float32"
     batch_tokens: int = Field(BATCH_TOKENS, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
     memory: str | None = None
@@ -61,7 +63,7 @@ class TraceOptions(Options):
     candidates: int | None = Field(None, ge=1)
     curvature: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
     layer_scores: bool = False
-    dtype: Literal["float32", "bfloat16", "float64"] | None = None  # of the scan; None: that of the factors
+    dtype: Dtype | None = None  # of the scan; None: that of the factors
     batch_tokens: int = Field(BATCH_TOKENS, ge=1)
     memory: str | None = None
 
@@ -90,7 +92,7 @@ class TraceOptions(Options):
 class RunOptions(FitOptions, TraceOptions):
     """A run file: fit + trace + report, with the same keys as the flags."""
 
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Dtype = "float32"
     model: str
     corpus: str
     queries: str
@@ -100,6 +102,11 @@ class RunOptions(FitOptions, TraceOptions):
     on_bad_record: Literal["error", "skip"] = "error"
     complete: int | None = Field(None, ge=1)
     device: str = "auto"
+
+
+def weights_in(dtype: str) -> str:
+    """The type of the model's weights where the compute type is ``dtype``."""
+    return "float32" if dtype == MIXED else dtype
 
 
 def options(kind: type[Config], values: Mapping[str, Any], where: str = "") -> Config:

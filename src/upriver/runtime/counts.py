@@ -21,6 +21,7 @@ DENSE_BYTES = 2 << 30  # queries, or batches that wait for them, held through a 
 WAITING_BYTES = 768 << 20  # of batches that wait, at most, or so many times the compressed queries:
 WAITING_SHARE = 2
 ENOUGH = 3  # batches wait until multiplying out takes a third of forming their gradients: longer pays little, and takes memory
+MOVED = 32  # multiplications in the time of a number to or from the memory: `benchmarks/queries.py --queries 16 24 32`
 OVERSAMPLE, PRODUCTS = 16, 10  # of the randomised singular value decomposition: extra columns, products with the matrix
 
 
@@ -215,9 +216,9 @@ def contraction(
 ) -> Contraction:
     """The cheapest order of each layer, by operations and memory, in numbers of ``number`` bytes.
 
-    Where sequence gradients are cheaper than tokens, the queries are multiplied out once and held, if those of all such layers
-    fit in ``room`` bytes; else the inputs and output gradients of some batches are, and the queries are multiplied out once
-    for all of these.
+    Sequence gradients are formed where that is cheaper than going by tokens, with their way to the memory and back and that of
+    the queries.  These are then multiplied out once and held, if those of all such layers fit in ``room`` bytes; else the inputs
+    and output gradients of some batches are, and the queries are multiplied out once for all of these.
 
     Args:
         at_hand: compressed queries that are multiplied out stay in memory, instead of being read each time.
@@ -235,7 +236,7 @@ def contraction(
     if R is None:
         return Contraction(dict.fromkeys((x.name for x in layers), "dense"), 1, dense(layers))
     costs = {x.name: orders(x.O, x.I, M, N, Q, R) for x in layers}
-    formed = [x for x in layers if costs[x.name].dense < costs[x.name].tokens]
+    formed = [x for x in layers if costs[x.name].dense + MOVED * (2 * N + Q) * x.O * x.I < costs[x.name].tokens]
     rest = [x for x in layers if x not in formed]
     chosen: dict[str, Order] = dict.fromkeys((x.name for x in layers), "tokens")
     if dense(formed) <= room:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from upriver.errors import ConfigError
+from upriver.runtime.config import MIXED
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -48,6 +49,8 @@ class Machine(NamedTuple):
     accelerator: bool = False  # with a memory of its own, so that sums may stay in the one beside it
 
     def of(self, dtype: str) -> Rates:
+        if dtype == MIXED and dtype not in self.rates:
+            return self.of("bfloat16")._replace(model=self.of("float32").model)
         return self.rates.get(dtype) or self.rates["float32"]
 
 

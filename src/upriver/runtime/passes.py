@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from upriver.runtime import counts
-from upriver.runtime.config import BATCH_TOKENS
+from upriver.runtime.config import BATCH_TOKENS, MIXED
 from upriver.runtime.counts import Shape
 from upriver.runtime.hardware import Machine
 from upriver.runtime.split import (
-    ITEM,
+    HANDED,
     SUM,
     Asked,
     FitSplit,
@@ -64,6 +64,11 @@ class Request:
     def dtypes(self) -> list[str]:
         """The compute types of what is asked for."""
         return [self.dtype] * self.fit + [self.scan] * (self.queries > 0)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether bfloat16 is asked for already, somewhere."""
+        return not {"bfloat16", MIXED}.isdisjoint(self.dtypes)
 
 
 class Pass(NamedTuple):
@@ -165,7 +170,7 @@ class Passes:
         tokens = r.sequences * self.T
         M = min(split.batch_tokens, tokens)
         N = max(1.0, M / self.T)
-        chosen = counts.contraction(self.layers, M, N, Q, r.rank, split.dense_bytes, ITEM[r.scan])
+        chosen = counts.contraction(self.layers, M, N, Q, r.rank, split.dense_bytes, HANDED[r.scan])
         work, entries = 0.0, 0.0
         for x in self.layers:
             order = chosen.orders[x.name]
@@ -175,7 +180,7 @@ class Passes:
             entries += self._touched(x, order, M, N, Q) / M
         flop = passes * tokens * (self.model() + 2 * work)
         seconds = self.model() / self.rates.model + 2 * work / self.rates.gradient
-        seconds += ITEM[r.scan] * entries / self.rates.bandwidth
+        seconds += HANDED[r.scan] * entries / self.rates.bandwidth
         moved = 4.0 * r.sequences * r.queries
         return self._pass("scan", "trace", passes, tokens, flop, moved, passes * tokens * seconds, split.peak)
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from upriver.errors import ConfigError
+from upriver.runtime.config import weights_in
 from upriver.runtime.counts import Shape
 from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, Machine, in_units, show_bytes
 from upriver.runtime.passes import UNIT_TOKENS, Pass, Passes, Request
@@ -98,7 +99,7 @@ def plan_run(request: Request, shape: Shape, machine: Machine) -> Plan:
     if fit and (size := Passes(request, shape, machine, request.dtype, copies).keeping(fit).size):
         disk |= {"kept between passes": size}
     advice = []
-    if "bfloat16" in machine.rates and "bfloat16" not in request.dtypes:
+    if "bfloat16" in machine.rates and not request.narrow:
         rough = replace(request, dtype="bfloat16", scan_dtype="bfloat16")
         faster = _total(passes) / _total(_passes(rough, shape, machine, fit, trace, copies))
         advice = [f"bfloat16 pays here: about {faster:.1f} times as fast (--dtype bfloat16)"] if faster >= PAYS else []
@@ -161,7 +162,7 @@ def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, FitSp
 def _job(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> Job:
     """The model is there as it was loaded, for queries and the second look; another compute type is a copy beside it."""
     resident = LIBRARIES + SUM * shape.parameters if machine.resident is None else machine.resident
-    copy = ITEM[dtype] * shape.parameters if dtype != machine.loaded else 0
+    copy = ITEM[dtype] * shape.parameters if weights_in(dtype) != machine.loaded else 0
     longest, accelerator = r.longest_tokens, machine.accelerator
     return Job(limit, resident, r.batch_tokens, longest, dtype, machine.cores, r.batch_sequences, copy, accelerator)
 

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from upriver.errors import ConfigError
+from upriver.runtime.config import MIXED
 from upriver.runtime.counts import DENSE_BYTES, Contraction, Shape, Sized, contraction, leads
 from upriver.runtime.hardware import show_bytes
 
 SUM = 4  # bytes of a number in a sum, a basis or a full-rank query, whatever the compute type
 WIDE = 8  # float64, in eigendecompositions
 SIDES = 2  # layers whose queries are solved side by side
-ITEM = {"float32": 4, "bfloat16": 2, "float64": 8}
+ITEM = {"float32": 4, "bfloat16": 2, "float64": 8, MIXED: 4}
+HANDED = ITEM | {MIXED: 2}  # of a number of what layers saw, and of queries that meet it
 HEAD_BYTES, HEAD_ROWS = 128 << 20, 1024  # float32 logits held at once
 HEAD_COPIES = 3  # logits, their logarithms, and what either is made from
 EIGEN_COPIES = 6  # n x n in float64: matrix, its copy, eigenvectors, workspace of two, what the layer's other side left
@@ -216,7 +218,7 @@ def keeping(shape: Shape, split: FitSplit, tokens: float, dtype: str, one: bool,
     """
     first, second = len(split.covariance), len(split.correction) * (1 + rounds)
     again = (first + second > 1, first + second > 1) if one else (first > 1, second > 1)
-    each = int(tokens * ITEM[dtype] * sum(x.O + (x.I if leads(x) else 0) for x in shape.layers))
+    each = int(tokens * HANDED[dtype] * sum(x.O + (x.I if leads(x) else 0) for x in shape.layers))
     size = each * (1 if one else sum(again))
     return Keeping(*again, one, size) if size and size <= space // 2 else Keeping(False, False, one, 0)
 
@@ -259,7 +261,7 @@ def _at_once(job: Job, tokens: int) -> int:
 
 
 def _contraction(shape: Shape, asked: Asked, job: Job, tokens: int, room: int) -> Contraction:
-    N, number = _at_once(job, tokens), ITEM[job.dtype]
+    N, number = _at_once(job, tokens), HANDED[job.dtype]
     return contraction(shape.layers, tokens, N, asked.queries, asked.rank, room, number, job.accelerator)
 
 
@@ -270,9 +272,9 @@ def scan_size(shape: Shape, asked: Asked, job: Job, tokens: int, room: int = 0) 
         room: for queries that are multiplied out once, or batches that wait for them.
     """
     held = int(_contraction(shape, asked, job, tokens, room).held) + REBUILD_BYTES
-    largest = ITEM[job.dtype] * max(x.O * x.I for x in shape.layers)
+    largest = HANDED[job.dtype] * max(x.O * x.I for x in shape.layers)
     gradients = max(largest, min(SCORED_BYTES, _at_once(job, tokens) * largest))
-    by_token = 2 * ITEM[job.dtype] * tokens * min(asked.queries * (asked.rank or 0), shape.widest)
+    by_token = 2 * HANDED[job.dtype] * tokens * min(asked.queries * (asked.rank or 0), shape.widest)
     return job.copy + held + batch_size(shape, tokens, job.dtype, max(gradients, by_token))
 
 
