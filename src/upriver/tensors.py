@@ -69,11 +69,7 @@ class Scratch:
         return out_NTW
 
     def product(self, name: str, x_NTI: Tensor, y_IK: Tensor, width: int | None = None) -> Tensor:
-        """``x @ y``, ``[N, T, K]``, or ``[N, T, width]`` with zeros beyond K.
-
-        Rows are laid out :func:`aligned`: the product takes up to a third longer where they do not start at such places
-        (``benchmarks/kernels.py``).
-        """
+        """``x @ y``, ``[N, T, K]``, or ``[N, T, width]`` with zeros beyond K; see :func:`product`."""
         K = y_IK.shape[1]
         out_NTW = self.rows(name, x_NTI, K)
         torch.mm(x_NTI.flatten(0, 1), y_IK, out=out_NTW.flatten(0, 1)[:, :K])
@@ -83,6 +79,13 @@ class Scratch:
 def aligned(n: int) -> int:
     """The width of rows of at least ``n`` numbers that all start at a multiple of 64 bytes."""
     return -(-n // ALIGNED) * ALIGNED
+
+
+def product(x_MI: Tensor, y_IK: Tensor) -> Tensor:
+    """``x @ y`` with rows laid out :func:`aligned`: it takes up to a third longer where they do not start at such places
+    (``benchmarks/kernels.py``)."""
+    K = y_IK.shape[1]
+    return torch.mm(x_MI, y_IK, out=x_MI.new_empty(len(x_MI), aligned(K))[:, :K])
 
 
 def even_parts(total: int, most: int) -> list[slice]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from upriver.curvature.base import Curvature, Damping, Grads, Solution
 from upriver.errors import NumericalError
-from upriver.tensors import LowRank, root_weights, truncated_svd, weighted_low_rank
+from upriver.tensors import LowRank, product, root_weights, truncated_svd, weighted_low_rank
 
 SINGULAR = 1e-12  # of the mean eigenvalue: what a float32 fit leaves where the true eigenvalue is zero
 
@@ -49,15 +49,15 @@ class Moments(NamedTuple):
     def back_factors(self, low: LowRank) -> LowRank:
         """All queries in one product for each side: many small ones reach two thirds of its speed."""
         (Q, O, R), I = low.U_QOR.shape, low.V_QRI.shape[2]
-        U_QRO = low.U_QOR.transpose(1, 2).reshape(Q * R, O) @ self.Q_S_OO.T
-        V_QRI = (low.V_QRI.reshape(Q * R, I) @ self.Q_A_II.T).view(Q, R, I)
-        return LowRank(U_QRO.view(Q, R, O).transpose(1, 2), V_QRI)
+        U_QRO = product(low.U_QOR.transpose(1, 2).reshape(Q * R, O), self.Q_S_OO.T)
+        V_QRI = product(low.V_QRI.reshape(Q * R, I), self.Q_A_II.T)
+        return LowRank(U_QRO.unflatten(0, (Q, R)).transpose(1, 2), V_QRI.unflatten(0, (Q, R)))
 
     def rotate_tokens(self, queries: list[TokenGradient]) -> list[TokenGradient]:
         """The same queries in the eigenbases; all their tokens go through one product."""
         sizes = [len(q.a_MI) for q in queries]
-        a_MI = torch.cat([q.a_MI for q in queries]) @ self.Q_A_II
-        g_MO = torch.cat([q.g_MO for q in queries]) @ self.Q_S_OO
+        a_MI = product(torch.cat([q.a_MI for q in queries]), self.Q_A_II)
+        g_MO = product(torch.cat([q.g_MO for q in queries]), self.Q_S_OO)
         return list(map(TokenGradient, a_MI.split(sizes), g_MO.split(sizes)))
 
     def to(self, like: Tensor) -> "Moments":

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from upriver.runtime.counts import Block, LayerSize, Shape
 from upriver.text.batch import Sequences
 
 PROBE_TOKENS = 8  # of a module without weights
+
+_SEEN: WeakKeyDictionary[nn.Module, dict[tuple, Shape]] = WeakKeyDictionary()
 
 
 class Seen(NamedTuple):
@@ -65,14 +68,22 @@ def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: C
 
 
 def model_shape(model: Model, layers: list[Layer], data: Sequences) -> Shape:
-    """The shape of a loaded model, seen on one sequence: the longest whose attention keeps its probabilities, if there is one."""
+    """The shape of a loaded model, seen on one sequence: the longest whose attention keeps its probabilities, if there is one.
+
+    Each is looked at once in a process: a fit, a trace and their plans all ask.
+    """
     ascending = np.argsort(data.lengths_N, kind="stable")
     few = int((data.lengths_N <= LONGEST).sum())
     batch = data.batch(ascending[[few - 1 if few else 0]]).to(model.device)
-    with torch.no_grad(), frozen(model.module):
-        model.task.loss(model.module, batch)  # the first pass runs the head whole
-    tokens = model.task.positions(batch) or 1
-    return module_shape(model.module, layers, tokens, lambda: model.task.loss(model.module, batch))
+    form = tuple((name, tuple(x.shape)) for name, x in batch.inputs.items())
+    key = (tuple((x.name, x.A_of) for x in layers), form, sum(p.numel() for p in model.module.parameters()))
+    known = _SEEN.setdefault(model.module, {})
+    if key not in known:
+        with torch.no_grad(), frozen(model.module):
+            model.task.loss(model.module, batch)  # the first pass runs the head whole
+        tokens = model.task.positions(batch) or 1
+        known[key] = module_shape(model.module, layers, tokens, lambda: model.task.loss(model.module, batch))
+    return known[key]
 
 
 def config_only(path: str | Path) -> Path | None:
