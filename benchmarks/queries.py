@@ -15,7 +15,7 @@ from scan import timed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from upriver.influence.score import Score, route
-from upriver.influence.stages import _evenly
+from upriver.influence.stages import evenly
 from upriver.model.load import Model
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.runtime import counts
@@ -62,7 +62,7 @@ def scanner(model: Model, data: Tokens, batches: list[np.ndarray], Q: int, room:
     chosen = counts.contraction(layers, M, N, Q, RANK, room, model.like.element_size())
     low = {x.name: LowRank(torch.randn(Q, x.O, RANK), torch.randn(Q, RANK, x.I)) for x in layers}
     routes = {name: route(chosen.orders[name], lambda v=v: v, Q, model.like) for name, v in low.items()}
-    hold = _evenly(chosen.hold, len(batches))
+    hold = evenly(chosen.hold, len(batches))
     how = ", ".join(sorted(set(chosen.orders.values()))) + (f", {hold} batches wait" if hold > 1 else "")
 
     def run() -> None:

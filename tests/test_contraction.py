@@ -9,7 +9,7 @@ import torch
 import reference
 from cases import CASES, case, gradients, measured
 from upriver.influence.score import Score, route
-from upriver.influence.stages import _evenly
+from upriver.influence.stages import evenly
 from upriver.model.layers import Layer
 from upriver.model.sweep import sweep, tracked_layers
 from upriver.runtime.counts import WAITING_BYTES, contraction, orders
@@ -131,5 +131,5 @@ def test_rebuilt_by_halves_is_the_written_out_sum(O, I, hold):
     ("hold", "batches", "even"), [(1, 5, 1), (5, 8, 4), (8, 8, 8), (20, 8, 8), (3, 8, 3), (6, 32, 6)]
 )
 def test_batches_wait_in_even_numbers_and_no_more_often(hold, batches, even):
-    assert _evenly(hold, batches) == even
+    assert evenly(hold, batches) == even
     assert -(-batches // even) == -(-batches // hold)

@@ -179,7 +179,7 @@ def test_the_short_way_past_the_logits_refuses_a_second_derivative():
 @pytest.fixture
 def tiny_chunks(monkeypatch):
     """Two loss tokens a chunk, and one at a time of these."""
-    monkeypatch.setattr("upriver.model.head.CHUNK_BYTES", 2 * 4 * V)
+    monkeypatch.setattr("upriver.model.head.HEAD_BYTES", 2 * 4 * V)
     monkeypatch.setattr("upriver.model.head.PART_BYTES", 4 * V)
 
 

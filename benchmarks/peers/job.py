@@ -35,6 +35,7 @@ class Job:
     batch: int  # sequences in a batch of the corpus
     query_batch: int  # queries in a batch, where a side wants a number
     dtype: str
+    fisher: str  # empirical: the labels of the corpus; sampled: drawn from the model
     threads: int
     memory: str | None  # the limit that ours is given
     as_they_come: bool  # the peers with their own defaults, instead of tuned

@@ -1,4 +1,4 @@
-"""Kronfluence 1.0.1: EK-FAC with the empirical Fisher, all queries in one pass over the corpus (by itself: a pass a batch)."""
+"""Kronfluence 1.0.1: EK-FAC, all queries in one pass over the corpus (by itself: a pass a batch)."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,11 @@ class SumOfLogProbs(Task):
 
     def compute_train_loss(self, batch: dict[str, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
         logits = model(input_ids=batch["tokens"], use_cache=False).logits[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+        logits_MV, labels_M = logits.flatten(0, 1), batch["labels"][:, 1:].flatten()
+        if sample:
+            drawn_M = torch.multinomial(logits_MV.detach().softmax(-1), 1)[:, 0]
+            labels_M = torch.where(labels_M < 0, labels_M, drawn_M)
+        return F.cross_entropy(logits_MV, labels_M, reduction="sum")
 
     def compute_measurement(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
         return -self.compute_train_loss(batch, model)
@@ -57,7 +61,7 @@ class Side:
 
     def fit(self, meter: Meter) -> None:
         factor_args = (all_low_precision_factor_arguments if self.low else FactorArguments)(strategy="ekfac")
-        factor_args.use_empirical_fisher = True
+        factor_args.use_empirical_fisher = self.job.fisher == "empirical"
         common: dict[str, Any] = {"factors_name": "factors", "factor_args": factor_args, "overwrite_output_dir": True}
         data: dict[str, Any] = {"dataset": self.corpus, "per_device_batch_size": self.job.batch}
         with meter("covariance"):

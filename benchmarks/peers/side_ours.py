@@ -55,7 +55,7 @@ class Side:
                 yield lambda done: None
 
         return up.fit(
-            self.model, self.corpus, self.folder / name, fisher="empirical", dtype=dtype, max_tokens=None, overwrite=True,
+            self.model, self.corpus, self.folder / name, fisher=self.job.fisher, dtype=dtype, max_tokens=None, overwrite=True,
             batch_tokens=self.batch_tokens, memory=self.job.memory, progress=phase,
         )  # fmt: skip
 

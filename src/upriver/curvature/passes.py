@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from upriver.curvature.blocks import Moments
 from upriver.model.layers import Layer
+from upriver.runtime.split import GRADIENT_BYTES
 from upriver.runtime.store import Tensors
 from upriver.tensors import (
     Scratch,
@@ -21,8 +22,6 @@ from upriver.tensors import (
     symmetric,
 )
 from upriver.text.batch import Batch
-
-GRADIENT_BYTES = 16 << 20  # sequence gradients held at once: what stays in the caches of a core
 
 
 class Covariance:

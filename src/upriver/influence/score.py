@@ -22,12 +22,11 @@ from torch import Tensor
 
 from upriver.model.layers import Layer
 from upriver.runtime import counts
-from upriver.runtime.split import REBUILD_BYTES, SIDES
+from upriver.runtime.split import REBUILD_BYTES, SCORED_BYTES, SIDES
 from upriver.runtime.threads import side_by_side
 from upriver.tensors import ALIGNED, LowRank, Scratch, accumulator_dtype, on_cpu, sequence_gradients
 from upriver.text.batch import Batch
 
-GRADIENT_BYTES = 256 << 20  # sequence gradients held at once
 ROWS = 256  # of gradients that are formed at once, for queries that are multiplied out:
 FEW_ROWS = 32  # as many of these, so that they meet in the caches
 FEW, LONG = 1024, 4096  # pairs of a sequence and a query; numbers that one of them is multiplied along at once
@@ -76,7 +75,7 @@ def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor, scratch: Scratch) -> Tensor
         product_NTP = (g_NTO @ r.U_OP).mul_(a_NTI @ r.V_IP)
         return product_NTP.unflatten(2, (r.Q, -1)).sum((1, 3), dtype=accumulator_dtype(product_NTP.dtype))
     assert r.v_QOI is not None
-    step = max(1, GRADIENT_BYTES // (g_NTO.element_size() * r.v_QOI[0].numel()))
+    step = max(1, SCORED_BYTES // (g_NTO.element_size() * r.v_QOI[0].numel()))
     parts = zip(a_NTI.split(step), g_NTO.split(step), strict=True)
     return torch.cat([dots(sequence_gradients(a, g, scratch), r.v_QOI) for a, g in parts])
 

@@ -133,7 +133,7 @@ def _scan(
     """One pass over the corpus for some of the queries."""
     stage = job.open(f"scan/queries-{queries.start}-{queries.stop - 1}", batch_tokens=job.split.batch_tokens)
     routes, hold = plan_routes(job, solved, batches, queries)
-    hold = _evenly(hold, max(map(len, units)))
+    hold = evenly(hold, max(map(len, units)))
     counts = {order: sum(r.order == order for r in routes.values()) for order in ("tokens", "dense", "rebuilt")}
     waiting = f", for {hold} batches at a time" if hold > 1 else ""
     note("contraction: " + ", ".join(f"{n} layers by {order}" for order, n in counts.items() if n) + waiting)
@@ -151,7 +151,7 @@ def _scan(
     return stage
 
 
-def _evenly(hold: int, batches: int) -> int:
+def evenly(hold: int, batches: int) -> int:
     """As few waits for ``batches`` as with ``hold`` at a time, and no longer than that takes."""
     return -(-batches // -(-batches // hold))
 

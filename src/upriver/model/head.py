@@ -16,13 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upriver.errors import ModelError
+from upriver.runtime.split import HEAD_BYTES, HEAD_ROWS
 from upriver.tensors import on_cpu
 
-CHUNK_BYTES, CHUNK_ROWS = 128 << 20, 1024  # float32 logits held at once; more rows make no product faster
-PART_BYTES, PART_ROWS = (
-    2 << 20,
-    256,
-)  # probabilities at once: on the CPU what stays in the caches, elsewhere a quarter of a chunk
+PART_BYTES = 2 << 20  # probabilities at once on the CPU: what stays in the caches
+PART_ROWS = 256  # elsewhere: a quarter of a chunk
 FAR = 60.0  # a loss beyond which the probability loses digits: it is computed again, from the logits
 Labels = Callable[[Tensor, slice], Tensor]  # (probabilities of some rows, which ones) -> labels
 
@@ -94,8 +92,9 @@ class _TokenLosses(torch.autograd.Function):
         labels_M = torch.empty(len(hidden_MH), dtype=torch.int64, device=hidden_MH.device)
         gradient_MH = torch.empty_like(hidden_MH) if ctx.needs_input_grad[0] else None
         row = 4 * head.out_features
+        many = max(1, min(HEAD_ROWS, HEAD_BYTES // row))
         few = max(1, PART_BYTES // row) if on_cpu(hidden_MH) else PART_ROWS
-        for rows in _slices(0, len(hidden_MH), max(1, min(CHUNK_ROWS, CHUNK_BYTES // row))):
+        for rows in _slices(0, len(hidden_MH), many):
             logits_mV = F.linear(hidden_MH[rows], head.weight, head.bias)
             for some in _slices(rows.start, rows.stop, few):
                 logits_pV = logits_mV[some.start - rows.start : some.stop - rows.start]
@@ -108,7 +107,7 @@ class _TokenLosses(torch.autograd.Function):
             if gradient_MH is not None:
                 gradient_MH[rows] = logits_mV @ head.weight
         far_F = (losses_M > FAR).nonzero()[:, 0]
-        for some_F in far_F.split(CHUNK_ROWS):
+        for some_F in far_F.split(many):
             logits_FV = F.linear(hidden_MH[some_F], head.weight, head.bias)
             losses_M[some_F] = F.cross_entropy(logits_FV.to(wide), labels_M[some_F], reduction="none")
         if gradient_MH is not None:
