@@ -76,7 +76,10 @@ def model_shape(model: Model, layers: list[Layer], data: Sequences) -> Shape:
     few = int((data.lengths_N <= LONGEST).sum())
     batch = data.batch(ascending[[few - 1 if few else 0]]).to(model.device)
     form = tuple((name, tuple(x.shape)) for name, x in batch.inputs.items())
-    key = (tuple((x.name, x.A_of) for x in layers), form, sum(p.numel() for p in model.module.parameters()))
+    parameters = sum(p.numel() for p in model.module.parameters())
+    config = getattr(model.module, "config", None)  # what decides how much a pass keeps may be switched meanwhile
+    how = getattr(config, "_attn_implementation", None), getattr(model.module, "is_gradient_checkpointing", False)
+    key = (tuple((x.name, x.A_of) for x in layers), form, parameters, model.dtype, *how)
     known = _SEEN.setdefault(model.module, {})
     if key not in known:
         with torch.no_grad(), frozen(model.module):
