@@ -78,8 +78,9 @@ def model_shape(model: Model, layers: list[Layer], data: Sequences) -> Shape:
     form = tuple((name, tuple(x.shape)) for name, x in batch.inputs.items())
     parameters = sum(p.numel() for p in model.module.parameters())
     config = getattr(model.module, "config", None)  # what decides how much a pass keeps may be switched meanwhile
-    how = getattr(config, "_attn_implementation", None), getattr(model.module, "is_gradient_checkpointing", False)
-    key = (tuple((x.name, x.A_of) for x in layers), form, parameters, model.dtype, *how)
+    checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.module.modules())
+    how = model.dtype, getattr(config, "_attn_implementation", None), checkpointing
+    key = (tuple((x.name, x.A_of) for x in layers), form, parameters, *how)
     known = _SEEN.setdefault(model.module, {})
     if key not in known:
         with torch.no_grad(), frozen(model.module):
