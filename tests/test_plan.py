@@ -22,7 +22,7 @@ from upriver.model.calibrate import Blank, plan_here, plan_model
 from upriver.model.capture import capture
 from upriver.model.layers import find_layers, probe
 from upriver.model.load import Model
-from upriver.model.shape import config_only, config_shape, module_shape
+from upriver.model.shape import config_only, config_shape, model_shape, module_shape
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import counts
 from upriver.runtime.counts import Block, LayerSize, Shape
@@ -490,3 +490,13 @@ def test_sums_that_are_held_do_not_move_and_those_of_several_processes_do():
 def test_sizes_are_shown_in_three_digits_of_the_unit_that_they_round_to(n, text):
     assert show_bytes(n) == text
     assert show_flop(999.6e9) == "1 TFLOP"
+
+
+def test_a_shape_is_looked_at_once_and_again_when_more_or_less_is_kept():
+    c = case("llama")
+    model = Model(deepcopy(c.model.module))
+    layers = tracked_layers(model, c.data, c.spec)
+    first = model_shape(model, layers, c.data)
+    assert model_shape(model, layers, c.data) is first
+    model.module.set_attn_implementation("eager")
+    assert model_shape(model, layers, c.data) is not first
