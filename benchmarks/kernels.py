@@ -18,10 +18,10 @@ from scan import timed
 
 import upriver  # noqa: F401 - sets how threads wait
 from upriver.influence.score import dots
-from upriver.model.attention import BlockAttention
+from upriver.model.kernels import FastKernels
 from upriver.runtime.hardware import settle_memory
 from upriver.runtime.threads import one_core_each
-from upriver.tensors import MKL_AT_HOME, Scratch, rotated_gradients
+from upriver.tensors import MKL_AT_HOME, Scratch, matmul, rotated_gradients
 
 Work = Callable[[], object]
 
@@ -45,6 +45,28 @@ def gradients() -> tuple[str, Work, Work]:
         "turned gradients of 4 sequences, 2,048 x 512: fresh memory, over memory that is used again",
         lambda: rotated_gradients(a_NTI, g_NTO, Q_A_II, Q_S_OO),
         lambda: rotated_gradients(a_NTI, g_NTO, Q_A_II, Q_S_OO, scratch),
+    )
+
+
+def linear(width: int, outputs: int, dtype: torch.dtype) -> tuple[str, Work, Work]:
+    """A linear layer on 2,048 tokens."""
+    x_MI, bias_O = torch.randn(2048, width, dtype=dtype), torch.randn(outputs, dtype=dtype)
+    W_IO = torch.randn(outputs, width, dtype=dtype).T
+    kind = str(dtype).removeprefix("torch.")
+    return (
+        f"a linear layer in {kind}, 2,048 tokens, {width:,} to {outputs:,}: torch's product, over ours",
+        lambda: torch.addmm(bias_O, x_MI, W_IO),
+        lambda: matmul(x_MI, W_IO, bias_O),
+    )
+
+
+def many_products() -> tuple[str, Work, Work]:
+    """Many sequences times many queries, along some rows of their gradients."""
+    G_NP, v_QP = torch.randn(64, 256 * 528)[:, : 32 * 528], torch.randn(256, 32 * 528)
+    return (
+        "64 sequences times 256 queries, along 32 x 528 of 256 x 528: torch's product, over ours",
+        lambda: v_QP @ G_NP.T,
+        lambda: matmul(G_NP, v_QP.T),
     )
 
 
@@ -82,7 +104,7 @@ def attention(length: int, heads: int, width: int, dtype: torch.dtype) -> tuple[
         torch.autograd.grad(F.scaled_dot_product_attention(*qkv, is_causal=True), qkv, outer)
 
     def ours() -> None:
-        with BlockAttention():
+        with FastKernels():
             plain()
 
     kind = str(dtype).removeprefix("torch.")
@@ -102,7 +124,7 @@ def masked_attention() -> tuple[str, Work, Work]:
         torch.autograd.grad(F.scaled_dot_product_attention(*qkv, attn_mask=mask).sum(), qkv)
 
     def ours() -> None:
-        with BlockAttention():
+        with FastKernels():
             plain()
 
     return (
@@ -125,7 +147,9 @@ def main() -> None:
     settle_memory(reuse=True)  # as a pass does where the memory allows
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for what, other, ours in (
-        rotation(), gradients(), eigendecompositions(), few_products(),
+        rotation(), gradients(), eigendecompositions(), few_products(), many_products(),
+        linear(512, 2048, torch.float32), linear(2048, 512, torch.float32), linear(512, 8192, torch.float32),
+        linear(160, 432, torch.float32), linear(512, 2048, torch.bfloat16),
         attention(128, 5, 32, torch.bfloat16), attention(256, 8, 64, torch.bfloat16), attention(512, 8, 64, torch.bfloat16),
         attention(256, 8, 64, torch.float32), attention(512, 8, 64, torch.float32), masked_attention(),
     ):  # fmt: skip

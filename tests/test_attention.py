@@ -7,8 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cases import case
 from upriver.model import attention
-from upriver.model.attention import FROM, LONGEST, ROWS, SHORT, BlockAttention
+from upriver.model.attention import FROM, LONGEST, ROWS, SHORT
 from upriver.model.capture import frozen
+from upriver.model.kernels import FastKernels
 
 CAUSAL = {"is_causal": True}
 WIDE, NARROW = torch.float32, torch.bfloat16
@@ -26,7 +27,7 @@ def attended(x: list[torch.Tensor], inside: bool, **how) -> list[torch.Tensor]:
     """Output and gradients to query, key and value."""
     q, k, v = (t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in x)
     generator = torch.Generator().manual_seed(0)
-    with BlockAttention() if inside else torch.enable_grad():
+    with FastKernels() if inside else torch.enable_grad():
         out = F.scaled_dot_product_attention(q, k, v, **how)
     outer = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), outer)]
@@ -76,7 +77,7 @@ def test_it_takes_the_place_of_the_kernel_where_it_is_faster(monkeypatch):
     taken = []
     monkeypatch.setattr(attention.Attend, "apply", lambda q, *a: taken.append((q.shape[2], q.dtype)) or q)
     wanted = [(T, dtype) for dtype in FROM for T in (FROM[dtype], LONGEST)]
-    with BlockAttention():
+    with FastKernels():
         for T, dtype in [
             *wanted,
             (FROM[WIDE] - 1, WIDE),
@@ -93,14 +94,14 @@ def test_it_takes_the_place_of_the_kernel_where_it_is_faster(monkeypatch):
 def test_other_calls_are_left_alone(T, dtype):
     x, mask = qkv(T, dtype), torch.randn(T, T, dtype=dtype)
     expected = F.scaled_dot_product_attention(*x, attn_mask=mask)
-    with BlockAttention():
+    with FastKernels():
         assert torch.equal(F.scaled_dot_product_attention(*x, attn_mask=mask), expected)
 
 
 def test_short_bfloat16_with_a_mask_is_computed_in_float32_and_rounded_once():
     x, mask = qkv(9, NARROW), torch.randn(9, 9).to(NARROW)
     expected = F.scaled_dot_product_attention(*[t.float() for t in x], attn_mask=mask.float()).to(NARROW)
-    with BlockAttention():
+    with FastKernels():
         assert torch.equal(F.scaled_dot_product_attention(*x, attn_mask=mask), expected)
     assert not torch.equal(F.scaled_dot_product_attention(*x, attn_mask=mask), expected)  # so the line above can fail
 
@@ -109,7 +110,7 @@ def test_forward_and_second_derivatives_go_the_plain_way():
     x = qkv(LONGEST, WIDE)
     tangents = [torch.ones_like(t) for t in x]
     attend = lambda *x: F.scaled_dot_product_attention(*x, **CAUSAL)  # noqa: E731
-    with BlockAttention(), sdpa_kernel(SDPBackend.MATH):
+    with FastKernels(), sdpa_kernel(SDPBackend.MATH):
         _, forward = torch.func.jvp(attend, tuple(x), tuple(tangents))
         q = x[0].clone().requires_grad_()
         (first,) = torch.autograd.grad(attend(q, *x[1:]).sin().sum(), q, create_graph=True)

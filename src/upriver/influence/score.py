@@ -24,7 +24,7 @@ from upriver.model.layers import Layer
 from upriver.runtime import counts
 from upriver.runtime.split import REBUILD_BYTES, SCORED_BYTES, SIDES
 from upriver.runtime.threads import side_by_side
-from upriver.tensors import ALIGNED, LowRank, Scratch, accumulator_dtype, on_cpu, sequence_gradients
+from upriver.tensors import ALIGNED, LowRank, Scratch, accumulator_dtype, matmul, on_cpu, sequence_gradients
 from upriver.text.batch import Batch
 
 ROWS = 256  # of gradients that are formed at once, for queries that are multiplied out:
@@ -72,8 +72,9 @@ def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor, scratch: Scratch) -> Tensor
     if r.order == "tokens":
         assert r.U_OP is not None
         assert r.V_IP is not None
-        product_NTP = (g_NTO @ r.U_OP).mul_(a_NTI @ r.V_IP)
-        return product_NTP.unflatten(2, (r.Q, -1)).sum((1, 3), dtype=accumulator_dtype(product_NTP.dtype))
+        product_MP = matmul(g_NTO.flatten(0, 1), r.U_OP).mul_(matmul(a_NTI.flatten(0, 1), r.V_IP))
+        product_NTQR = product_MP.view(*g_NTO.shape[:2], r.Q, -1)
+        return product_NTQR.sum((1, 3), dtype=accumulator_dtype(product_MP.dtype))
     assert r.v_QOI is not None
     step = max(1, SCORED_BYTES // (g_NTO.element_size() * r.v_QOI[0].numel()))
     parts = zip(a_NTI.split(step), g_NTO.split(step), strict=True)
@@ -88,7 +89,7 @@ def dots(G_NOI: Tensor, v_QOI: Tensor) -> Tensor:
     """
     (N, O, I), Q = G_NOI.shape, len(v_QOI)
     if N * Q >= FEW or G_NOI.dtype == torch.bfloat16:
-        return (v_QOI.flatten(1) @ G_NOI.flatten(1).T).T
+        return matmul(G_NOI.flatten(1), v_QOI.flatten(1).T)
     rows = max(r for r in range(1, max(1, LONG // I) + 1) if O % r == 0)
     G_CNP = G_NOI.view(N, -1, rows * I).transpose(0, 1)
     v_CPQ = v_QOI.view(Q, -1, rows * I).permute(1, 2, 0)
@@ -164,11 +165,11 @@ class Score:
             low, held = self.routes[name].low, self.waiting.pop(name)
             assert low is not None
             sizes = [len(x.a_NTI) for x in held]
-            for x, found_NQ in zip(held, self._rebuilt(low(), held).T.split(sizes), strict=True):
+            for x, found_NQ in zip(held, self._rebuilt(low(), held).split(sizes), strict=True):
                 self._add(x.batch, name, found_NQ)
 
     def _rebuilt(self, low: LowRank, held: list[Waiting]) -> Tensor:
-        """``< U_q V_q, G_n >``, ``[Q, N]``, some rows of the larger side and whole rows of the smaller at a time.
+        """``< U_q V_q, G_n >``, ``[N, Q]``, some rows of the larger side and whole rows of the smaller at a time.
 
         Half of the rows on each half of the cores: the products are too small to keep all of them busy, and what both halves
         hold stays in the caches.
@@ -188,7 +189,7 @@ class Score:
         halves = (range(0, middle, rows), range(middle, O, rows))
 
         def half(side: int) -> Tensor:
-            sums_QN = torch.zeros(Q, N, dtype=accumulator_dtype(U_QOR.dtype), device=U_QOR.device)
+            sums_NQ = torch.zeros(N, Q, dtype=accumulator_dtype(U_QOR.dtype), device=U_QOR.device)
             for start in halves[side]:
                 part = slice(start, min(start + rows, halves[side].stop))
                 G_NoI = self.scratch.take(f"gradients {side}", (N, part.stop - start, I), U_QOR)
@@ -198,8 +199,8 @@ class Score:
                 for G_NpI, U_QpR in zip(G_NoI.split(few, 1), U_QOR[:, part].split(few, 1), strict=True):
                     v_QpI = self.scratch.take(f"queries {side}", (Q, U_QpR.shape[1], I), U_QOR)
                     torch.bmm(U_QpR, V_QRI, out=v_QpI)
-                    sums_QN += v_QpI.flatten(1) @ G_NpI.flatten(1).T
-            return sums_QN
+                    sums_NQ += matmul(G_NpI.flatten(1), v_QpI.flatten(1).T)
+            return sums_NQ
 
         return torch.stack(list(side_by_side(half, range(SIDES), U_QOR.device))).sum(0)
 

@@ -8,14 +8,13 @@ tests/test_attention.py compares errors).
 Axes: N sequences, H heads, T tokens, D width of a head; B heads of some sequences, W tokens that a block of R rows sees.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
 FROM = {torch.float32: 256, torch.bfloat16: 1}  # tokens, from which on this is faster
 LONGEST = 512  # tokens, up to which the probabilities are kept: T / 2 numbers a token and head
@@ -24,22 +23,15 @@ ROWS = 64
 CHUNK_BYTES = 4 << 20  # float32 scores at once: what stays in the caches
 
 
-class BlockAttention(TorchFunctionMode):
-    """Inside, ``scaled_dot_product_attention`` is computed by :class:`Attend` where that is faster and as exact."""
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        call = _Call(*args, **kwargs)
-        if call.by_blocks:
-            return call.attend()
-        if call.short:
-            wide = {name: _float(x) for name, x in kwargs.items()}
-            return function(*map(_float, args), **wide).to(torch.bfloat16)
-        return function(*args, **kwargs)
+def attend(*args: Any, **kwargs: Any) -> Tensor | None:
+    """``scaled_dot_product_attention`` by :class:`Attend` where that is faster and as exact; None where it is left to torch."""
+    call = _Call(*args, **kwargs)
+    if call.by_blocks:
+        return call.attend()
+    if call.short:
+        wide = _Call(*map(_float, call))
+        return F.scaled_dot_product_attention(**wide._asdict()).to(torch.bfloat16)
+    return None
 
 
 class _Call(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from upriver.errors import ModelError, NumericalError
-from upriver.model.attention import BlockAttention
+from upriver.model.kernels import FastKernels
 from upriver.model.layers import Layer
 from upriver.runtime import dist
 
@@ -40,7 +40,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
     module.eval()
     module.requires_grad_(False)
     try:
-        with torch.compiler.set_stance("force_eager"), BlockAttention():
+        with torch.compiler.set_stance("force_eager"), FastKernels():
             yield
     finally:
         dist.reshard(module)

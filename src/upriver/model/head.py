@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from upriver.errors import ModelError
 from upriver.runtime.split import HEAD_BYTES, HEAD_ROWS
-from upriver.tensors import on_cpu
+from upriver.tensors import matmul, on_cpu
 
 PART_BYTES = 2 << 20  # probabilities at once on the CPU: what stays in the caches
 PART_ROWS = 256  # elsewhere: a quarter of a chunk
@@ -95,7 +95,7 @@ class _TokenLosses(torch.autograd.Function):
         many = max(1, min(HEAD_ROWS, HEAD_BYTES // row))
         few = max(1, PART_BYTES // row) if on_cpu(hidden_MH) else PART_ROWS
         for rows in _slices(0, len(hidden_MH), many):
-            logits_mV = F.linear(hidden_MH[rows], head.weight, head.bias)
+            logits_mV = matmul(hidden_MH[rows], head.weight.T, head.bias)
             for some in _slices(rows.start, rows.stop, few):
                 logits_pV = logits_mV[some.start - rows.start : some.stop - rows.start]
                 p_pV = logits_pV.to(wide).softmax(-1)
@@ -105,10 +105,10 @@ class _TokenLosses(torch.autograd.Function):
                 if gradient_MH is not None:
                     logits_pV.copy_(p_pV.scatter_add_(1, label_p1, -torch.ones_like(label_p1, dtype=wide)))
             if gradient_MH is not None:
-                gradient_MH[rows] = logits_mV @ head.weight
+                gradient_MH[rows] = matmul(logits_mV, head.weight)
         far_F = (losses_M > FAR).nonzero()[:, 0]
         for some_F in far_F.split(many):
-            logits_FV = F.linear(hidden_MH[some_F], head.weight, head.bias)
+            logits_FV = matmul(hidden_MH[some_F], head.weight.T, head.bias)
             losses_M[some_F] = F.cross_entropy(logits_FV.to(wide), labels_M[some_F], reduction="none")
         if gradient_MH is not None:
             ctx.save_for_backward(gradient_MH)

@@ -1,0 +1,132 @@
+"""Products and linear layers by oneDNN: the numbers of torch, its gradients, and only where they are meant to be."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from upriver import tensors
+from upriver.model.kernels import FastKernels
+from upriver.tensors import matmul
+
+CLOSE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(autouse=True)
+def _everywhere(monkeypatch):
+    """On Intel processors too."""
+    monkeypatch.setattr(tensors, "ONEDNN", torch.backends.mkldnn.is_available())
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("shape", [(64, 64, 64), (200, 513, 96), (70, 96, 2049), (1, 96, 96), (0, 96, 96)])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_is_that_of_float64(dtype, shape, turned, bias):
+    torch.manual_seed(0)
+    M, I, K = shape
+    x_MI, b_K = torch.randn(M, I, dtype=dtype), torch.randn(K, dtype=dtype)
+    y_IK = torch.randn(K, I, dtype=dtype).T if turned else torch.randn(I, K, dtype=dtype)
+    found = matmul(x_MI, y_IK, b_K if bias else None)
+    expected = x_MI.double() @ y_IK.double() + (b_K.double() if bias else 0)
+    assert found.dtype == dtype
+    assert found.shape == (M, K)
+    assert M == 0 or error(found, expected) < CLOSE[dtype]
+
+
+def test_factors_with_gaps_are_multiplied_as_fast_and_right():
+    """oneDNN takes a thousand times longer over a second factor with gaps, so it must not be given one."""
+    whole = torch.randn(200, 300)
+    x_MI, y_IK = whole[:, :128], whole[:128, :100]
+    assert tensors._for_onednn(x_MI, y_IK.contiguous(), None)
+    assert not tensors._for_onednn(x_MI, y_IK, None)
+    assert not tensors._for_onednn(whole.T[:128], y_IK.contiguous(), None)
+    assert error(matmul(x_MI, y_IK), x_MI.double() @ y_IK.double()) < CLOSE[torch.float32]
+
+
+@pytest.mark.parametrize(("left", "right"), [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
+def test_other_types_are_left_to_torch(left, right):
+    assert not tensors._for_onednn(torch.ones(64, 64, dtype=left), torch.ones(64, 64, dtype=right), None)
+
+
+def frozen(layer: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return layer.to(dtype).requires_grad_(False)
+
+
+def run(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output and gradient of a loss that is not linear in the output."""
+    x = x.clone().requires_grad_()
+    out = layer(x)
+    out.square().sum().backward()
+    return [out.detach(), x.grad]
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("layer", [nn.Linear(96, 160), nn.Linear(96, 160, bias=False), Conv1D(160, 96)])
+@pytest.mark.parametrize("shape", [(80, 96), (3, 40, 96), (2, 3, 40, 96)])
+def test_a_frozen_linear_layer_gives_what_torch_gives(layer, shape, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype)
+    expected = run(frozen(layer, torch.float64), x.double())
+    with FastKernels():
+        found = run(frozen(layer, dtype), x)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert error(ours, theirs) < 2 * CLOSE[dtype]
+
+
+def test_its_gradient_can_be_differentiated():
+    torch.manual_seed(0)
+    layer, x = frozen(nn.Linear(96, 160)), torch.randn(80, 96, requires_grad=True)
+
+    def curvature() -> torch.Tensor:
+        (g,) = torch.autograd.grad(layer(x).exp().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)[0]
+
+    expected = curvature()
+    with FastKernels():
+        assert type(layer(x).grad_fn).__name__ == "LinearBackward"
+        assert torch.allclose(curvature(), expected, rtol=1e-4)
+
+
+def test_only_frozen_layers_on_plain_tensors_are_replaced():
+    x = torch.randn(80, 96, requires_grad=True)
+
+    def ours(layer: nn.Module) -> bool:
+        made_by = layer(x).grad_fn
+        before = made_by.next_functions[0][0]  # the output of a Conv1D is a view
+        return "LinearBackward" in (type(made_by).__name__, type(before).__name__)
+
+    with FastKernels():
+        assert ours(frozen(nn.Linear(96, 160)))
+        assert ours(frozen(Conv1D(160, 96)))
+        assert not ours(nn.Linear(96, 160))
+        bias_only = frozen(nn.Linear(96, 160))
+        bias_only.bias.requires_grad_(True)
+        assert not ours(bias_only)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert nn.Linear(96, 160).requires_grad_(False)(x).dtype == torch.bfloat16
+    assert not ours(frozen(nn.Linear(96, 160)))
+
+
+def test_a_scaled_sum_is_left_alone():
+    b, x, W = torch.randn(160), torch.randn(80, 96), torch.randn(96, 160)
+    with FastKernels():
+        assert torch.equal(torch.addmm(b, x, W, beta=2.0), torch.addmm(b, x, W, beta=2.0))
+        found = torch.addmm(torch.ones(80, 160), x, W)
+    assert torch.allclose(found, x @ W + 1, atol=1e-4)
+
+
+def test_transforms_of_functions_pass_through():
+    layer, x = frozen(nn.Linear(96, 160)), torch.randn(5, 70, 96)
+    expected = torch.func.vmap(layer)(x)
+    _, tangent = torch.func.jvp(lambda t: F.linear(t, layer.weight), (x,), (x,))
+    with FastKernels():
+        assert torch.allclose(torch.func.vmap(layer)(x), expected, atol=1e-5)
+        _, found = torch.func.jvp(lambda t: F.linear(t, layer.weight), (x,), (x,))
+    assert torch.allclose(found, tangent, atol=1e-5)
