@@ -11,6 +11,8 @@ import upriver as up
 from architectures import CONFIGS, ONLY_WITH, build, table
 from text_cases import byte_tokenizer
 from upriver.errors import ModelError
+from upriver.model.capture import frozen
+from upriver.model.head import Heads
 from upriver.model.layers import find_layers
 
 RECORDS = [
@@ -78,6 +80,17 @@ def test_architecture_goes_through_fit_and_trace(name, tokenizer, corpus, querie
 def test_architecture_without_trackable_mlp_is_refused_with_what_it_has(name):
     with pytest.raises(ModelError, match="matches nothing; this model has linear layers at"):
         find_layers(build(name), "mlp")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_architecture_holds_all_its_logits_after_its_first_pass(name):
+    module, heads, tokens_NT = build(name), Heads(), torch.arange(24).view(2, 12)
+    with torch.no_grad(), frozen(module):
+        logits_MV = heads.logits(module, tokens_NT).flatten(0, 1)
+        ending = heads.ending(module)
+        assert ending is not None
+        hidden_MH = ending.hidden(module, tokens_NT).flatten(0, 1)
+        torch.testing.assert_close(ending.logits(hidden_MH[7:19], False)[0], logits_MV[7:19])
 
 
 def test_the_table_in_the_docs_is_what_the_code_says():

@@ -1,18 +1,20 @@
 """Losses with drawn labels, and the head in chunks: statistics, independence of the batch, the Gauss-Newton matrix."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import reference
 from captured import kept
 from cases import CASES, V, Windows, case
 from upriver.errors import ModelError
 from upriver.model.capture import capture, frozen
-from upriver.model.head import token_losses
+from upriver.model.head import LinearHead, Tail, token_losses
 from upriver.model.layers import find_layers
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel, Regression, Sampler, sample
@@ -189,11 +191,77 @@ def test_the_head_in_chunks_gives_the_same_gradients(name, stream, tiny_chunks):
     c = case(name)
     found = kept(c, 10_000, Labels(3, stream))
     with frozen(c.model.module):
-        assert c.model.task._heads.plain_head(c.model.module) is not None  # or this would test nothing
+        assert isinstance(c.model.task._heads.ending(c.model.module), LinearHead)  # or this would test nothing
     for row in range(len(c.data)):
         wanted = reference.gradient(c.model.module, c.names, c.loss(row, 3, stream))
         for n in c.names:
             torch.testing.assert_close(found.grads[n, row], wanted[n], **CLOSE)
+
+
+ENDINGS = {  # what they do to their logits
+    "gemma2": {"final_logit_softcapping": 0.5, "head_dim": 4},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 3.0},
+}
+
+
+def ending_so(name: str, **more):
+    """The case of a llama with another model in it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        name, vocab_size=V, hidden_size=8, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16, pad_token_id=0, bos_token_id=0, eos_token_id=1, **more,
+    )  # fmt: skip
+    c = CASES["llama"]()
+    module = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(c.model.dtype).eval()
+    names = [n for n, _ in module.named_modules() if n.endswith("down_proj")]
+    return c._replace(model=Model(module, task=LanguageModel()), names=names)
+
+
+@pytest.mark.parametrize("stream", [None, 1], ids=["own", "drawn"])
+@pytest.mark.parametrize("name", ENDINGS)
+def test_caps_and_scales_after_the_head_go_in_chunks_too(name, stream, tiny_chunks):
+    c = ending_so(name, **ENDINGS[name])
+    found = kept(c, 10_000, Labels(3, stream), "*.down_proj")
+    with frozen(c.model.module):
+        assert isinstance(c.model.task._heads.ending(c.model.module), Tail)
+    for row in range(len(c.data)):
+        wanted = reference.gradient(c.model.module, c.names, c.loss(row, 3, stream))
+        for n in c.names:
+            torch.testing.assert_close(found.grads[n, row], wanted[n], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_no_more_logits_are_made_at_once_than_a_chunk(name, monkeypatch):
+    c, most = ending_so(name, **ENDINGS[name]), []
+    batch = c.data.batch(np.arange(len(c.data)))
+    head = c.model.module.get_output_embeddings()
+    linear = type(head).forward
+    monkeypatch.setattr(
+        type(head), "forward", lambda m, x: (m is head and most.append(x.numel() // x.shape[-1]), linear(m, x))[1]
+    )
+    monkeypatch.setattr("upriver.model.head.HEAD_BYTES", 8 * 4 * V)
+    with frozen(c.model.module):
+        whole = c.model.task.loss(c.model.module, batch)  # shows how the model ends
+        most.clear()
+        again = c.model.task.loss(c.model.module, batch)
+    assert 1 < max(most) <= 4
+    torch.testing.assert_close(again, whole, **CLOSE)
+
+
+def test_a_copy_of_a_model_finds_its_own_ending():
+    """Of the module that it belongs to, not of the one that it was copied from."""
+    c = ending_so("gemma2", **ENDINGS["gemma2"])
+    task, module = c.model.task, c.model.module
+    batch = c.data.batch(np.arange(3))
+    other = copy.deepcopy(module)
+    with torch.no_grad(), frozen(module), frozen(other):
+        task.loss(module, batch)
+        other.get_output_embeddings().weight.mul_(2)
+        first = [task.loss(m, batch) for m in (module, other)]
+        second = [task.loss(m, batch) for m in (module, other)]
+    assert not torch.allclose(*first)
+    torch.testing.assert_close(first, second, **CLOSE)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -204,7 +272,7 @@ def test_the_chunked_loss_is_cross_entropy_and_so_is_its_gradient(bias, tiny_chu
     labels, weight = torch.randint(V, (9,)), torch.randn(9)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         head, x = head.to(dtype), hidden.detach().to(dtype).requires_grad_()
-        losses = token_losses(x, head, lambda p, rows: labels[rows])
+        losses = token_losses(x, LinearHead(head), lambda p, rows: labels[rows])
         (found,) = torch.autograd.grad((losses * weight.to(losses)).sum(), x)
         whole = nn.functional.cross_entropy(head(x).to(losses.dtype), labels, reduction="none")
         (wanted,) = torch.autograd.grad((whole * weight.to(losses)).sum(), x)
@@ -219,7 +287,7 @@ def test_a_label_that_the_model_all_but_rules_out_has_its_loss_and_gradient(far)
     head, labels = nn.Linear(3, 3, False).requires_grad_(False), torch.tensor([1, 0, 1])
     head.weight.copy_(torch.eye(3))
     hidden = torch.tensor([[far, 0.0, 1.0], [1.0, 0.0, 2.0], [far, -far, 0.0]], requires_grad=True)
-    losses = token_losses(hidden, head, lambda p, rows: labels[rows])
+    losses = token_losses(hidden, LinearHead(head), lambda p, rows: labels[rows])
     whole = nn.functional.cross_entropy(hidden.detach().double(), labels, reduction="none")
     torch.testing.assert_close(losses, whole.float(), rtol=1e-6, atol=1e-6)
     losses.sum().backward()
@@ -253,7 +321,7 @@ class Scaled(nn.Module):
         return out
 
 
-def test_logits_that_are_scaled_after_the_head_are_taken_whole():
+def test_logits_that_are_scaled_after_the_head_are_taken_whole_where_no_body_can_stand_still():
     c = CASES["llama"]()
     module, task = Scaled(c.model.module), LanguageModel()
     scaled = c._replace(model=Model(module, task=task), names=[f"inner.{n}" for n in c.names])

@@ -30,8 +30,14 @@ def _intel() -> bool:
 
 
 MKL_AT_HOME = torch.backends.mkl.is_available() and _intel()
-ONEDNN = torch.backends.mkldnn.is_available() and not MKL_AT_HOME
-NARROW_ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+ONEDNN = torch.backends.mkldnn.is_available()
+WIDE_ONEDNN = (  # as far as it is measured
+    ONEDNN
+    and torch.backends.mkl.is_available()
+    and not MKL_AT_HOME
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
+NARROW_ONEDNN = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 SMALL = 64  # the shortest side of a product that oneDNN is given
 
 
@@ -82,8 +88,8 @@ class Scratch:
 def matmul(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> Tensor:
     """``x @ y``, plus the bias; no gradient passes through it.
 
-    On the CPU by oneDNN: in float32, but on Intel processors, where torch takes MKL, which needs up to a fifth longer on others;
-    in bfloat16 with a bias, which torch copies first (``benchmarks/kernels.py``).
+    On the CPU by oneDNN: in float32 on processors with AVX-512 that are not Intel's, where MKL, which torch takes, needs up to a
+    fifth longer; in bfloat16 with a bias, which torch copies first (``benchmarks/kernels.py``).
     """
     if _for_onednn(x_MI, y_IK, bias_K):
         return torch.ops.mkldnn._linear_pointwise(x_MI, y_IK.T, bias_K, "none", [], "")  # type: ignore[no-any-return]
@@ -93,7 +99,7 @@ def matmul(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> Tensor:
 def _for_onednn(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None) -> bool:
     """Large enough, and laid out as it likes: a second factor with gaps between its rows would take a thousand times longer."""
     like = x_MI.dtype
-    gains = (ONEDNN and like == torch.float32) or (NARROW_ONEDNN and like == torch.bfloat16 and bias_K is not None)
+    gains = (WIDE_ONEDNN and like == torch.float32) or (NARROW_ONEDNN and like == torch.bfloat16 and bias_K is not None)
     if not gains or any(t is not None and (t.dtype != like or not on_cpu(t)) for t in (x_MI, y_IK, bias_K)):
         return False
     dense = x_MI.stride(1) == 1 and (y_IK.is_contiguous() or y_IK.T.is_contiguous())

@@ -1,19 +1,21 @@
-"""Next-token losses without ever holding all the logits: the language-model head a chunk of tokens at a time.
+"""Next-token losses without ever holding all the logits: the end of a language model a chunk of tokens at a time.
 
-The head of most models is one linear layer, and what it gives is what the model returns.  Where that is so (the first pass
-of a model is run whole, and the two tensors are compared for identity), later passes run the model up to the head's input, and
-head, softmax, sampling and their gradient are done for a chunk of loss tokens: memory is a chunk times the vocabulary instead of
-the batch times the vocabulary, and positions without loss cost nothing.  Other models (soft caps, scales) are run as they are.
+The head of most models is one linear layer, and what it gives is what the model returns.  Others cap or scale it afterwards:
+their own code is then run on what their body made of some tokens, with the body standing still.  Which of the two a model is,
+its first pass shows, which is run whole.  Later passes run it up to where it ends, and head, softmax, sampling and their gradient
+are done for a chunk of loss tokens: memory is a chunk times the vocabulary instead of the batch times the vocabulary, and
+positions without loss cost nothing.  A model that is neither is run as it is.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from upriver.errors import ModelError
 from upriver.runtime.split import HEAD_BYTES, HEAD_ROWS
@@ -25,31 +27,121 @@ FAR = 60.0  # a loss beyond which the probability loses digits: it is computed a
 Labels = Callable[[Tensor, slice], Tensor]  # (probabilities of some rows, which ones) -> labels
 
 
+TOKENS = object()  # stands for them among what a body was given
+
+
+class Ending(ABC):
+    """What a model does last, with each position by itself."""
+
+    copies = 1  # a chunk takes as many times fewer tokens, for what is held besides its logits
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
+    @abstractmethod
+    def hidden(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
+        """What the model gives to its ending, ``[N, T, H]``."""
+
+    @abstractmethod
+    def logits(self, hidden_MH: Tensor, differentiable: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits ``[M, V]``, which may be written over, and what makes of a gradient to them one to the hidden states."""
+
+
+class LinearHead(Ending):
+    """``h W^T + b``."""
+
+    def __init__(self, head: nn.Linear):
+        super().__init__(head.out_features)
+        self._head = head
+
+    def hidden(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
+        return hidden_states(module, self._head, tokens_NT)
+
+    def logits(self, hidden_MH: Tensor, differentiable: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        weight_VH = self._head.weight
+        return matmul(hidden_MH, weight_VH.T, self._head.bias), lambda g_MV: matmul(g_MV, weight_VH)
+
+
+class Tail(Ending):
+    """All that a model does after its body, by its own code."""
+
+    copies = 2
+
+    def __init__(self, module: nn.Module, body: nn.Module, call: "Call", vocabulary: int):
+        super().__init__(vocabulary)
+        self._module = ref(module)  # whose entry this is in a dictionary of weak keys
+        self._body, self._call = body, call
+
+    def hidden(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
+        args = (tokens_NT if x is TOKENS else x for x in self._call.args)
+        kwargs = {name: tokens_NT if x is TOKENS else x for name, x in self._call.kwargs.items()}
+        return self._body(*args, **kwargs).last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden_MH: Tensor, differentiable: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        hidden_MH = hidden_MH.detach().requires_grad_(differentiable)
+        with torch.set_grad_enabled(differentiable):
+            logits_MV = self.whole(hidden_MH)
+        return logits_MV.detach().clone(), lambda g_MV: torch.autograd.grad(logits_MV, hidden_MH, g_MV)[0]
+
+    def whole(self, hidden_MH: Tensor) -> Tensor:
+        """Logits with their graph: the model, its body standing still."""
+        module = self._module()
+        assert module is not None
+        given = type(self._call.output)(last_hidden_state=hidden_MH[None])
+        tokens_1M = torch.zeros(1, len(hidden_MH), dtype=torch.int64, device=hidden_MH.device)
+        with _instead(self._body, lambda *args, **kwargs: given):
+            return module(input_ids=tokens_1M, use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+
+class Call(NamedTuple):
+    """What a body was given, ``TOKENS`` among it, and what it gave."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+
+
 class Heads:
-    """Which modules end in a plain linear head, found out in the first pass of each."""
+    """How modules end, found out in the first pass of each: in a plain linear head, or in a tail of their own."""
 
     def __init__(self) -> None:
         self._plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        self._tails: WeakKeyDictionary[nn.Module, Tail] = WeakKeyDictionary()
 
-    def plain_head(self, module: nn.Module) -> nn.Linear | None:
-        """The head, once a pass has shown that it comes last; None before that, and where its own gradient is wanted: where
-        it is hooked (so tracked), or not frozen."""
+    def ending(self, module: nn.Module) -> Ending | None:
+        """The ending, once a pass has shown it; None before that, and where the head's own gradient is wanted: where it is
+        hooked (so tracked), or not frozen."""
         head = _head(module)
-        free = head is not None and not head._forward_hooks and not head._forward_pre_hooks
-        if head is not None and torch.is_grad_enabled():
-            free = free and not any(p.requires_grad for p in head.parameters())
-        return head if free and self._plain.get(module) else None
+        if head is None or head._forward_hooks or head._forward_pre_hooks:
+            return None
+        if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
+            return None
+        return LinearHead(head) if self._plain.get(module) else self._tails.get(module)
 
     def logits(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
         """The model run whole, ``[N, T, V]``, and looked at on the way."""
-        head, seen = _head(module), []
-        hook = head.register_forward_hook(lambda m, args, output: seen.append(output)) if head is not None else None
+        head, body = _head(module), _body(module)
+        ends: list[Any] = []
+        calls: list[Call] = []
+        hooks = []
+
+        def note(body: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            calls.append(Call(args, kwargs, output))
+
+        if head is not None:
+            hooks.append(head.register_forward_hook(lambda m, args, output: ends.append(output)))
+        if body is not None:
+            hooks.append(body.register_forward_hook(note, with_kwargs=True))
         try:
             logits_NTV = module(input_ids=tokens_NT, use_cache=False).logits
         finally:
-            if hook is not None:
+            for hook in hooks:
                 hook.remove()
-        self._plain[module] = len(seen) == 1 and seen[0] is logits_NTV
+        self._plain[module] = len(ends) == 1 and ends[0] is logits_NTV
+        if not self._plain[module] and body is not None and len(ends) == len(calls) == 1:
+            tail = _tail(module, body, tokens_NT, calls[0], logits_NTV)
+            if tail is not None:
+                self._tails[module] = tail
         return logits_NTV
 
 
@@ -59,43 +151,65 @@ def _head(module: nn.Module) -> nn.Linear | None:
     return head if type(head) is nn.Linear else None
 
 
+def _body(module: nn.Module) -> nn.Module | None:
+    find = getattr(module, "get_decoder", None)
+    body = find() if find else None
+    return body if isinstance(body, nn.Module) and body is not module else None
+
+
+@torch.no_grad()
+def _tail(module: nn.Module, body: nn.Module, tokens_NT: Tensor, call: Call, logits_NTV: Tensor) -> Tail | None:
+    """None where the body was given other tensors than the tokens, or gave other things than hidden states, or where what
+    follows does not make the same logits of all positions in one row."""
+    held = [name for name, x in call.output.items() if x is not None] if isinstance(call.output, dict) else []
+    tensors = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
+    if held != ["last_hidden_state"] or len(tensors) != 1 or tensors[0] is not tokens_NT:
+        return None
+    args = tuple(TOKENS if x is tokens_NT else x for x in call.args)
+    kwargs = {name: TOKENS if x is tokens_NT else x for name, x in call.kwargs.items()}
+    tail = Tail(module, body, Call(args, kwargs, type(call.output)()), logits_NTV.shape[-1])
+    found_MV = tail.whole(call.output["last_hidden_state"].flatten(0, 1))
+    same = torch.allclose(found_MV, logits_NTV.flatten(0, 1), rtol=1e-3, atol=1e-5)
+    return tail if same else None
+
+
 def hidden_states(module: nn.Module, head: nn.Linear, tokens_NT: Tensor) -> Tensor:
     """What the model gives to its head, ``[N, T, H]``: the model with the head passing its input on."""
-    with _passing(head):
+    with _instead(head, lambda x: x):
         return module(input_ids=tokens_NT, use_cache=False).logits
 
 
 @contextmanager
-def _passing(head: Any) -> Iterator[None]:
-    head.forward = lambda x: x
+def _instead(module: Any, forward: Callable) -> Iterator[None]:
+    module.forward = forward
     try:
         yield
     finally:
-        del head.forward
+        del module.forward
 
 
-def token_losses(hidden_MH: Tensor, head: nn.Linear, labels: Labels) -> Tensor:
+def token_losses(hidden_MH: Tensor, ending: Ending, labels: Labels) -> Tensor:
     """``- log p(label)`` of each row, float32 (float64 where the model is) ``[M]``; its gradient is formed in the same pass."""
-    return _TokenLosses.apply(hidden_MH, head, labels)  # type: ignore[no-any-return]
+    return _TokenLosses.apply(hidden_MH, ending, labels)  # type: ignore[no-any-return]
 
 
 class _TokenLosses(torch.autograd.Function):
-    """The gradient of ``- log softmax(h W^T)[label]`` to ``h`` is ``(softmax - onehot) W``, formed while the logits are there.
+    """The gradient of ``- log softmax(z)[label]`` to the logits ``z`` is ``softmax - onehot``, formed while they are there.
 
-    Products take a chunk of tokens; what lies between them takes a few at a time, so that it stays in the caches.
+    The ending takes a chunk of tokens; what lies between it and its gradient takes a few at a time, which stay in the caches.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_MH: Tensor, head: nn.Linear, labels: Labels) -> Tensor:
+    def forward(ctx: Any, hidden_MH: Tensor, ending: Ending, labels: Labels) -> Tensor:
         wide = torch.float64 if hidden_MH.dtype == torch.float64 else torch.float32
         losses_M = hidden_MH.new_empty(len(hidden_MH), dtype=wide)
         labels_M = torch.empty(len(hidden_MH), dtype=torch.int64, device=hidden_MH.device)
         gradient_MH = torch.empty_like(hidden_MH) if ctx.needs_input_grad[0] else None
-        row = 4 * head.out_features
-        many = max(1, min(HEAD_ROWS, HEAD_BYTES // row))
+        row = 4 * ending.vocabulary
+        many = max(1, min(HEAD_ROWS, HEAD_BYTES // row) // ending.copies)
         few = max(1, PART_BYTES // row) if on_cpu(hidden_MH) else PART_ROWS
         for rows in _slices(0, len(hidden_MH), many):
-            logits_mV = matmul(hidden_MH[rows], head.weight.T, head.bias)
+            logits_mV, back = ending.logits(hidden_MH[rows], gradient_MH is not None)
             for some in _slices(rows.start, rows.stop, few):
                 logits_pV = logits_mV[some.start - rows.start : some.stop - rows.start]
                 p_pV = logits_pV.to(wide).softmax(-1)
@@ -105,11 +219,11 @@ class _TokenLosses(torch.autograd.Function):
                 if gradient_MH is not None:
                     logits_pV.copy_(p_pV.scatter_add_(1, label_p1, -torch.ones_like(label_p1, dtype=wide)))
             if gradient_MH is not None:
-                gradient_MH[rows] = matmul(logits_mV, head.weight)
+                gradient_MH[rows] = back(logits_mV)
         far_F = (losses_M > FAR).nonzero()[:, 0]
         for some_F in far_F.split(many):
-            logits_FV = matmul(hidden_MH[some_F], head.weight.T, head.bias)
-            losses_M[some_F] = F.cross_entropy(logits_FV.to(wide), labels_M[some_F], reduction="none")
+            logits_FV, _ = ending.logits(hidden_MH[some_F], False)
+            losses_M[some_F] = cross_entropy(logits_FV.to(wide), labels_M[some_F], reduction="none")
         if gradient_MH is not None:
             ctx.save_for_backward(gradient_MH)
         return losses_M

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upriver.errors import ModelError
-from upriver.model.head import Heads, hidden_states, token_losses
+from upriver.model.head import Heads, token_losses
 from upriver.text.batch import Batch, splitmix64
 
 IGNORE = -100
@@ -118,12 +118,12 @@ class LanguageModel(Task):
         def labels(p_mV: Tensor, rows: slice) -> Tensor:
             return labels_M[rows] if u_M is None else _invert(p_mV, u_M[rows])
 
-        head = self._heads.plain_head(module)
-        if head is None:
+        ending = self._heads.ending(module)
+        if ending is None:
             logits_MV = self._heads.logits(module, batch.inputs["tokens"])[at_NT]
             drawn_M = labels_M if u_M is None else sample(logits_MV.detach(), u_M)
             return F.cross_entropy(_wide(logits_MV), drawn_M, reduction="none")
-        return token_losses(hidden_states(module, head, batch.inputs["tokens"])[at_NT], head, labels)
+        return token_losses(ending.hidden(module, batch.inputs["tokens"])[at_NT], ending, labels)
 
 
 class Classification(Task):
