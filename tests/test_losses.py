@@ -295,8 +295,11 @@ def test_a_label_that_the_model_all_but_rules_out_has_its_loss_and_gradient(far)
     torch.testing.assert_close(hidden.grad, wanted.float(), rtol=1e-6, atol=1e-6)
 
 
-def test_a_tracked_head_is_a_layer_like_any_other():
-    c = case("llama")
+@pytest.mark.parametrize("name", ["llama", *ENDINGS])
+def test_a_tracked_head_is_a_layer_like_any_other(name):
+    c = ending_so(name, **ENDINGS[name]) if name in ENDINGS else case(name)
+    head = c.model.module.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())  # no longer that of the input
     found = kept(c, 10_000, spec="lm_head,*.down_proj")
     for row in (0, 3):
         names = ["lm_head", *(n for n in c.names if n.endswith("down_proj"))]

@@ -25,8 +25,6 @@ PART_BYTES = 2 << 20  # probabilities at once on the CPU: what stays in the cach
 PART_ROWS = 256  # elsewhere: a quarter of a chunk
 FAR = 60.0  # a loss beyond which the probability loses digits: it is computed again, from the logits
 Labels = Callable[[Tensor, slice], Tensor]  # (probabilities of some rows, which ones) -> labels
-
-
 TOKENS = object()  # stands for them among what a body was given
 
 
@@ -35,8 +33,8 @@ class Ending(ABC):
 
     copies = 1  # a chunk takes as many times fewer tokens, for what is held besides its logits
 
-    def __init__(self, vocabulary: int):
-        self.vocabulary = vocabulary
+    def __init__(self, head: nn.Linear):
+        self.head = head
 
     @abstractmethod
     def hidden(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
@@ -50,16 +48,12 @@ class Ending(ABC):
 class LinearHead(Ending):
     """``h W^T + b``."""
 
-    def __init__(self, head: nn.Linear):
-        super().__init__(head.out_features)
-        self._head = head
-
     def hidden(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
-        return hidden_states(module, self._head, tokens_NT)
+        return hidden_states(module, self.head, tokens_NT)
 
     def logits(self, hidden_MH: Tensor, differentiable: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        weight_VH = self._head.weight
-        return matmul(hidden_MH, weight_VH.T, self._head.bias), lambda g_MV: matmul(g_MV, weight_VH)
+        weight_VH = self.head.weight
+        return matmul(hidden_MH, weight_VH.T, self.head.bias), lambda g_MV: matmul(g_MV, weight_VH)
 
 
 class Tail(Ending):
@@ -67,8 +61,8 @@ class Tail(Ending):
 
     copies = 2
 
-    def __init__(self, module: nn.Module, body: nn.Module, call: "Call", vocabulary: int):
-        super().__init__(vocabulary)
+    def __init__(self, head: nn.Linear, module: nn.Module, body: nn.Module, call: "Call"):
+        super().__init__(head)
         self._module = ref(module)  # whose entry this is in a dictionary of weak keys
         self._body, self._call = body, call
 
@@ -90,7 +84,7 @@ class Tail(Ending):
         given = type(self._call.output)(last_hidden_state=hidden_MH[None])
         tokens_1M = torch.zeros(1, len(hidden_MH), dtype=torch.int64, device=hidden_MH.device)
         with _instead(self._body, lambda *args, **kwargs: given):
-            return module(input_ids=tokens_1M, use_cache=False).logits[0]  # type: ignore[no-any-return]
+            return _run(module, tokens_1M)[0]
 
 
 class Call(NamedTuple):
@@ -105,50 +99,54 @@ class Heads:
     """How modules end, found out in the first pass of each: in a plain linear head, or in a tail of their own."""
 
     def __init__(self) -> None:
-        self._plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-        self._tails: WeakKeyDictionary[nn.Module, Tail] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[nn.Module, tuple[nn.Linear, Ending | None]] = WeakKeyDictionary()
 
     def ending(self, module: nn.Module) -> Ending | None:
         """The ending, once a pass has shown it; None before that, and where the head's own gradient is wanted: where it is
         hooked (so tracked), or not frozen."""
         head = _head(module)
-        if head is None or head._forward_hooks or head._forward_pre_hooks:
+        if head is None or (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())):
             return None
-        if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
-            return None
-        return LinearHead(head) if self._plain.get(module) else self._tails.get(module)
+        known, ending = self._known.get(module, (None, None))
+        return ending if known is head else None
 
     def logits(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
-        """The model run whole, ``[N, T, V]``, and looked at on the way."""
+        """The model run whole, ``[N, T, V]``, and looked at on the way, the first time."""
         head, body = _head(module), _body(module)
+        if head is None or self._known.get(module, (None, None))[0] is head:
+            return _run(module, tokens_NT)
         ends: list[Any] = []
         calls: list[Call] = []
-        hooks = []
 
         def note(body: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             calls.append(Call(args, kwargs, output))
 
-        if head is not None:
-            hooks.append(head.register_forward_hook(lambda m, args, output: ends.append(output)))
+        hooks = [head.register_forward_hook(lambda m, args, output: ends.append(output))]
         if body is not None:
             hooks.append(body.register_forward_hook(note, with_kwargs=True))
         try:
-            logits_NTV = module(input_ids=tokens_NT, use_cache=False).logits
+            logits_NTV = _run(module, tokens_NT)
         finally:
             for hook in hooks:
                 hook.remove()
-        self._plain[module] = len(ends) == 1 and ends[0] is logits_NTV
-        if not self._plain[module] and body is not None and len(ends) == len(calls) == 1:
-            tail = _tail(module, body, tokens_NT, calls[0], logits_NTV)
-            if tail is not None:
-                self._tails[module] = tail
+        if len(ends) == 1 and ends[0] is logits_NTV:
+            ending = LinearHead(head)
+        else:
+            tail = _tail(head, module, body, tokens_NT, calls[0]) if body is not None and len(calls) == 1 else None
+            ending = tail if tail is not None and _makes(tail, calls[0], logits_NTV) else None
+        self._known[module] = head, ending
         return logits_NTV
 
 
+def _run(module: nn.Module, tokens_NT: Tensor) -> Tensor:
+    return module(input_ids=tokens_NT, use_cache=False).logits  # type: ignore[no-any-return]
+
+
 def _head(module: nn.Module) -> nn.Linear | None:
+    """The head that nobody else looks at."""
     find = getattr(module, "get_output_embeddings", None)
     head = find() if find else None
-    return head if type(head) is nn.Linear else None
+    return head if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks else None
 
 
 def _body(module: nn.Module) -> nn.Module | None:
@@ -157,26 +155,28 @@ def _body(module: nn.Module) -> nn.Module | None:
     return body if isinstance(body, nn.Module) and body is not module else None
 
 
-@torch.no_grad()
-def _tail(module: nn.Module, body: nn.Module, tokens_NT: Tensor, call: Call, logits_NTV: Tensor) -> Tail | None:
-    """None where the body was given other tensors than the tokens, or gave other things than hidden states, or where what
-    follows does not make the same logits of all positions in one row."""
+def _tail(head: nn.Linear, module: nn.Module, body: nn.Module, tokens_NT: Tensor, call: Call) -> Tail | None:
+    """None where the body was given other tensors than the tokens, or gave other things than hidden states."""
     held = [name for name, x in call.output.items() if x is not None] if isinstance(call.output, dict) else []
     tensors = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
     if held != ["last_hidden_state"] or len(tensors) != 1 or tensors[0] is not tokens_NT:
         return None
     args = tuple(TOKENS if x is tokens_NT else x for x in call.args)
     kwargs = {name: TOKENS if x is tokens_NT else x for name, x in call.kwargs.items()}
-    tail = Tail(module, body, Call(args, kwargs, type(call.output)()), logits_NTV.shape[-1])
+    return Tail(head, module, body, Call(args, kwargs, type(call.output)()))
+
+
+@torch.no_grad()
+def _makes(tail: Tail, call: Call, logits_NTV: Tensor) -> bool:
+    """Whether it makes the same logits, all positions in one row."""
     found_MV = tail.whole(call.output["last_hidden_state"].flatten(0, 1))
-    same = torch.allclose(found_MV, logits_NTV.flatten(0, 1), rtol=1e-3, atol=1e-5)
-    return tail if same else None
+    return torch.allclose(found_MV, logits_NTV.flatten(0, 1), rtol=1e-3, atol=1e-5)
 
 
 def hidden_states(module: nn.Module, head: nn.Linear, tokens_NT: Tensor) -> Tensor:
     """What the model gives to its head, ``[N, T, H]``: the model with the head passing its input on."""
     with _instead(head, lambda x: x):
-        return module(input_ids=tokens_NT, use_cache=False).logits
+        return _run(module, tokens_NT)
 
 
 @contextmanager
@@ -205,7 +205,7 @@ class _TokenLosses(torch.autograd.Function):
         losses_M = hidden_MH.new_empty(len(hidden_MH), dtype=wide)
         labels_M = torch.empty(len(hidden_MH), dtype=torch.int64, device=hidden_MH.device)
         gradient_MH = torch.empty_like(hidden_MH) if ctx.needs_input_grad[0] else None
-        row = 4 * ending.vocabulary
+        row = 4 * ending.head.out_features
         many = max(1, min(HEAD_ROWS, HEAD_BYTES // row) // ending.copies)
         few = max(1, PART_BYTES // row) if on_cpu(hidden_MH) else PART_ROWS
         for rows in _slices(0, len(hidden_MH), many):
