@@ -96,11 +96,16 @@ def matmul(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> Tensor:
     return x_MI @ y_IK if bias_K is None else torch.addmm(bias_K, x_MI, y_IK)
 
 
+def gains(dtype: torch.dtype, bias: bool) -> bool:
+    """Whether :func:`matmul` is faster than torch's own product."""
+    return (WIDE_ONEDNN and dtype == torch.float32) or (NARROW_ONEDNN and dtype == torch.bfloat16 and bias)
+
+
 def _for_onednn(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None) -> bool:
     """Large enough, and laid out as it likes: a second factor with gaps between its rows would take a thousand times longer."""
     like = x_MI.dtype
-    gains = (WIDE_ONEDNN and like == torch.float32) or (NARROW_ONEDNN and like == torch.bfloat16 and bias_K is not None)
-    if not gains or any(t is not None and (t.dtype != like or not on_cpu(t)) for t in (x_MI, y_IK, bias_K)):
+    alike = all(t is None or (t.dtype == like and on_cpu(t)) for t in (x_MI, y_IK, bias_K))
+    if not alike or not gains(like, bias_K is not None):
         return False
     dense = x_MI.stride(1) == 1 and (y_IK.is_contiguous() or y_IK.T.is_contiguous())
     return dense and min(*x_MI.shape, y_IK.shape[1]) >= SMALL

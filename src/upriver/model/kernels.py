@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from upriver.model import attention
-from upriver.tensors import matmul, on_cpu
-
-DTYPES = (torch.float32, torch.bfloat16)
+from upriver.tensors import gains, matmul, on_cpu
 
 
 class FastKernels(TorchFunctionMode):
@@ -28,22 +26,22 @@ class FastKernels(TorchFunctionMode):
 
 def linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     """``torch.nn.functional.linear``; None where it is better left to torch."""
-    return Linear.apply(input, weight.T, bias) if _frozen(input, weight, bias) else None  # type: ignore[no-any-return]
+    return Linear.apply(input, weight.T, bias) if _gains(input, weight, bias) else None  # type: ignore[no-any-return]
 
 
 def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Tensor | None:
     """``torch.addmm``, as the layers of GPT-2 call it."""
-    plain = beta == alpha == 1 and out is None and _frozen(mat1, mat2, input) and input.ndim == 1
+    plain = beta == alpha == 1 and out is None and _gains(mat1, mat2, input) and input.ndim == 1
     return Linear.apply(mat1, mat2, input) if plain else None  # type: ignore[no-any-return]
 
 
-def _frozen(x: Any, weight: Any, bias: Any) -> bool:
-    """Plain float32 or bfloat16 on the CPU, differentiated at most to ``x``."""
-    parameters = [weight] if bias is None else [weight, bias]
-    plain = all(type(p) in (Tensor, torch.nn.Parameter) and not p.requires_grad for p in parameters)
-    if not plain or type(x) is not Tensor or not on_cpu(x) or x.dtype != weight.dtype or x.dtype not in DTYPES:
+def _gains(x: Any, weight: Any, bias: Any) -> bool:
+    """Plain tensors on the CPU, differentiated at most to ``x``, and in a type whose product is faster."""
+    if type(x) is not Tensor or not on_cpu(x) or x.dtype != weight.dtype or not gains(x.dtype, bias is not None):
         return False
-    return not torch.is_autocast_enabled("cpu") and not torch._C._are_functorch_transforms_active()
+    parameters = [weight] if bias is None else [weight, bias]
+    frozen = all(type(p) in (Tensor, torch.nn.Parameter) and not p.requires_grad for p in parameters)
+    return frozen and not torch.is_autocast_enabled("cpu") and not torch._C._are_functorch_transforms_active()
 
 
 class Linear(torch.autograd.Function):
