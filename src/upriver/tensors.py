@@ -89,7 +89,7 @@ def matmul(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> Tensor:
     """``x @ y``, plus the bias; no gradient passes through it.
 
     On the CPU by oneDNN: in float32 on processors with AVX-512 that are not Intel's, where MKL, which torch takes, needs up to a
-    fifth longer; in bfloat16 with a bias, which torch copies first (``benchmarks/kernels.py``).
+    quarter longer; in bfloat16 with a bias, which torch copies first (``benchmarks/kernels.py``).
     """
     if _for_onednn(x_MI, y_IK, bias_K):
         return torch.ops.mkldnn._linear_pointwise(x_MI, y_IK.T, bias_K, "none", [], "")  # type: ignore[no-any-return]
