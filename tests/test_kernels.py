@@ -49,6 +49,14 @@ def test_factors_with_gaps_are_multiplied_as_fast_and_right():
     assert error(matmul(x_MI, y_IK), x_MI.double() @ y_IK.double()) < CLOSE[torch.float32]
 
 
+def test_a_large_factor_is_not_copied(monkeypatch):
+    x_MI, y_IK = torch.randn(200, 128), torch.randn(128, 100)
+    monkeypatch.setattr(tensors, "PACKED_BYTES", y_IK.nbytes)
+    assert tensors._for_onednn(x_MI, y_IK, None)
+    monkeypatch.setattr(tensors, "PACKED_BYTES", y_IK.nbytes - 1)
+    assert not tensors._for_onednn(x_MI, y_IK, None)
+
+
 @pytest.mark.parametrize(("left", "right"), [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
 def test_other_types_are_left_to_torch(left, right):
     assert not tensors._for_onednn(torch.ones(64, 64, dtype=left), torch.ones(64, 64, dtype=right), None)

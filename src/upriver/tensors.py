@@ -39,6 +39,7 @@ WIDE_ONEDNN = (  # as far as it is measured
 )
 NARROW_ONEDNN = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 SMALL = 64  # the shortest side of a product that oneDNN is given
+PACKED_BYTES = 128 << 20  # of a second factor, which oneDNN copies: a chunk of logits, of which the plan has three
 
 
 class LowRank(NamedTuple):
@@ -102,13 +103,14 @@ def gains(dtype: torch.dtype, bias: bool) -> bool:
 
 
 def _for_onednn(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None) -> bool:
-    """Large enough, and laid out as it likes: a second factor with gaps between its rows would take a thousand times longer."""
+    """Large enough, a second factor of which a copy fits, and laid out as it likes: one with gaps between its rows would take a
+    thousand times longer."""
     like = x_MI.dtype
     alike = all(t is None or (t.dtype == like and on_cpu(t)) for t in (x_MI, y_IK, bias_K))
     if not alike or not gains(like, bias_K is not None):
         return False
     dense = x_MI.stride(1) == 1 and (y_IK.is_contiguous() or y_IK.T.is_contiguous())
-    return dense and min(*x_MI.shape, y_IK.shape[1]) >= SMALL
+    return dense and min(*x_MI.shape, y_IK.shape[1]) >= SMALL and y_IK.nbytes <= PACKED_BYTES
 
 
 def aligned(n: int) -> int:
