@@ -248,6 +248,7 @@ class TestTensors:
             expected = torch.stack([Q_S.T @ (g[n].T @ a[n]) @ Q_A for n in (0, 1)])
             close(rotated_gradients(a, g, Q_A, Q_S), expected)
             close(rotated_gradients(a @ Q_A, g, None, Q_S), expected)
+            close(rotated_gradients(a, g @ Q_S, Q_A, None), expected)
             wide = scratch.product("input", a, Q_A, aligned(I))
             assert wide.shape == (2, T, aligned(I))
             assert wide.is_contiguous()

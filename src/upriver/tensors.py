@@ -38,7 +38,8 @@ WIDE_ONEDNN = (  # as far as it is measured
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
 NARROW_ONEDNN = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-SMALL = 64  # the shortest side of a product that oneDNN is given
+SHORT, SMALL = 16, 1 << 21  # the shortest side, and the multiplications, of a product that oneDNN is given
+BROAD, BLOCK = 384, 128  # columns from which it forms second moments faster than BLAS, and of its blocks at least
 PACKED_BYTES = 128 << 20  # of a second factor, which oneDNN copies: a chunk of logits, of which the plan has three
 
 
@@ -79,18 +80,20 @@ class Scratch:
         return out_NTW
 
     def product(self, name: str, x_NTI: Tensor, y_IK: Tensor, width: int | None = None) -> Tensor:
-        """``x @ y``, ``[N, T, K]``, or ``[N, T, width]`` with zeros beyond K; see :func:`product`."""
-        K = y_IK.shape[1]
+        """``x @ y``, ``[N, T, K]``; where rows that are laid out aligned are faster, ``[N, T, width]`` with zeros beyond K."""
+        K, x_MI = y_IK.shape[1], x_NTI.flatten(0, 1)
+        if _for_onednn(x_MI, y_IK):
+            return matmul(x_MI, y_IK).unflatten(0, x_NTI.shape[:2])
         out_NTW = self.rows(name, x_NTI, K)
-        torch.mm(x_NTI.flatten(0, 1), y_IK, out=out_NTW.flatten(0, 1)[:, :K])
+        torch.mm(x_MI, y_IK, out=out_NTW.flatten(0, 1)[:, :K])
         return out_NTW[..., : width or K]
 
 
 def matmul(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> Tensor:
     """``x @ y``, plus the bias; no gradient passes through it.
 
-    On the CPU by oneDNN: in float32 on processors with AVX-512 that are not Intel's, where MKL, which torch takes, needs up to a
-    quarter longer; in bfloat16 with a bias, which torch copies first (``benchmarks/kernels.py``).
+    On the CPU by oneDNN: in float32 on processors with AVX-512 that are not Intel's, where MKL, which torch takes, leaves it
+    aside and needs up to twice as long; in bfloat16 with a bias, which torch copies first (``benchmarks/kernels.py``).
     """
     if _for_onednn(x_MI, y_IK, bias_K):
         return torch.ops.mkldnn._linear_pointwise(x_MI, y_IK.T, bias_K, "none", [], "")  # type: ignore[no-any-return]
@@ -102,15 +105,20 @@ def gains(dtype: torch.dtype, bias: bool) -> bool:
     return (WIDE_ONEDNN and dtype == torch.float32) or (NARROW_ONEDNN and dtype == torch.bfloat16 and bias)
 
 
-def _for_onednn(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None) -> bool:
-    """Large enough, a second factor of which a copy fits, and laid out as it likes: one with gaps between its rows would take a
-    thousand times longer."""
+def _for_onednn(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> bool:
+    return x_MI.stride(1) == 1 and _suits(x_MI, y_IK, bias_K)
+
+
+def _suits(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> bool:
+    """Large enough, and a second factor of which a copy fits and which has no gaps between its rows: it would take a thousand
+    times longer."""
     like = x_MI.dtype
     alike = all(t is None or (t.dtype == like and on_cpu(t)) for t in (x_MI, y_IK, bias_K))
     if not alike or not gains(like, bias_K is not None):
         return False
-    dense = x_MI.stride(1) == 1 and (y_IK.is_contiguous() or y_IK.T.is_contiguous())
-    return dense and min(*x_MI.shape, y_IK.shape[1]) >= SMALL and y_IK.nbytes <= PACKED_BYTES
+    (M, I), K = x_MI.shape, y_IK.shape[1]
+    dense = y_IK.is_contiguous() or y_IK.T.is_contiguous()
+    return dense and min(M, I, K) >= SHORT and M * I * K >= SMALL and y_IK.nbytes <= PACKED_BYTES
 
 
 def aligned(n: int) -> int:
@@ -119,8 +127,10 @@ def aligned(n: int) -> int:
 
 
 def product(x_MI: Tensor, y_IK: Tensor) -> Tensor:
-    """``x @ y`` with rows laid out :func:`aligned`: it takes up to a third longer where they do not start at such places
+    """``x @ y``; by MKL with rows laid out :func:`aligned`: it takes up to a third longer where they do not start at such places
     (``benchmarks/kernels.py``)."""
+    if _for_onednn(x_MI, y_IK):
+        return matmul(x_MI, y_IK)
     K = y_IK.shape[1]
     return torch.mm(x_MI, y_IK, out=x_MI.new_empty(len(x_MI), aligned(K))[:, :K])
 
@@ -137,25 +147,38 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def sequence_gradients(a_NTI: Tensor, g_NTO: Tensor, scratch: Scratch | None = None) -> Tensor:
+def sequence_gradients(a_NTI: Tensor, g_NTO: Tensor, out_NOI: Tensor | None = None) -> Tensor:
     """Each sequence's weight gradient, ``[N, O, I]``: tokens are summed here, before anything is squared.
 
     Args:
-        scratch: where they lie, until the next ones take their place.
+        out_NOI: where they are put.
     """
-    if scratch is None:
-        return g_NTO.transpose(1, 2) @ a_NTI
-    shape = (len(a_NTI), g_NTO.shape[2], a_NTI.shape[2])
-    return torch.bmm(g_NTO.transpose(1, 2), a_NTI, out=scratch.take("gradients", shape, a_NTI))
+    g_NOT = g_NTO.transpose(1, 2)
+    if not (len(a_NTI) and _suits(g_NOT[0], a_NTI[0])):
+        return g_NOT @ a_NTI if out_NOI is None else torch.bmm(g_NOT, a_NTI, out=out_NOI)
+    if len(a_NTI) == 1 and out_NOI is None:
+        return matmul(g_NOT[0].contiguous(), a_NTI[0])[None]
+    if out_NOI is None:
+        out_NOI = a_NTI.new_empty(len(a_NTI), g_NTO.shape[2], a_NTI.shape[2])
+    for out_OI, g_OT, a_TI in zip(out_NOI, g_NOT, a_NTI, strict=True):
+        out_OI.copy_(matmul(g_OT.contiguous(), a_TI))
+    return out_NOI
 
 
 def add_second_moment(total_II: Tensor, x_MI: Tensor) -> None:
     """Add ``sum_m x_m x_m^T`` to the lower triangle of ``total_II``, in its dtype; :func:`symmetric` makes it whole.
 
-    Half the multiplications of the full product: by BLAS ``syrk`` on the CPU, by block rows elsewhere and for half precision,
-    whose products (each summed in float32 by the library, then rounded once) are faster by more than the conversion costs.
+    Half the multiplications of the full product: by BLAS ``syrk`` on the CPU; by block rows elsewhere, where oneDNN is faster,
+    and for half precision, whose products (each summed in float32 by the library, then rounded once) are faster by more than
+    the conversion costs.
     """
     if not x_MI.numel():
+        return
+    if x_MI.dtype == total_II.dtype and x_MI.shape[1] >= BROAD and _suits(x_MI.T, x_MI):
+        x_IM = x_MI.T.contiguous()
+        step = max(BLOCK, -(-len(x_IM) // BLOCKS))
+        for i in range(0, len(x_IM), step):
+            total_II[i : i + step, : i + step] += matmul(x_IM[i : i + step], x_IM[: i + step].T)
         return
     if x_MI.dtype == total_II.dtype and on_cpu(total_II):
         # column-major, as BLAS sees it, both are transposed: the upper triangle there is the lower one here
@@ -182,25 +205,25 @@ def symmetric(lower_II: Tensor) -> Tensor:
 
 
 def rotated_gradients(
-    a_NTI: Tensor, g_NTO: Tensor, Q_A_II: Tensor | None, Q_S_OO: Tensor, scratch: Scratch | None = None
+    a_NTI: Tensor, g_NTO: Tensor, Q_A_II: Tensor | None, Q_S_OO: Tensor | None, scratch: Scratch | None = None
 ) -> Tensor:
     """``Q_S^T (sum_t g_t a_t^T) Q_A`` for each sequence, ``[N, O, I]``, each side rotated where it is cheaper.
 
     Multiplications a sequence: on the tokens ``T I^2`` and ``T O^2``, on the gradient ``O I^2`` and ``O^2 I``.
 
     Args:
-        Q_A_II: None when the inputs are rotated already.
-        scratch: memory to work in; what is returned may lie there.
+        Q_A_II, Q_S_OO: None when the inputs, or the gradients at the outputs, are rotated already.
+        scratch: memory for rotated tokens.
     """
     (T, I), O, scratch = a_NTI.shape[1:], g_NTO.shape[2], scratch or Scratch()
     if Q_A_II is not None and T <= O:
         a_NTI, Q_A_II = scratch.product("a", a_NTI, Q_A_II), None
-    if T <= I:
-        g_NTO = scratch.product("g", g_NTO, Q_S_OO)
-    G_NOI = sequence_gradients(a_NTI, g_NTO, scratch)
+    if Q_S_OO is not None and T <= I:
+        g_NTO, Q_S_OO = scratch.product("g", g_NTO, Q_S_OO), None
+    G_NOI = sequence_gradients(a_NTI, g_NTO)
     if Q_A_II is not None:
-        G_NOI = G_NOI @ Q_A_II
-    return G_NOI if T <= I else Q_S_OO.T @ G_NOI
+        G_NOI = matmul(G_NOI.flatten(0, 1), Q_A_II).view_as(G_NOI)
+    return G_NOI if Q_S_OO is None else Q_S_OO.T @ G_NOI
 
 
 def eigh(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:

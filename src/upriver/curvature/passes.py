@@ -6,7 +6,6 @@ Axes: N sequences, T positions, M real tokens, I inputs of a layer (+1 with a bi
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from upriver.curvature.blocks import Moments
 from upriver.model.layers import Layer
@@ -18,7 +17,6 @@ from upriver.tensors import (
     aligned,
     even_parts,
     rotated_gradients,
-    sequence_gradients,
     symmetric,
 )
 from upriver.text.batch import Batch
@@ -62,52 +60,48 @@ class Covariance:
 class Correction:
     """Consumer: sums squared rotated sequence gradients (eq. 20), in two halves by the parity of the sequences' keys.
 
-    Inside, inputs are J wide: I and some zeros.  A product into rows that do not start at multiples of 64 bytes takes up to a
-    third longer, and those of a layer with a bias, with its column of ones, never do.
+    A rotated input may be wider than I, with zeros at its end: where MKL multiplies, a product into rows that do not start at
+    multiples of 64 bytes takes up to a third longer, and those of a layer with a bias, with its column of ones, never do.
     """
 
     def __init__(self, dtype: torch.dtype, moments: dict[str, Moments] | None):
         self.dtype, self.moments = dtype, moments
         self._sums: Tensors = {}
-        self._widths: dict[str, int] = {}
         self._sequences_2 = torch.zeros(2, dtype=torch.int64)
-        self._half_2N = torch.empty(0)
+        self._half_N: list[int] = []
         self._scratch = Scratch()
         self._rotated: tuple[str, Tensor] = ("", torch.empty(0))  # the last input, which the next layer may share
 
     def begin(self, batch: Batch) -> None:
         half_N = torch.from_numpy((batch.keys_N & np.uint64(1)).astype(np.int64))
-        half_2N = torch.nn.functional.one_hot(half_N, 2).T
-        self._sequences_2 += half_2N.sum(1)
-        self._half_2N = half_2N.to(self.dtype)
+        self._sequences_2 += torch.bincount(half_N, minlength=2)
+        self._half_N = half_N.tolist()
         self._rotated = ("", torch.empty(0))
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         (N, T, I), O = a_NTI.shape, g_NTO.shape[2]
-        J, name = aligned(I), f"lam:{layer.name}"
+        name = f"lam:{layer.name}"
         if name not in self._sums:
-            self._sums[name], self._widths[name] = g_NTO.new_zeros(2, O, J, dtype=self.dtype), I
-        moments = None if self.moments is None else self.moments[layer.name]
-        if moments is not None and T <= O:  # the input is rotated token by token, once for the layers that share it
-            a_NTI = self._rotated_input(layer, a_NTI, moments)
-        for part in even_parts(N, max(1, GRADIENT_BYTES // (g_NTO.element_size() * O * J))):
-            G_NOI = self._gradients(a_NTI[part], g_NTO[part], moments, T <= O)
-            G_NOJ = G_NOI if G_NOI.shape[2] == J else pad(G_NOI, (0, J - I))
-            square_NP = G_NOJ.to(self.dtype).square_().flatten(1)
-            self._sums[name].flatten(1).addmm_(self._half_2N[:, part].to(square_NP.device), square_NP)
+            self._sums[name] = g_NTO.new_zeros(2, O, I, dtype=self.dtype)
+        Q_A_II, Q_S_OO = None, None
+        if self.moments is not None:
+            moments = self.moments[layer.name]
+            Q_A_II, Q_S_OO = moments.Q_A_II, moments.Q_S_OO
+            if T <= O:  # the input is rotated token by token, once for the layers that share it
+                a_NTI, Q_A_II = self._rotated_input(layer, a_NTI, Q_A_II), None
+            if T <= I:
+                g_NTO, Q_S_OO = self._scratch.product("g", g_NTO, Q_S_OO), None
+        sums_2OI = self._sums[name]
+        for part in even_parts(N, max(1, GRADIENT_BYTES // (g_NTO.element_size() * O * a_NTI.shape[2]))):
+            G_NOI = rotated_gradients(a_NTI[part], g_NTO[part], Q_A_II, Q_S_OO, self._scratch)
+            for half, G_OI in zip(self._half_N[part], G_NOI[..., :I].to(self.dtype), strict=True):
+                sums_2OI[half].addcmul_(G_OI, G_OI)
 
-    def _rotated_input(self, layer: Layer, a_NTI: Tensor, moments: Moments) -> Tensor:
+    def _rotated_input(self, layer: Layer, a_NTI: Tensor, Q_A_II: Tensor) -> Tensor:
         if self._rotated[0] != layer.A_of:
-            a_NTJ = self._scratch.product("input", a_NTI, moments.Q_A_II, aligned(a_NTI.shape[2]))
-            self._rotated = (layer.A_of, a_NTJ)
+            self._rotated = (layer.A_of, self._scratch.product("input", a_NTI, Q_A_II, aligned(a_NTI.shape[2])))
         return self._rotated[1]
-
-    def _gradients(self, a_NTI: Tensor, g_NTO: Tensor, moments: Moments | None, rotated: bool) -> Tensor:
-        if moments is None:
-            return sequence_gradients(a_NTI, g_NTO)
-        return rotated_gradients(a_NTI, g_NTO, None if rotated else moments.Q_A_II, moments.Q_S_OO, self._scratch)
 
     def result(self) -> Tensors:
         """``lam:layer`` ``[2, O, I]``, sums of each half, and ``sequences`` ``[2]``, how many are in it; given once."""
-        sums = {name: self._sums.pop(name)[..., :I].contiguous() for name, I in self._widths.items()}
-        return sums | {"sequences": self._sequences_2}
+        return {name: self._sums.pop(name) for name in list(self._sums)} | {"sequences": self._sequences_2}

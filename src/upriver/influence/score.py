@@ -77,8 +77,11 @@ def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor, scratch: Scratch) -> Tensor
         return product_NTQR.sum((1, 3), dtype=accumulator_dtype(product_MP.dtype))
     assert r.v_QOI is not None
     step = max(1, SCORED_BYTES // (g_NTO.element_size() * r.v_QOI[0].numel()))
-    parts = zip(a_NTI.split(step), g_NTO.split(step), strict=True)
-    return torch.cat([dots(sequence_gradients(a, g, scratch), r.v_QOI) for a, g in parts])
+    found = []
+    for a, g in zip(a_NTI.split(step), g_NTO.split(step), strict=True):
+        G_NOI = scratch.take("gradients", (len(a), g.shape[2], a.shape[2]), a)
+        found.append(dots(sequence_gradients(a, g, G_NOI), r.v_QOI))
+    return torch.cat(found)
 
 
 def dots(G_NOI: Tensor, v_QOI: Tensor) -> Tensor:
@@ -195,7 +198,7 @@ class Score:
                 G_NoI = self.scratch.take(f"gradients {side}", (N, part.stop - start, I), U_QOR)
                 outs = G_NoI.split([len(x) for x in right])
                 for out_NoI, g_NTO, a_NTI in zip(outs, left, right, strict=True):
-                    torch.bmm(g_NTO[:, :, part].transpose(1, 2), a_NTI, out=out_NoI)
+                    sequence_gradients(a_NTI, g_NTO[:, :, part], out_NoI)
                 for G_NpI, U_QpR in zip(G_NoI.split(few, 1), U_QOR[:, part].split(few, 1), strict=True):
                     v_QpI = self.scratch.take(f"queries {side}", (Q, U_QpR.shape[1], I), U_QOR)
                     torch.bmm(U_QpR, V_QRI, out=v_QpI)

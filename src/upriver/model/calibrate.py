@@ -39,7 +39,7 @@ from upriver.runtime.passes import Request
 from upriver.runtime.plan import PAYS, Plan, plan_run, smallest_batch
 from upriver.runtime.split import ITEM, Job
 from upriver.runtime.threads import one_core_each
-from upriver.tensors import add_second_moment, eigh, sequence_gradients
+from upriver.tensors import add_second_moment, eigh, matmul, sequence_gradients
 from upriver.text.batch import Batch, Sequences, pad, plan, sample
 
 TIMED_FLOP = 1.5e11  # of one calibration pass through the model: about a second on two cores
@@ -241,7 +241,7 @@ def _product_rates(layer: LayerSize, T: int, batch_tokens: int, like: Tensor) ->
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     total_II = torch.zeros(layer.I, layer.I, dtype=wide, device=like.device)
     M, O, I = N * T, layer.O, layer.I
-    product = 2.0 * M * I * I / _seconds(lambda: a_NTI @ basis_II, like.device)
+    product = 2.0 * M * I * I / _seconds(lambda: matmul(a_NTI.flatten(0, 1), basis_II), like.device)
     symmetric = M * I * (I + 1.0) / _seconds(lambda: add_second_moment(total_II, a_NTI.flatten(0, 1)), like.device)
     chunk = max(1, min(N, (64 << 20) // (4 * O * I)))
     formed = _seconds(lambda: sequence_gradients(a_NTI[:chunk], g_NTO[:chunk]), like.device)
@@ -263,7 +263,7 @@ def _low_precision_speed(n: int, device: torch.device) -> float:
     x = torch.ones(min(1024, n), n, device=device)
     y = torch.ones(n, n, device=device)
     half_x, half_y = x.bfloat16(), y.bfloat16()
-    return _seconds(lambda: x @ y, device) / _seconds(lambda: half_x @ half_y, device)
+    return _seconds(lambda: matmul(x, y), device) / _seconds(lambda: matmul(half_x, half_y), device)
 
 
 @cache
