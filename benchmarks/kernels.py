@@ -15,13 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scan import timed
+from scipy.linalg.blas import ssyrk
 
 import upriver  # noqa: F401 - sets how threads wait
 from upriver.influence.score import dots
 from upriver.model.kernels import FastKernels
 from upriver.runtime.hardware import settle_memory
 from upriver.runtime.threads import one_core_each
-from upriver.tensors import MKL_AT_HOME, Scratch, matmul, rotated_gradients
+from upriver.tensors import MKL_AT_HOME, Scratch, add_second_moment, matmul, sequence_gradients
 
 Work = Callable[[], object]
 
@@ -31,20 +32,30 @@ def rotation() -> tuple[str, Work, Work]:
     scratch, x_NTI, Q_II = Scratch(), torch.randn(8, 256, 2049), torch.randn(2049, 2049)
     out_NTI = torch.empty(8, 256, 2049)
     return (
-        "8 x 256 tokens turned, 2,049 wide: rows as long as they are, over aligned rows",
+        "8 x 256 tokens turned, 2,049 wide: torch's product into rows as long as they are, over ours",
         lambda: torch.mm(x_NTI.flatten(0, 1), Q_II, out=out_NTI.flatten(0, 1)),
         lambda: scratch.product("x", x_NTI, Q_II),
     )
 
 
-def gradients() -> tuple[str, Work, Work]:
-    """Turned gradients of sequences, in fresh memory or in memory that is used again."""
-    scratch, a_NTI, g_NTO = Scratch(), torch.randn(4, 256, 512), torch.randn(4, 256, 2048)
-    Q_A_II, Q_S_OO = torch.randn(512, 512), torch.randn(2048, 2048)
+def gradients(O: int, I: int) -> tuple[str, Work, Work]:
+    """Gradients of the sequences of a batch."""
+    a_NTI, g_NTO, out_NOI = torch.randn(8, 256, I), torch.randn(8, 256, O), torch.empty(8, O, I)
     return (
-        "turned gradients of 4 sequences, 2,048 x 512: fresh memory, over memory that is used again",
-        lambda: rotated_gradients(a_NTI, g_NTO, Q_A_II, Q_S_OO),
-        lambda: rotated_gradients(a_NTI, g_NTO, Q_A_II, Q_S_OO, scratch),
+        f"gradients of 8 sequences of 256 tokens, {O:,} x {I:,}: torch's product, over ours",
+        lambda: torch.bmm(g_NTO.mT, a_NTI, out=out_NOI),
+        lambda: sequence_gradients(a_NTI, g_NTO, out_NOI),
+    )
+
+
+def second_moments(I: int) -> tuple[str, Work, Work]:
+    """Second moments of a batch."""
+    x_MI, total_II = torch.randn(2048, I), torch.zeros(I, I)
+    total, x = total_II.numpy().T, x_MI.numpy().T
+    return (
+        f"second moments of 2,048 tokens, {I:,} wide: BLAS, over ours",
+        lambda: ssyrk(1.0, x, beta=1.0, c=total, overwrite_c=True),
+        lambda: add_second_moment(total_II, x_MI),
     )
 
 
@@ -147,7 +158,8 @@ def main() -> None:
     settle_memory(reuse=True)  # as a pass does where the memory allows
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for what, other, ours in (
-        rotation(), gradients(), eigendecompositions(), few_products(), many_products(),
+        rotation(), gradients(2048, 513), gradients(512, 2049), second_moments(513), second_moments(2049),
+        eigendecompositions(), few_products(), many_products(),
         linear(512, 2048, torch.float32), linear(2048, 512, torch.float32), linear(512, 8192, torch.float32),
         linear(160, 432, torch.float32), linear(512, 2048, torch.bfloat16),
         attention(128, 5, 32, torch.bfloat16), attention(256, 8, 64, torch.bfloat16), attention(512, 8, 64, torch.bfloat16),

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from upriver import tensors
 from upriver.model.kernels import FastKernels
-from upriver.tensors import matmul
+from upriver.tensors import Scratch, add_second_moment, matmul, rotated_gradients, sequence_gradients, symmetric
 
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
@@ -60,6 +60,41 @@ def test_a_large_factor_is_not_copied(monkeypatch):
 @pytest.mark.parametrize(("left", "right"), [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
 def test_other_types_are_left_to_torch(left, right):
     assert not tensors._for_onednn(torch.ones(64, 64, dtype=left), torch.ones(64, 64, dtype=right), None)
+
+
+@pytest.mark.parametrize(("N", "put"), [(0, False), (1, False), (3, False), (1, True), (3, True)])
+@pytest.mark.parametrize("O", [96, 700])
+def test_gradients_of_sequences(N, put, O):
+    """Also of some of the outputs, whose rows lie apart."""
+    torch.manual_seed(0)
+    a_NTI, g_NTO = torch.randn(N, 64, 513), torch.randn(N, 64, O + 10)[..., 3:-7]
+    assert tensors._suits(torch.ones(O, 64), torch.ones(64, 513))
+    out_NOI = torch.full((N, O, 513), torch.nan) if put else None
+    found = sequence_gradients(a_NTI, g_NTO, out_NOI)
+    assert found.shape == (N, O, 513)
+    assert not put or found is out_NOI
+    assert N == 0 or error(found, g_NTO.double().mT @ a_NTI.double()) < CLOSE[torch.float32]
+
+
+@pytest.mark.parametrize("I", [383, 384, 513, 1500])
+def test_second_moments_of_wide_layers(I):
+    torch.manual_seed(0)
+    x_MI, total_II = torch.randn(200, I), torch.zeros(I, I)
+    add_second_moment(total_II, x_MI)
+    add_second_moment(total_II, 2 * x_MI.T.contiguous().T)
+    assert error(symmetric(total_II), 5 * x_MI.double().T @ x_MI.double()) < CLOSE[torch.float32]
+
+
+@pytest.mark.parametrize("T", [64, 300, 600])
+def test_rotated_gradients(T):
+    """Rotated on either side of the sum."""
+    torch.manual_seed(0)
+    (I, O), scratch = (400, 257), Scratch()
+    a_NTI, g_NTO, Q_A_II, Q_S_OO = (torch.randn(s) for s in ((2, T, I), (2, T, O), (I, I), (O, O)))
+    wide = [x.double() for x in (Q_S_OO.T, g_NTO.mT, a_NTI, Q_A_II)]
+    expected = wide[0] @ (wide[1] @ wide[2]) @ wide[3]
+    for reused in (None, scratch, scratch):
+        assert error(rotated_gradients(a_NTI, g_NTO, Q_A_II, Q_S_OO, reused), expected) < 2 * CLOSE[torch.float32]
 
 
 def frozen(layer: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -283,14 +283,19 @@ def truncated_svd(w_OI: Tensor, rank: int, start_IK: Tensor | None = None) -> Lo
     if width >= min(O, I) // 2:
         U, s, Vh = torch.linalg.svd(w_OI, full_matrices=False)
         return LowRank(U[:, :rank] * s[:rank], Vh[:rank])
-    basis_OW = w_OI @ _start(I, width, start_IK).to(w_OI)
+    basis_OW = matmul(w_OI, _start(I, width, start_IK).to(w_OI))
     for _ in range(RANDOM_STEPS if start_IK is None else 1):
-        basis_OW = w_OI @ (w_OI.T @ orthonormal(basis_OW))
+        basis_OW = matmul(w_OI, _transposed_product(orthonormal(basis_OW), w_OI).T)
     basis_OW = orthonormal(orthonormal(basis_OW))  # twice: once leaves the rounding of a squared condition number
-    core_WI = basis_OW.T @ w_OI
+    core_WI = _transposed_product(basis_OW, w_OI)
     _, U_WW = torch.linalg.eigh((core_WI @ core_WI.T).double())
     U_WR = U_WW.flip(1)[:, :rank].to(w_OI)
     return LowRank(basis_OW @ U_WR, U_WR.T @ core_WI)
+
+
+def _transposed_product(x_OW: Tensor, w_OI: Tensor) -> Tensor:
+    """``x^T w`` for a narrow ``x``."""
+    return matmul(x_OW.T.contiguous(), w_OI)
 
 
 def _start(I: int, width: int, given_IK: Tensor | None) -> Tensor:

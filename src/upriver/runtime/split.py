@@ -129,14 +129,16 @@ def _sides(layers: Sequence[Sized]) -> list[int]:
     return sorted([x.O for x in layers] + [x.I for x in layers if leads(x)], reverse=True)
 
 
-def covariance_work(layers: Sequence[Sized]) -> int:
-    """Beside the sums: one matrix on its way to disk, and what it is added to there."""
-    return SYMMETRIC_COPIES * SUM * _sides(layers)[0] ** 2
+def covariance_work(layers: Sequence[Sized], tokens: int) -> int:
+    """Beside the sums: what a layer saw, turned round; or one matrix on its way to disk, and what it is added to there."""
+    side = _sides(layers)[0]
+    return SUM * max(tokens * side, SYMMETRIC_COPIES * side**2)
 
 
-def correction_work(layers: Sequence[Sized]) -> int:
-    """Beside bases and sums: a chunk of gradients, turned and squared."""
-    return GRADIENT_COPIES * max(GRADIENT_BYTES, SUM * max(x.O * x.I for x in layers))
+def correction_work(layers: Sequence[Sized], tokens: int) -> int:
+    """Beside bases and sums: what a layer saw, rotated, and a few gradients."""
+    rotated = 2 * SUM * tokens * _sides(layers)[0]
+    return rotated + GRADIENT_COPIES * max(GRADIENT_BYTES, SUM * max(x.O * x.I for x in layers))
 
 
 def agreement_size(shape: Shape, job: Job, compared: int, tokens: int) -> int:
@@ -164,13 +166,13 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
     """
     made_for, job = job, job._replace(fixed=job.fixed + job.copy, copy=0)
     layers, free = shape.layers, _free(job)
-    work = {"covariance": covariance_work(layers), "correction": correction_work(layers)}
+    work = {"covariance": covariance_work, "correction": correction_work}
     sizes = {"covariance": covariance_size, "correction": correction_size}
     largest = SUM * max(x.O * x.I for x in layers)
     few = [k for k in COMPARED if k == COMPARED[-1] or k * largest <= COMPARED_BYTES]
 
     def batch(name: str, tokens: int, compared: int) -> int:
-        size = batch_size(shape, tokens, job.dtype, work[name])
+        size = batch_size(shape, tokens, job.dtype, work[name](layers, tokens))
         return size if name == "covariance" else max(size, agreement_size(shape, job, compared, tokens))
 
     least = max(max(size([x]) for x in layers) + batch(name, job.longest, 2) for name, size in sizes.items())
@@ -190,7 +192,7 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
     workers = max(k for k in range(1, job.cores + 1) if k == 1 or eigen_size(layers, k) <= free)
     base = job.fixed + SLACK
     held = {n: base + max(sizes[n]([layers[i] for i in g]) for g in found[n]) for n in sizes}
-    peak = {n: held[n] + batch_size(shape, tokens, job.dtype, work[n]) for n in sizes}
+    peak = {n: held[n] + batch_size(shape, tokens, job.dtype, work[n](layers, tokens)) for n in sizes}
     peak["eigendecomposition"] = base + eigen_size(layers, workers)
     peak["agreement"] = held["correction"] + agreement_size(shape, job, compared, tokens)
     return FitSplit(tokens, found["covariance"], found["correction"], workers, compared, peak, made_for)
