@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy.linalg import get_blas_funcs
 from torch import Tensor
+from torch.nn.functional import pad
 
 from upriver.errors import NumericalError
 
@@ -80,10 +81,10 @@ class Scratch:
         return out_NTW
 
     def product(self, name: str, x_NTI: Tensor, y_IK: Tensor, width: int | None = None) -> Tensor:
-        """``x @ y``, ``[N, T, K]``; where rows that are laid out aligned are faster, ``[N, T, width]`` with zeros beyond K."""
+        """``x @ y``, ``[N, T, K]``, or ``[N, T, width]`` with zeros beyond K; see :func:`product`."""
         K, x_MI = y_IK.shape[1], x_NTI.flatten(0, 1)
         if _for_onednn(x_MI, y_IK):
-            return matmul(x_MI, y_IK).unflatten(0, x_NTI.shape[:2])
+            return matmul(x_MI, _widened(y_IK)).unflatten(0, x_NTI.shape[:2])[..., : width or K]
         out_NTW = self.rows(name, x_NTI, K)
         torch.mm(x_MI, y_IK, out=out_NTW.flatten(0, 1)[:, :K])
         return out_NTW[..., : width or K]
@@ -127,12 +128,18 @@ def aligned(n: int) -> int:
 
 
 def product(x_MI: Tensor, y_IK: Tensor) -> Tensor:
-    """``x @ y``; by MKL with rows laid out :func:`aligned`: it takes up to a third longer where they do not start at such places
+    """``x @ y`` with rows laid out :func:`aligned`: it takes up to a third longer where they do not start at such places
     (``benchmarks/kernels.py``)."""
-    if _for_onednn(x_MI, y_IK):
-        return matmul(x_MI, y_IK)
     K = y_IK.shape[1]
+    if _for_onednn(x_MI, y_IK):
+        return matmul(x_MI, _widened(y_IK))[:, :K]
     return torch.mm(x_MI, y_IK, out=x_MI.new_empty(len(x_MI), aligned(K))[:, :K])
+
+
+def _widened(y_IK: Tensor) -> Tensor:
+    """With columns of zeros at the end, up to :func:`aligned`, where each column is not laid out by itself anyway."""
+    missing = aligned(y_IK.shape[1]) - y_IK.shape[1]
+    return pad(y_IK, (0, missing)) if missing and y_IK.is_contiguous() else y_IK
 
 
 def even_parts(total: int, most: int) -> list[slice]:

@@ -60,8 +60,8 @@ class Covariance:
 class Correction:
     """Consumer: sums squared rotated sequence gradients (eq. 20), in two halves by the parity of the sequences' keys.
 
-    A rotated input may be wider than I, with zeros at its end: where MKL multiplies, a product into rows that do not start at
-    multiples of 64 bytes takes up to a third longer, and those of a layer with a bias, with its column of ones, never do.
+    A rotated input is wider than I, with zeros at its end: a product into rows that do not start at multiples of 64 bytes takes
+    up to a third longer, and those of a layer with a bias, with its column of ones, never do.
     """
 
     def __init__(self, dtype: torch.dtype, moments: dict[str, Moments] | None):
