@@ -2,6 +2,8 @@
 
     python benchmarks/queries.py [--length 256] [--tokens 16384] [--queries 1 8 64 256] [--dtype float32] [--repeats 3]
 
+Beside each figure stands what its multiplications alone would come to, if all ran at one speed.
+
 A GPT-NeoX type of random weights, 512 wide, 6 layers, vocabulary 8,192; queries of random factors, rank 32, as the cost does not
 depend on their values.  All go over the same batches with the same threads, in alternation; the median of the ratios counts.
 """
@@ -11,12 +13,14 @@ import statistics
 
 import numpy as np
 import torch
+from cost import limits_of
 from scan import timed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from upriver.influence.score import Score, route
 from upriver.influence.stages import evenly
 from upriver.model.load import Model
+from upriver.model.shape import model_shape
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.runtime import counts
 from upriver.runtime.config import BATCH_TOKENS
@@ -56,7 +60,7 @@ def step(model: Model, data: Tokens, batches: list[np.ndarray]) -> None:
 
 
 def scanner(model: Model, data: Tokens, batches: list[np.ndarray], Q: int, room: float, scratch: Scratch):
-    """The scan with ``Q`` queries, and how they are contracted."""
+    """The scan with ``Q`` queries, what it is counted to cost in plain steps, and how the queries are contracted."""
     layers = tracked_layers(model, data, "mlp")
     M, N = float(np.mean([data.lengths_N[b].sum() for b in batches])), float(np.mean([len(b) for b in batches]))
     chosen = counts.contraction(layers, M, N, Q, RANK, room, model.like.element_size())
@@ -64,13 +68,14 @@ def scanner(model: Model, data: Tokens, batches: list[np.ndarray], Q: int, room:
     routes = {name: route(chosen.orders[name], lambda v=v: v, Q, model.like) for name, v in low.items()}
     hold = evenly(chosen.hold, len(batches))
     how = ", ".join(sorted(set(chosen.orders.values()))) + (f", {hold} batches wait" if hold > 1 else "")
+    counted = limits_of(model_shape(model, layers, data), chosen._replace(hold=hold), M, N, Q, RANK)["score"]
 
     def run() -> None:
         consumer = Score(routes, Q, False, hold, scratch=scratch)
         sweep(model, layers, data, batches, consumer, Labels())
         consumer.tensors()
 
-    return run, how
+    return run, counted, how
 
 
 def main() -> None:
@@ -93,15 +98,21 @@ def main() -> None:
         step(model, data, batches[:1])
         for _ in range(args.repeats):
             seconds.setdefault("step", []).append(timed(lambda: step(model, data, batches)))
-            for Q, (run, _) in scans.items():
+            for Q, (run, *_) in scans.items():
                 seconds.setdefault(Q, []).append(timed(run))
     threads = torch.get_num_threads()
     print(
         f"{args.tokens:,} tokens in sequences of {args.length}, {args.dtype}, {threads} threads, median of {args.repeats}\n"
     )
-    print(f"| queries | plain steps | times the scan with {args.queries[0]} | contraction |\n|---|---|---|---|")
-    for Q, (_, how) in scans.items():
-        print(f"| {Q} | {ratio(seconds, Q, 'step'):.2f} | {ratio(seconds, Q, args.queries[0]):.2f} | {how} |")
+    first = args.queries[0]
+    print(
+        f"| queries | plain steps | counted | times the scan with {first} | counted | contraction |\n|---|---|---|---|---|---|"
+    )
+    for Q, (_, counted, how) in scans.items():
+        times = counted / scans[first][1]
+        print(
+            f"| {Q} | {ratio(seconds, Q, 'step'):.2f} | {counted:.2f} | {ratio(seconds, Q, first):.2f} | {times:.2f} | {how} |"
+        )
 
 
 def data_batches(data: Tokens, args: argparse.Namespace) -> list[np.ndarray]:

@@ -29,7 +29,7 @@ SLACK = 160 << 20  # what the allocator, the BLAS libraries and their threads ke
 MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met on average
 SYMMETRIC_COPIES = 3  # of the largest matrix, while a triangle is made whole and added to the sums on disk
 QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
-REBUILD_BYTES = 128 << 20  # rows of multiplied-out queries held at once in one layer, with those of gradients
+REBUILD_BYTES = 64 << 20  # rows of multiplied-out queries held at once in one layer, with those of gradients
 
 
 class Job(NamedTuple):
