@@ -12,12 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from upriver.curvature.base import Grads
 from upriver.curvature.products import Replaced
 from upriver.errors import ModelError
+from upriver.influence.score import dots
 from upriver.model.capture import frozen
 from upriver.model.layers import Layer, weight_gradient_as_stored
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel
 from upriver.model.sweep import Labels, sweep
-from upriver.tensors import sequence_gradients
+from upriver.tensors import product, sequence_gradients
 from upriver.text.batch import Batch, Sequences
 
 SPURIOUS = 2 / 3
@@ -53,13 +54,13 @@ class TokenScores:
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         _, _, tokens_PT, layers_PL = self.parts[-1]
         v_QOI = self.solved[layer.name]
-        totals_NQ = -(sequence_gradients(a_NTI, g_NTO).flatten(1) @ v_QOI.flatten(1).T).float().cpu()
+        totals_NQ = -dots(sequence_gradients(a_NTI, g_NTO), v_QOI).float().cpu()
         layers_PL[:, self.place[layer.name]] = totals_NQ[self.n_P, self.q_P]
         for q in self.q_P.unique().tolist():
             at = (self.q_P == q).nonzero()[:, 0]
-            n = self.n_P[at].to(a_NTI.device)
-            by_token = -((g_NTO[n] @ v_QOI[q]) * a_NTI[n]).sum(2)
-            folded = by_token.reshape(len(n), -1, tokens_PT.shape[1]).sum(1)  # a layer called twice: its calls added
+            n = slice(None) if len(at) == len(a_NTI) else self.n_P[at].to(a_NTI.device)
+            by_token = -_by_token(a_NTI[n], g_NTO[n], v_QOI[q])
+            folded = by_token.reshape(len(at), -1, tokens_PT.shape[1]).sum(1)  # a layer called twice: its calls added
             tokens_PT[at] += folded.float().cpu()
 
     def result(self) -> Rescored:
@@ -67,6 +68,14 @@ class TokenScores:
         tokens = [nn.functional.pad(p[2], (0, width - p[2].shape[1])) for p in self.parts]
         rows, queries = (np.concatenate([p[i] for p in self.parts]) for i in (0, 1))
         return Rescored(rows, queries, torch.cat(tokens), torch.cat([p[3] for p in self.parts]))
+
+
+def _by_token(a_NTI: Tensor, g_NTO: Tensor, v_OI: Tensor) -> Tensor:
+    """``g_t^T v a_t``, ``[N, T]``: the longer of the two goes through the product, so that what comes out of it is short."""
+    left, right = (g_NTO, a_NTI) if v_OI.shape[0] > v_OI.shape[1] else (a_NTI, g_NTO)
+    into_LR = v_OI if left is g_NTO else v_OI.T
+    out_MR = product(left.flatten(0, 1), into_LR).mul_(right.flatten(0, 1))
+    return out_MR.sum(1).view(left.shape[:2])
 
 
 def rescore(
