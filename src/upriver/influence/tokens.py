@@ -72,10 +72,10 @@ class TokenScores:
 
 def _by_token(a_NTI: Tensor, g_NTO: Tensor, v_OI: Tensor) -> Tensor:
     """``g_t^T v a_t``, ``[N, T]``: the longer of the two goes through the product, so that what comes out of it is short."""
-    left, right = (g_NTO, a_NTI) if v_OI.shape[0] > v_OI.shape[1] else (a_NTI, g_NTO)
-    into_LR = v_OI if left is g_NTO else v_OI.T
-    out_MR = product(left.flatten(0, 1), into_LR).mul_(right.flatten(0, 1))
-    return out_MR.sum(1).view(left.shape[:2])
+    O, I = v_OI.shape
+    long, short, v_LS = (g_NTO, a_NTI, v_OI) if O > I else (a_NTI, g_NTO, v_OI.T)
+    products_MS = product(long.flatten(0, 1), v_LS).mul_(short.flatten(0, 1))
+    return products_MS.sum(1).view(a_NTI.shape[:2])
 
 
 def rescore(
