@@ -116,7 +116,8 @@ class Case(NamedTuple):
         batch = self.queries.batch([query])
         labels = [_next(batch, n) if self.language else batch.inputs["y"][n] for n in range(len(batch.rows_N))]
         losses = [_oracle_loss(self, batch, n, label) for n, label in enumerate(labels)]
-        return lambda call: sum(-w * f(call) for w, f in zip(batch.weight_N.tolist(), losses, strict=True))
+        weights = batch.weight_N.tolist()
+        return lambda call: sum(-w * f(call) for w, f in zip(weights, losses, strict=True))
 
     def _example_labels(self, batch: Batch, sampler: Sampler | None) -> torch.Tensor:
         y_K = batch.inputs["y"][0].reshape(-1)

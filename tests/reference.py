@@ -22,10 +22,12 @@ Layers = dict[str, Tensor]  # layer name -> tensor
 def token_loss(tokens_T: Tensor, labels_T: Tensor) -> Loss:
     """``- sum_t log p(label_t | z_<=t)`` over the positions whose label is not negative."""
 
+    labels = labels_T.tolist()
+
     def loss(call: Callable) -> Tensor:
         logits_TV = call(input_ids=tokens_T[None], use_cache=False).logits[0]
         total = logits_TV.new_zeros(())
-        for t, label in enumerate(labels_T.tolist()):
+        for t, label in enumerate(labels):
             if label >= 0:
                 total = total - (logits_TV[t, label] - torch.logsumexp(logits_TV[t], 0))
         return total
@@ -34,9 +36,11 @@ def token_loss(tokens_T: Tensor, labels_T: Tensor) -> Loss:
 
 
 def class_loss(x_I: Tensor, label: Tensor | int) -> Loss:
+    place = int(label)
+
     def loss(call: Callable) -> Tensor:
         logits_C = call(x_I[None])[0]
-        return torch.logsumexp(logits_C, 0) - logits_C[int(label)]
+        return torch.logsumexp(logits_C, 0) - logits_C[place]
 
     return loss
 

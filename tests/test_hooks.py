@@ -24,6 +24,7 @@ from hook_cases import (
 from upriver.errors import ModelError
 
 LAYERS = 2 * 7  # gate, up, down, q, k, v, o of two blocks
+OLD = torch.__version__.startswith("2.6.")  # the oldest that is supported
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,18 @@ def blocks_in_place(module):
     return module
 
 
-@pytest.mark.parametrize("compiled", [whole, in_place, blocks_wrapped, blocks_in_place])
+compiles_whole = pytest.mark.skipif(OLD, reason="torch 2.6 does not compile a whole model of transformers 5")
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        pytest.param(whole, marks=compiles_whole),
+        pytest.param(in_place, marks=compiles_whole),
+        blocks_wrapped,
+        blocks_in_place,
+    ],
+)
 def test_compiled_model_gives_the_same(compiled, plain):
     torch._dynamo.reset()
     module = compiled(small_llama())
@@ -149,6 +161,7 @@ def test_compiled_model_gives_the_same(compiled, plain):
         assert_same(seen_by_hook(module), plain)
 
 
+@compiles_whole
 def test_compiled_model_stays_compiled():
     torch._dynamo.reset()
     graphs = []
@@ -167,6 +180,7 @@ def test_compiled_model_stays_compiled():
     assert len(graphs) == compiled, "the compiled graph was thrown away"
 
 
+@pytest.mark.skipif(OLD, reason="torch 2.6 shards on accelerators only")
 def test_sharded_model_gives_the_same(plain, tmp_path: Path):
     in_processes(2, shard_and_record, tmp_path)
     module = copy.deepcopy(small_llama())

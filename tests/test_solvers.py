@@ -124,11 +124,11 @@ def test_gauss_newton_is_the_expected_outer_product_of_gradients_over_labels():
 def test_hessian_products_are_second_derivatives_of_the_mean_loss(name):
     product, c = products(name, "hessian"), case(name)
     v_P, w_P = torch.randn(2, product.space.P, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    f = Tracked(c.model, c.layers)
+    f, losses = Tracked(c.model, c.layers), [c.loss(row) for row in range(len(c.data))]
 
     def mean_loss(s, t):
         module = f.at(f.theta_P + s * v_P + t * w_P)
-        return sum(c.loss(row)(module) for row in range(len(c.data))) / len(c.data)
+        return sum(loss(module) for loss in losses) / len(losses)
 
     zero = torch.zeros((), dtype=torch.float64)
     with f.differentiable():

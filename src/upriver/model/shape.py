@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +137,10 @@ def _fake_shape(config: Any, spec: str) -> tuple[str, Shape]:
     try:
         for options in ({"attn_implementation": "sdpa"}, {}, {"dtype": torch.bfloat16}):
             try:
-                with FakeTensorMode():
+                with FakeTensorMode(), warnings.catch_warnings():
+                    warnings.filterwarnings(
+                        "ignore", "Accessing the data pointer of FakeTensor"
+                    )  # torch 2.6, of experts
                     module = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
                     return type(module).__name__, _run_fake(module, spec)
             except (ValueError, RuntimeError) as failed:
