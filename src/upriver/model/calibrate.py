@@ -177,6 +177,7 @@ def machine_without(shape: Shape, request: Request) -> Machine:
 
 def _machine(shape: Shape, loaded: str, to_come: int, device: torch.device) -> Machine:
     """What is known of this machine before anything is measured; ``to_come``: bytes of a model that is not loaded yet."""
+    give_back()  # what reading the corpus left, which a fit or a trace gives back before it starts
     resident = (resident_memory() or LIBRARIES + ITEM[loaded] * shape.parameters) + to_come
     cores = torch.get_num_threads()
     if device.type == "cuda":
