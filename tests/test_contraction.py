@@ -97,7 +97,9 @@ def test_waiting_batches_take_three_quarters_of_a_gigabyte_or_as_queries_ask():
     layers = [Layer(n, (), 1024, 1024, False, 0, n) for n in "abcdefgh"]
     batch, query = 8 * 4 * 2048 * 2048, 8 * 4 * 32 * 2048
     holds = [contraction(layers, M=2048, N=8, Q=Q, R=32, room=1 << 32).hold for Q in (200, 400, 800)]
-    assert holds == [WAITING_BYTES // batch, int(600 * query / batch), int(1200 * query / batch)] == [6, 9, 18]
+    assert (
+        holds == [WAITING_BYTES // batch, int(1.5 * 400 * query / batch), int(1.5 * 800 * query / batch)] == [6, 9, 18]
+    )
 
 
 def test_rebuilt_queries_are_read_for_each_wait_and_not_held():

@@ -138,9 +138,8 @@ def _fake_shape(config: Any, spec: str) -> tuple[str, Shape]:
         for options in ({"attn_implementation": "sdpa"}, {}, {"dtype": torch.bfloat16}):
             try:
                 with FakeTensorMode(), warnings.catch_warnings():
-                    warnings.filterwarnings(
-                        "ignore", "Accessing the data pointer of FakeTensor"
-                    )  # torch 2.6, of experts
+                    # experts look at addresses, of which torch 2.6 complains
+                    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
                     module = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
                     return type(module).__name__, _run_fake(module, spec)
             except (ValueError, RuntimeError) as failed:
