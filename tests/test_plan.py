@@ -254,6 +254,7 @@ def test_a_trace_keeps_its_limit_or_says_what_would_do(shape, job, asked):
     split, job = kept(lambda job: split_trace(shape, asked, job), job)
     assert max(split.peak.values()) <= job.limit
     assert 1 <= split.solve_queries <= asked.queries
+    assert job.accelerator or (split.solve_queries - 1) * asked.tokens < split.batch_tokens
     assert 1 <= split.scan_queries <= asked.queries
     assert 1 <= split.rescore_queries <= asked.queries
     assert job.longest <= split.batch_tokens

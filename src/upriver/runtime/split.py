@@ -304,7 +304,9 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
     scanned = -(-asked.queries // passes)
     most, full = max(QUERY_BYTES, job.limit // 4), asked._replace(rank=None)
     each = (query_size(layers, asked), query_size(layers, full))
-    solved = _most(min(asked.queries, most // each[0]), free, lambda q: solve_size(shape, asked, q, tokens))
+    # but on accelerators, reading the factors again takes little of the time of multiplying a batch of tokens with them
+    enough = asked.queries if job.accelerator else min(asked.queries, -(-tokens // asked.tokens))
+    solved = _most(min(enough, most // each[0]), free, lambda q: solve_size(shape, asked, q, tokens))
     rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore_size(shape, asked, q, tokens))
     room = max(0, min(DENSE_BYTES, free - scan(scanned, tokens)))
     base = job.fixed + SLACK
