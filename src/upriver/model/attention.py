@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FROM = {torch.float32: 256, torch.bfloat16: 1}  # tokens, from which on this is faster
+from upriver.tensors import NARROW_ONEDNN
+
+FROM = {torch.float32: 256} | ({torch.bfloat16: 1} if NARROW_ONEDNN else {})  # tokens, from which on this is faster
 LONGEST = 512  # tokens, up to which the probabilities are kept: T / 2 numbers a token and head
 SHORT = 256  # tokens, below which bfloat16 with a mask of its own is faster in float32
 ROWS = 64
