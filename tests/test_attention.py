@@ -36,7 +36,7 @@ def attended(x: list[torch.Tensor], inside: bool, **how) -> list[torch.Tensor]:
 def errors(found: list[torch.Tensor], x: list[torch.Tensor], **how) -> list[float]:
     """Relative, but for what is zero but for rounding: the gradients to one token's query and key."""
     exact = attended([t.double() for t in x], False, **how)
-    return [float((f - e).norm() / e.norm().clamp(min=1)) for f, e in zip(found, exact, strict=True)]
+    return [float((f - e).norm() / e.norm().clamp(min=1e-6)) for f, e in zip(found, exact, strict=True)]
 
 
 @pytest.fixture
