@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cases import case
+from upriver.curvature.fit import fit
 from upriver.errors import ConfigError, ModelError
 from upriver.model import calibrate
 from upriver.model.calibrate import Blank, plan_here, plan_model
@@ -34,6 +35,7 @@ from upriver.runtime.hardware import (
     parse_memory,
     resident_memory,
     show_bytes,
+    start_seconds,
 )
 from upriver.runtime.passes import Request, request_for
 from upriver.runtime.plan import describe, parse_sizes, plan_run, show_flop
@@ -404,6 +406,13 @@ def test_a_model_too_large_for_one_device_is_spread():
     assert 8 % plan.spread == 0
     with pytest.raises(ConfigError, match="least that would do"):
         plan_run(Request(10**6, 512), large, hardware("l40s"))
+
+
+def test_a_second_piece_of_work_does_not_count_the_first_as_its_start(tmp_path):
+    """`upriver run` fits and traces in one process."""
+    c, before = case("neox"), start_seconds()
+    fit(c.model, c.data, tmp_path, layers=c.spec, dtype="float64")
+    assert 0 <= start_seconds() < before
 
 
 @pytest.mark.parametrize("name", ["neox", "classifier"])

@@ -23,7 +23,7 @@ from upriver.model.load import Model
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, POSITIVE, TraceOptions, options
-from upriver.runtime.hardware import give_back
+from upriver.runtime.hardware import give_back, work_ended
 from upriver.runtime.passes import request_for
 from upriver.runtime.plan import describe
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
@@ -85,6 +85,7 @@ def trace(
             say(f"scores: {out} is complete and was made from the same inputs; used as it is")
         else:
             _run(stage, model, corpus, queries, factors, opts, progress, say)
+            work_ended()
     return Scores(out)
 
 

@@ -35,7 +35,7 @@ from upriver.model.sweep import Labels, split_units, sweep, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.counts import Shape
-from upriver.runtime.hardware import available_memory, free_space, give_back
+from upriver.runtime.hardware import available_memory, free_space, give_back, work_ended
 from upriver.runtime.passes import request_for
 from upriver.runtime.plan import describe
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
@@ -129,6 +129,7 @@ def fit(
                 if again := _asked_again(work, opts, out):
                     work = work._replace(kept=files.enter_context(Kept(out, work.layers, again)))
                 _run(stage, work, opts, say)
+            work_ended()
     return Factors(out)
 
 

@@ -32,8 +32,8 @@ from upriver.runtime.hardware import (
     give_back,
     hardware,
     peak_memory,
-    process_seconds,
     resident_memory,
+    start_seconds,
 )
 from upriver.runtime.passes import Request
 from upriver.runtime.plan import PAYS, Plan, plan_run, smallest_batch
@@ -195,7 +195,7 @@ def _timed(machine: Machine, shape: Shape, device: torch.device) -> Machine:
         eigen=_eigen_rate(min(EIGEN_SIDE, side), device),
         disk=_disk_rate(),
         peak=0 if device.type == "cuda" else peak_memory() or 0,
-        start=process_seconds() or time.process_time(),  # with the measuring, which every run begins with
+        start=start_seconds(),  # with the measuring, which every run begins with
     )
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -151,13 +152,27 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def process_seconds() -> float | None:
-    """Seconds since this process was started; None where the system does not tell."""
+def start_seconds() -> float:
+    """Seconds since this process was started, or since its last :func:`work_ended`: a command may fit and then trace."""
+    return _process_seconds() - _ended
+
+
+def work_ended() -> None:
+    """What comes next starts now."""
+    global _ended
+    _ended = _process_seconds()
+
+
+_ended = 0.0  # seconds of this process
+
+
+def _process_seconds() -> float:
+    """Seconds since this process was started; of its processor where the system does not tell."""
     try:
         started = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return float(Path("/proc/uptime").read_text().split()[0]) - started
     except (OSError, ValueError, IndexError):
-        return None
+        return time.process_time()
 
 
 def _system_available(path: Path) -> int | None:
