@@ -25,6 +25,7 @@ from upriver.influence.score import Score, route
 from upriver.model.shape import config_only, config_shape, model_shape
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.runtime import counts
+from upriver.runtime.config import BATCH_TOKENS
 from upriver.runtime.hardware import show_bytes
 from upriver.tensors import LowRank
 
@@ -121,7 +122,7 @@ def main():
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     if args.layer:

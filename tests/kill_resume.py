@@ -74,7 +74,7 @@ def child(log: Path, args: list[str]) -> None:
 
     corpus.build = noted("corpus", corpus.build, lambda *given: "")
     fit.sweep = noted("pass", fit.sweep, rows)
-    fit._eigen = noted("eigen", fit._eigen, lambda layer, *rest: layer.name)
+    fit.decomposed = noted("eigen", fit.decomposed, lambda layer, *rest: layer.name)
     stages._solved = noted("solve", stages._solved, lambda job, chunk: chunk)
     stages.sweep = noted("pass", stages.sweep, rows)
     stages._rescored = noted("rescore", stages._rescored, lambda job, chunk, wanted: chunk)

@@ -208,7 +208,7 @@ def test_the_plan_counts_what_is_kept():
 
 
 def test_the_plan_counts_groups_once():
-    asked = Request(1000, 128, memory=int(1.3e9), batch_tokens=128)
+    asked = Request(1000, 128, memory=int(1.28e9), batch_tokens=128)
     kept, computed = (plan_run(asked, SMALL, HERE._replace(disk=1e11, space=n)) for n in (10**12, 0))
     assert kept.fit is not None
     assert len(kept.fit.correction) > 1

@@ -8,6 +8,7 @@ import torch
 
 from upriver.model import memory
 from upriver.model.memory import ROOMY, settle
+from upriver.runtime import hardware
 from upriver.runtime.split import Job
 
 FAULTS = """
@@ -41,3 +42,23 @@ def test_memory_is_kept_where_the_largest_pass_leaves_room(limit, kept, monkeypa
     assert seen == []
     settle(peak, job, torch.device("cpu"))
     assert seen == [kept]
+
+
+def test_what_a_control_group_holds_of_files_is_free(tmp_path):
+    """A run writes and reads many gigabytes of files, which stay in memory until something else wants it."""
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    limit.write_text("1000\n")
+    used.write_text("900\n")
+    assert hardware._group_left((limit, used)) == 100
+    (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 600\nactive_file 100\n")
+    assert hardware._group_left((limit, used)) == 700
+    (tmp_path / "memory.stat").write_text("inactive_file 0\ntotal_inactive_file 700\n")
+    assert hardware._group_left((limit, used)) == 800
+    limit.write_text("max\n")
+    assert hardware._group_left((limit, used)) is None
+
+
+def test_neighbours_share_what_is_free(monkeypatch):
+    alone = hardware.default_limit(0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert hardware.default_limit(0) < alone / 3

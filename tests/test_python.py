@@ -10,7 +10,7 @@ from torch import nn
 
 import cli_cases
 import upriver as up
-from upriver.errors import ConfigError, QueryError
+from upriver.errors import ConfigError, MismatchError, NumericalError, QueryError
 
 README = """
 import upriver as up
@@ -143,3 +143,64 @@ def test_a_misspelt_option_is_named(tmp_path):
     with pytest.raises(ConfigError, match="unknown option 'layer'; did you mean 'layers'"):
         up.fit(model, up.Examples(data(up.Classification(), 12)), tmp_path / "factors", layer="*")
     assert not (tmp_path / "factors").exists()
+
+
+class MeanPrediction(up.Regression):
+    def measurement(self, module, batch):
+        return module(batch.inputs["x"]).flatten()
+
+
+def test_another_task_or_activation_is_another_model(tmp_path):
+    """Their scores differ, so a finished folder of one must not be handed out for the other."""
+    net, train = mlp(0, 3, 1), up.Examples({"x": torch.randn(8, 3), "y": torch.randn(8)})
+    model, asked = up.Model(net, task=up.Regression()), up.Measurements(train)
+    factors = up.fit(model, train, out=tmp_path / "factors", layers="*")
+    with pytest.raises(MismatchError, match="another model"):
+        up.trace(up.Model(net, task=MeanPrediction()), train, asked, factors, out=tmp_path / "scores", rank="full")
+    ways = [nn.Sequential(net[0], between, net[2]) for between in (nn.ReLU(), nn.Tanh())]
+    assert len({up.Model(way, task=up.Regression()).fingerprint for way in ways}) == 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"), [(["a"], "got 1 ids, 2 examples"), (["a", "a"], "'a'"), (["a", "start"], "'start'")]
+)
+def test_ids_of_measurements_name_columns(ids, said):
+    with pytest.raises(QueryError, match=said):
+        up.Measurements(up.Examples({"x": torch.zeros(2, 3)}), ids=ids)
+
+
+def test_a_module_in_training_mode_is_left_as_it_was(tmp_path):
+    """The norm over a batch would refuse the one row that is looked at first, and note its mean."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    train = up.Examples({"x": torch.randn(40, 3), "y": torch.randn(40)})
+    up.fit(up.Model(net, task=up.Regression()), train, out=tmp_path / "factors", layers="*")
+    assert all(m.training for m in net.modules())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_query_with_no_gradient_scores_nothing(tmp_path):
+    """A prediction that is exactly right, with layers large enough for the random factors of the compression."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(120, 110), nn.Tanh(), nn.Linear(110, 100), nn.Tanh(), nn.Linear(100, 1))
+    x = torch.randn(30, 120)
+    with torch.no_grad():
+        right = net(x[:2])[:, 0]
+    model, train = up.Model(net, task=up.Regression()), up.Examples({"x": x, "y": torch.randn(30)})
+    factors = up.fit(model, train, out=tmp_path / "factors", layers="*")
+    asked = up.Measurements(up.Examples({"x": x[:2], "y": right + torch.tensor([0.0, 1.0])}))
+    up.trace(model, train, asked, factors, out=tmp_path / "scores", rank=8, top=3)
+    scores = pd.read_parquet(tmp_path / "scores" / "scores.parquet")
+    assert np.abs(scores["q0"]).max() <= 1e-5 * np.abs(scores["q1"]).max()
+    assert np.isfinite(scores[["q0", "q1"]].to_numpy()).all()
+
+
+def test_a_layer_without_gradient_is_named(tmp_path):
+    """Behind it stands a layer of zeros, as after pruning."""
+    net = mlp(0, 3, 1)
+    with torch.no_grad():
+        net[2].weight.zero_()
+    train = up.Examples({"x": torch.randn(20, 3), "y": torch.randn(20)})
+    with pytest.raises(NumericalError, match="layer '0' got no gradient on any sequence; leave it out with --layers"):
+        up.fit(up.Model(net, task=up.Regression()), train, out=tmp_path / "factors", layers="*")

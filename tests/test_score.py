@@ -15,6 +15,7 @@ from cases import CASES, case, close, gradients, measured, pairs
 from upriver.curvature.base import Damping
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.errors import ModelError
+from upriver.influence import score as scoring
 from upriver.influence import stages
 from upriver.influence.gradients import Solver, measurements, query_chunks, query_gradients
 from upriver.influence.score import Score, dots, route
@@ -94,6 +95,18 @@ def test_every_order_of_contraction(name, order, fitted):
     for i, n in enumerate(c.names):
         expected = torch.stack([torch.stack([-(v[n] * G[n]).sum() for v in solved(name)]) for G in gradients(name)])
         close(layers_NQL[..., i], expected, STORED)
+
+
+@pytest.mark.parametrize("order", ["tokens", "dense"])
+def test_a_few_sequences_at_a_time_change_nothing(order, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "SCORED_BYTES", 1)  # in the scan, and at full rank
+    chosen = lambda layers, *a, **k: Contraction(dict.fromkeys((x.name for x in layers), order), 2)  # noqa: E731
+    monkeypatch.setattr(stages, "contraction", chosen)
+    c = case("neox")
+    close(traced(c, fitted("neox", seed=SEED), tmp_path, rank=32), scores("neox"), STORED)
+    top = pd.read_parquet(tmp_path / "top.parquet")
+    at = top["sequence"].tolist(), top["query"].map(c.queries.ids.index).tolist()
+    close(torch.tensor(top["score"].tolist(), dtype=torch.float64), scores("neox")[at], STORED)
 
 
 @pytest.mark.parametrize("rebuild_bytes", [1, 5_000, 20_000, 1 << 30])  # a row of each at a time, some rows, all
@@ -225,7 +238,7 @@ def test_trace_gives_the_same_in_every_order(order, fitted, tmp_path, monkeypatc
 def test_chunks_of_queries_change_nothing(fitted, tmp_path, monkeypatch):
     c = case("llama")
     assert query_chunks(c.layers, c.queries, None, budget=1) == [[q] for q in indices(c)]
-    assert query_chunks(c.layers, c.queries, 4) == [indices(c)]
+    assert query_chunks(c.layers, c.queries, 4, budget=1 << 30) == [indices(c)]
     one = lambda *a: split_trace(*a)._replace(solve_bytes=1, scan_queries=2, rescore_bytes=1)  # noqa: E731
     monkeypatch.setattr(stages, "split_trace", one)
     close(traced(case("llama"), fitted("llama", seed=SEED), tmp_path), scores("llama"), STORED)

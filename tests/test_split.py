@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
@@ -14,10 +15,11 @@ from in_memory import TokenCorpus
 from test_resume import killed, results, tiny_corpus, tiny_model, tiny_queries
 from upriver.curvature import fit as fitting
 from upriver.curvature.agreement import Agreement
-from upriver.curvature.fit import fit
+from upriver.curvature.fit import fit, fit_diagonal
 from upriver.errors import ConfigError
 from upriver.model import sweep
 from upriver.model.layers import find_layers
+from upriver.model.memory import DIVISION, settled_split
 from upriver.model.shape import module_shape
 from upriver.model.sweep import tracked_layers
 from upriver.pipeline import trace
@@ -162,3 +164,63 @@ def test_counting_a_model_keeps_nothing_of_its_pass():
         assert [ref() for ref in outputs] == [None]
     finally:
         gc.enable()
+
+
+def test_an_interrupted_run_stays_divided_as_it_began(tmp_path, monkeypatch):
+    """More memory than before, as the system happens to have: what was finished counts, and no group begins again."""
+    model, corpus, said, done = tiny_model(), tiny_corpus(), [], []
+    monkeypatch.setattr(fitting, "split_fit", in_groups_of(2))
+    killed(monkeypatch, 9, lambda: fit(model, corpus, tmp_path / "parts", **GIVEN))
+    begun = {p.name for p in (tmp_path / "parts").glob("*/*") if p.name.startswith(("layers-", "unit-"))}
+    monkeypatch.setattr(fitting, "split_fit", split_fit)
+    monkeypatch.setattr(fitting, "_tidy", lambda folder: done.extend(p.name for p in folder.glob("*/*")))
+    fit(model, corpus, tmp_path / "parts", say=said.append, **GIVEN)
+    assert begun <= {*done, "layers-0-1"}  # whose covariances go when they are decomposed
+    assert "layers-0-1" in done
+    assert sum(line.startswith("memory: the work stays divided as it was when it began") for line in said) == 1
+
+
+def test_a_division_that_no_longer_fits_is_made_anew(tmp_path):
+    big, small = Job(10**9, 10**8, 400, 100), Job(4 * 10**8, 10**8, 400, 100)
+    layers = tuple(LayerSize(f"l{i}", 1024, 1024, f"l{i}", i) for i in range(4))
+    shape = Shape(
+        layers, tuple(Block(2.0**20, 64.0) for _ in layers), 0.0, 1e4, 0.5, False, 4 << 20, 50_000.0, 1024, 1000
+    )
+    said = []
+    first = settled_split(tmp_path, split_fit(shape, big), big, said.append)
+    busy = big._replace(fixed=2 * 10**8)
+    assert settled_split(tmp_path, split_fit(shape, busy), busy, said.append) == first
+    assert settled_split(tmp_path, split_fit(shape, small), small, said.append) == split_fit(shape, small) != first
+    assert settled_split(tmp_path, split_fit(shape, big), big, said.append) == split_fit(shape, small)
+    assert len(said) == 1
+    (tmp_path / DIVISION).write_text('{"of": "another version"}')
+    assert settled_split(tmp_path, split_fit(shape, big), big, said.append) == first
+
+
+@pytest.mark.parametrize("given", [{"fisher": "empirical"}, {}])
+def test_batches_of_one_sequence_fit_like_others(given, tmp_path):
+    model, corpus = tiny_model(), long_corpus()
+    one = fit(model, corpus, tmp_path / "one", batch_tokens=1, **given)
+    many = fit(model, corpus, tmp_path / "many", batch_tokens=200, **given)
+    assert one.manifest["fit"]["halves"]["mean"] is not None
+    for x in many.layers:
+        close(one.block(x.name).lam_OI, many.block(x.name).lam_OI.double(), 1e-2)
+
+
+def test_the_diagonal_in_groups_and_of_what_was_fitted_on(tmp_path, monkeypatch):
+    model, corpus = tiny_model(), long_corpus()
+    seen = []
+    for name, split in (("whole", split_fit), ("groups", in_groups_of(2))):
+        factors = fit(model, corpus, tmp_path / name, until=0.9, **GIVEN)
+        monkeypatch.setattr(fitting, "split_fit", split)
+
+        @contextmanager
+        def progress(what, total):
+            seen.append(total)
+            yield lambda done: None
+
+        fit_diagonal(model, corpus, factors, progress=progress)
+        assert set(seen) == {factors.manifest["fit"]["tokens"]} != {int(corpus.lengths_N.sum())}
+        assert not (tmp_path / name / "diagonal" / DIVISION).exists()
+    assert factors_of(tmp_path / "whole") == factors_of(tmp_path / "groups")
+    assert len(seen) == 1 + 3  # six layers

@@ -20,6 +20,7 @@ from upriver.influence.tokens import Rescored
 from upriver.model.calibrate import plan_here
 from upriver.model.generate import greedy
 from upriver.model.load import Model
+from upriver.model.memory import DIVISION
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, POSITIVE, TraceOptions, options
@@ -102,12 +103,12 @@ def _run(
     times = Times()
     fitted = factors.options
     if opts.curvature == "diagonal":
-        fit_diagonal(model, corpus, factors, progress)
+        fit_diagonal(model, corpus, factors, opts.memory, progress)
     rows, kept = _candidates(corpus, queries, opts.candidates)
     with model.computing_in("float64" if fitted.dtype == "float64" else "float32") as exact:
         layers = tracked_layers(exact, corpus, fitted.layers)
         scan_dtype = opts.dtype or fitted.dtype
-        split = divide(exact, layers, corpus, queries, opts, scan_dtype)
+        split = divide(stage.path, exact, layers, corpus, queries, opts, scan_dtype, say)
         job = Job(stage, exact, layers, corpus, queries, factors, rows, opts, progress, split)
         if say is not mute:
             _announce(job, scan_dtype, say)
@@ -150,6 +151,7 @@ def _tidy(folder: Path) -> None:
     """Remove what the stages left: all that counts of it is in the tables."""
     for name in ("solved", "scan", "rescored"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / DIVISION).unlink(missing_ok=True)
 
 
 def _check_lengths(model: Model, corpus: Sequences) -> None:

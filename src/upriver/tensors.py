@@ -295,7 +295,8 @@ def truncated_svd(w_OI: Tensor, rank: int, start_IK: Tensor | None = None) -> Lo
         basis_OW = matmul(w_OI, _transposed_product(orthonormal(basis_OW), w_OI).T)
     basis_OW = orthonormal(orthonormal(basis_OW))  # twice: once leaves the rounding of a squared condition number
     core_WI = _transposed_product(basis_OW, w_OI)
-    _, U_WW = torch.linalg.eigh((core_WI @ core_WI.T).double())
+    even_WI = _of_size_one(core_WI)
+    _, U_WW = torch.linalg.eigh((even_WI @ even_WI.T).double())
     U_WR = U_WW.flip(1)[:, :rank].to(w_OI)
     return LowRank(basis_OW @ U_WR, U_WR.T @ core_WI)
 
@@ -318,7 +319,13 @@ def _start(I: int, width: int, given_IK: Tensor | None) -> Tensor:
 
 
 def orthonormal(x_OW: Tensor) -> Tensor:
-    """Columns that span those of a tall ``x``: from the eigenvectors of its small Gram matrix, cheaper than a QR."""
+    """Columns that span those of a tall ``x``: from the eigenvectors of its small Gram matrix, cheaper than QR; zero for zero."""
+    x_OW = _of_size_one(x_OW)
     values_W, vectors_WW = torch.linalg.eigh((x_OW.T @ x_OW).double())
-    scale_W = values_W.clamp(min=1e-14 * values_W[-1].clamp(min=torch.finfo(torch.float64).tiny)).rsqrt()
+    scale_W = values_W.clamp(min=1e-14 * values_W[-1].clamp(min=1.0)).rsqrt()
     return x_OW @ (vectors_WW * scale_W).to(x_OW)
+
+
+def _of_size_one(x: Tensor) -> Tensor:
+    """``x`` with a largest entry of 1, whose squares neither vanish nor overflow; zero stays zero."""
+    return x / x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)

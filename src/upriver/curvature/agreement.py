@@ -13,16 +13,15 @@ from torch import Tensor
 from upriver.curvature.base import Damping
 from upriver.curvature.blocks import Moments
 from upriver.model.layers import Layer
+from upriver.runtime.passes import compared
 from upriver.runtime.store import Tensors, read_tensor
 from upriver.tensors import rotated_gradients
 from upriver.text.batch import Batch
 
-SEQUENCES, SHARE = 64, 16  # so many at most, a sixteenth of the sample at most, but 8
-
 
 def probes(total: int, fitted: int, at_once: int) -> list[np.ndarray]:
     """Random ones of ``total`` sequences, in batches of about ``at_once``, for a sample of ``fitted``."""
-    rows = np.sort(np.random.default_rng(0).permutation(total)[: _most(fitted, at_once)])
+    rows = np.sort(np.random.default_rng(0).permutation(total)[: compared(fitted, at_once)])
     return [part for part in np.array_split(rows, max(1, len(rows) // at_once)) if len(part) > 1]
 
 
@@ -33,14 +32,10 @@ def probed(batches: list[np.ndarray], fitted: int, at_once: int) -> list[np.ndar
     """
     found: list[np.ndarray] = []
     for i in np.random.default_rng(0).permutation(len(batches)):
-        if sum(min(len(rows), at_once) for rows in found) >= _most(fitted, at_once):
+        if sum(min(len(rows), at_once) for rows in found) >= compared(fitted, at_once):
             break
         found += [batches[i]] * (len(batches[i]) > 1)
     return found
-
-
-def _most(fitted: int, at_once: int) -> int:
-    return max(8, 32 // at_once, min(SEQUENCES, fitted // SHARE))
 
 
 def denominators(sums: Path, group: list[Layer]) -> Tensors:

@@ -115,10 +115,11 @@ class Eigenblock(NamedTuple):
 
         All is done in the eigenbasis, where curvature and weights are diagonal; only the factors are rotated back.
         """
-        if self.basis is None:
-            v_QOI = metric.rotate(self.solve_tokens(queries, damping))
-            return metric.back_factors(weighted_low_rank(v_QOI, rank, metric.eig_S_O, metric.eig_A_I))
         denominator_OI = self._denominator(damping)
+        if self.basis is None:
+            turned = (metric.rotate(q.dense().div_(denominator_OI)[None]) for q in queries)  # one at a time is whole
+            parts = [weighted_low_rank(v_1OI, rank, metric.eig_S_O, metric.eig_A_I) for v_1OI in turned]
+            return metric.back_factors(LowRank(*map(torch.cat, zip(*parts, strict=True))))
         s_O, a_I = root_weights(metric.eig_S_O), root_weights(metric.eig_A_I)
         weight_OI = torch.outer(s_O, a_I).div_(denominator_OI)
         start_I = a_I / denominator_OI.mean(0)  # what the weights do to the tokens, on average over outputs

@@ -9,14 +9,42 @@ FACTORS/diagonal/lam.safetensors      eigenvalues in the weights' own basis; mad
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
-from upriver.errors import InputError, MismatchError
+from upriver.errors import InputError, MismatchError, NumericalError
+from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.runtime.config import CONVENTIONS, FitOptions
 from upriver.runtime.store import Tensors, opened, read_json
+from upriver.tensors import eigh
 from upriver.text.batch import Sequences
+
+
+def decomposed(layer: Layer, sums: Path, sequences: int, device: torch.device) -> Tensors:
+    """The file of one layer in ``eigen``, from the sums of a covariance pass over so many sequences.
+
+    Raises:
+        NumericalError: the layer got no gradient at all, or the sums are not finite.
+    """
+    with opened(sums) as file:
+        if f"S:{layer.name}" not in file.keys() or not file.get_tensor(f"S:{layer.name}").any():  # noqa: SIM118 - not a mapping
+            raise NumericalError(f"layer {layer.name!r} got no gradient on any sequence; leave it out with --layers")
+        count = int(file.get_tensor(f"count:{layer.name}"))
+        dtype = file.get_tensor(f"S:{layer.name}").dtype
+
+        def mean(name: str) -> Tensor:
+            return file.get_tensor(f"{name}:{layer.name}").to(device, torch.float64, copy=True).div_(count)
+
+        eig_S_O, Q_S_OO, low = eigh(mean("S"))
+        out = {"Q_S": Q_S_OO.to(dtype), "eig_S": eig_S_O}
+        del Q_S_OO
+        if layer.A_of == layer.name:
+            out["eig_A"], out["Q_A"], low_A = eigh(mean("A"))
+            low = min(low, low_A)
+    extra = {"T_mean": torch.tensor(count / sequences, dtype=torch.float64), "clamped": torch.tensor(low)}
+    return {name: value.to(dtype) for name, value in out.items()} | extra
 
 
 def read_moments(path: Path, layers: list[Any], wanted: list[Any], like: Tensor | None = None) -> dict[str, Moments]:

@@ -22,16 +22,15 @@ from torch import Tensor
 
 from upriver.curvature.agreement import Agreement, agreement, denominators, probed, probes
 from upriver.curvature.blocks import Moments
-from upriver.curvature.factors import Factors, read_moments
+from upriver.curvature.factors import Factors, decomposed, read_moments
 from upriver.curvature.passes import Correction, Covariance
-from upriver.errors import NumericalError
 from upriver.model.calibrate import plan_here
 from upriver.model.kept import Kept
 from upriver.model.layers import Layer, coverage
 from upriver.model.load import Model
-from upriver.model.memory import memory_job, settle
+from upriver.model.memory import DIVISION, memory_job, settle, settled_split
 from upriver.model.shape import model_shape
-from upriver.model.sweep import Labels, split_units, sweep, tracked_layers
+from upriver.model.sweep import Labels, split_units, sweep, tokens_of, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.counts import Shape
@@ -41,9 +40,9 @@ from upriver.runtime.plan import describe
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.split import FitSplit, covariance_size, keeping, split_fit
 from upriver.runtime.store import Stage, Tensors, locked, opened, read_tensor, write_stream
-from upriver.runtime.sums import accumulate
+from upriver.runtime.sums import accumulate, remaining
 from upriver.runtime.threads import one_core_each
-from upriver.tensors import accumulator_dtype, eigh
+from upriver.tensors import accumulator_dtype
 from upriver.text.batch import Sequences
 
 HELD_COPIES = 4  # of sums, while some are added to others; those of a correction are about as large at most
@@ -65,7 +64,7 @@ class Work(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return sum(int(self.data.lengths_N[rows].sum()) for unit in self.units for rows in unit)
+        return tokens_of(self.data, self.units)
 
     @property
     def sequences(self) -> int:
@@ -125,7 +124,7 @@ def fit(
             say(f"factors: {out} is complete and was made from the same inputs; used as it is")
         else:
             with model.computing_in(opts.dtype) as computing, ExitStack() as files:
-                work = _work(computing, data, opts, progress)
+                work = _work(out, computing, data, opts, progress, say)
                 if again := _asked_again(work, opts, out):
                     work = work._replace(kept=files.enter_context(Kept(out, work.layers, again)))
                 _run(stage, work, opts, say)
@@ -133,11 +132,11 @@ def fit(
     return Factors(out)
 
 
-def _work(model: Model, data: Sequences, opts: FitOptions, progress: Progress) -> Work:
+def _work(folder: Path, model: Model, data: Sequences, opts: FitOptions, progress: Progress, say: Say = mute) -> Work:
     layers = tracked_layers(model, data, opts.layers)
     shape = model_shape(model, layers, data)
     job = memory_job(model, data, opts.batch_tokens, opts.memory)
-    split = split_fit(shape, job)
+    split = settled_split(folder, split_fit(shape, job), job, say)
     settle(split.peak, job, model.device)
     rows = data.sample(opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64)), opts.seed)
     batches = data.plan(split.batch_tokens, rows)
@@ -227,8 +226,14 @@ def _rounds(top: Stage, work: Work, until: float | None) -> Iterator[Work]:
 def _tidy(folder: Path) -> None:
     """Remove the sums of finished passes: all that counts of them is in ``eigen`` and ``lam``."""
     shutil.rmtree(folder / "covariance", ignore_errors=True)
-    for sums in (folder / "correction").glob("layers-*"):
+    _remove_parts(folder / "correction")
+    (folder / DIVISION).unlink(missing_ok=True)
+
+
+def _remove_parts(folder: Path) -> None:
+    for sums in folder.glob("layers-*"):
         shutil.rmtree(sums, ignore_errors=True)
+    (folder / DIVISION).unlink(missing_ok=True)
 
 
 def _text(value: float | None) -> str:
@@ -243,7 +248,8 @@ def _pass(top: Stage, name: str, work: Work, group: list[Layer], make: Callable[
     stage = Stage.open(top.path / name / f"layers-{at}-{at + len(group) - 1}", name, key, overwrite=True)
     label = name if len(group) == len(work.layers) else f"{name}, layers {at + 1} to {at + len(group)}"
 
-    with work.progress(label, work.tokens) as advance:
+    mine = dist.share(len(work.units))
+    with work.progress(label, tokens_of(work.data, [work.units[u] for u in remaining(stage, mine)])) as advance:
 
         def compute(unit: int) -> Tensors:
             consumer = make()
@@ -251,7 +257,7 @@ def _pass(top: Stage, name: str, work: Work, group: list[Layer], make: Callable[
             return {key: value.cpu() for key, value in consumer.result().items()}
 
         hold = _in_memory(work, group)
-        return accumulate(stage, dist.share(len(work.units)), len(work.units), compute, dist.barrier, hold)
+        return accumulate(stage, mine, len(work.units), compute, dist.barrier, hold)
 
 
 def _in_memory(work: Work, group: list[Layer]) -> bool:
@@ -296,32 +302,12 @@ def _decompose(stage: Stage, work: Work, group: list[Layer], sums: Path) -> None
     def decompose(x: Layer) -> None:
         unit = work.layers.index(x)
         if not stage.has(unit):
-            stage.commit(unit, _eigen(x, sums, work.sequences, work.model.device))
+            stage.commit(unit, decomposed(x, sums, work.sequences, work.model.device))
 
     with work.progress("eigendecomposition", len(group)) as advance, one_core_each(at_once) as pool:
         for _ in pool.map(decompose, mine):
             advance(1)
     dist.barrier()
-
-
-def _eigen(layer: Layer, sums: Path, sequences: int, device: torch.device) -> Tensors:
-    with opened(sums) as file:
-        if f"S:{layer.name}" not in file.keys():  # noqa: SIM118 - not a mapping
-            raise NumericalError(f"layer {layer.name!r} got no gradient on any sequence; leave it out with --layers")
-        count = int(file.get_tensor(f"count:{layer.name}"))
-        dtype = file.get_tensor(f"S:{layer.name}").dtype
-
-        def mean(name: str) -> Tensor:
-            return file.get_tensor(f"{name}:{layer.name}").to(device, torch.float64, copy=True).div_(count)
-
-        eig_S_O, Q_S_OO, low = eigh(mean("S"))
-        out = {"Q_S": Q_S_OO.to(dtype), "eig_S": eig_S_O}
-        del Q_S_OO
-        if layer.A_of == layer.name:
-            out["eig_A"], out["Q_A"], low_A = eigh(mean("A"))
-            low = min(low, low_A)
-    extra = {"T_mean": torch.tensor(count / sequences, dtype=torch.float64), "clamped": torch.tensor(low)}
-    return {name: value.to(dtype) for name, value in out.items()} | extra
 
 
 def _eigenvalues(top: Stage, work: Work, times: Times) -> dict[str, Any]:
@@ -358,10 +344,10 @@ def _probe(work: Work, group: list[Layer], moments: dict[str, Moments], sums: Pa
         return None
     at_once = work.split.compared
     consumer = Agreement(moments, denominators(sums, group), at_once)
-    if work.labels[1] == Labels():
+    batches = []
+    if work.labels[1] == Labels():  # none of which holds two sequences, where they are long
         batches = probed([rows for unit in work.units for rows in unit], work.sequences, at_once)
-    else:
-        batches = probes(len(work.data), work.sequences, at_once)
+    batches = batches or probes(len(work.data), work.sequences, at_once)
     sweep(work.model, group, work.data, batches, consumer, Labels(), kept=work.kept)
     return consumer.result() if batches else None
 
@@ -376,17 +362,28 @@ def _describe(layer: Layer) -> dict[str, Any]:
     }
 
 
-def fit_diagonal(model: Model, data: Sequences, factors: Factors, progress: Progress = silent) -> None:
+def fit_diagonal(
+    model: Model, data: Sequences, factors: Factors, memory: str | None = None, progress: Progress = silent
+) -> None:
     """Measure the diagonal of the Fisher in the weights' own basis, on the sample that the factors were fitted on."""
     factors.check(model, data)
     top = Stage(factors.path, factors.manifest["key"])
     lam = top.path / "diagonal" / "lam.safetensors"
     if lam.exists():
         return
-    opts = factors.options
+    opts = factors.options.model_copy(update={"memory": memory})
     with locked(top.path), model.computing_in(opts.dtype) as computing:
-        work = _work(computing, data, opts, progress)
-        sums = _pass(top, "diagonal", work, work.layers, partial(Correction, work.dtype, None))
-        dist.lead(lambda: _write_lam(lam, [(sums, x) for x in work.layers]))
-        dist.lead(lambda: [shutil.rmtree(p) for p in lam.parent.glob("layers-*")] and None)
+        work = _first_tokens(_work(lam.parent, computing, data, opts, progress), factors.manifest["fit"]["tokens"])
+        files = []
+        for group in work.groups(work.split.correction):
+            sums = _pass(top, "diagonal", work, group, partial(Correction, work.dtype, None))
+            files += [(sums, x) for x in group]
+        dist.lead(lambda: _write_lam(lam, files))
+        dist.lead(lambda: _remove_parts(lam.parent))
         dist.barrier()
+
+
+def _first_tokens(work: Work, tokens: int) -> Work:
+    """The units that a fit had come to when it stopped (``until``)."""
+    ends = np.cumsum([tokens_of(work.data, [unit]) for unit in work.units])
+    return work._replace(units=work.units[: 1 + int(np.searchsorted(ends, tokens))])

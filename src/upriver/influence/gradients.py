@@ -11,17 +11,17 @@ from torch import Tensor
 from upriver.curvature.base import Damping, Grads
 from upriver.curvature.blocks import TokenGradient
 from upriver.curvature.factors import Factors
-from upriver.errors import NumericalError
+from upriver.errors import NumericalError, QueryError
 from upriver.model.capture import capture, frozen
 from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.runtime.config import BATCH_TOKENS
-from upriver.runtime.store import Tensors, opened
+from upriver.runtime.split import Asked, query_size
+from upriver.runtime.store import Tensors, digest, opened
 from upriver.runtime.threads import side_by_side
 from upriver.tensors import LowRank
 from upriver.text.batch import Batch, Examples, plan
-
-QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once
+from upriver.text.queries import RESERVED
 
 
 class Measured(Protocol):
@@ -40,14 +40,21 @@ class Measured(Protocol):
 class Measurements:
     """Examples whose measurement (as the task defines it) is traced, one query each.
 
+    Raises:
+        QueryError: not one id for every example, one that comes twice, or the name of a column of the results.
+
     Example:
         >>> Measurements(up.Examples({"x": x, "y": y}), ids=["first", "second"])
     """
 
     def __init__(self, examples: Examples, ids: list[str] | None = None):
         self.examples = examples
-        self.ids = ids or [f"q{i}" for i in range(len(examples))]
-        self.fingerprint = examples.fingerprint
+        self.ids = [f"q{i}" for i in range(len(examples))] if ids is None else list(map(str, ids))
+        if len(self.ids) != len(examples):
+            raise QueryError(f"every example is a query with an id: got {len(self.ids)} ids, {len(examples)} examples")
+        if twice := {name for name in self.ids if self.ids.count(name) > 1 or name in RESERVED}:
+            raise QueryError(f"ids name columns of the results: got {min(twice)!r} twice or reserved; give another")
+        self.fingerprint = digest([examples.fingerprint, self.ids])
         self.lengths = examples.lengths_N
 
     def __len__(self) -> int:
@@ -77,11 +84,12 @@ class TokenGradients:
         assert batch is not None
         assert batch.query_N is not None
         for n, query in enumerate(batch.query_N.tolist()):
-            a_MI, g_MO = a_NTI[n], g_NTO[n]
-            if batch.real_NT is not None:  # a layer called twice has its calls side by side
-                real_M = batch.real_NT[n].repeat(len(a_MI) // batch.real_NT.shape[1])
-                a_MI, g_MO = a_MI[real_M], g_MO[real_M]
-            found.setdefault(query, []).append(TokenGradient(a_MI.clone(), g_MO.clone()))
+            if batch.real_NT is None:
+                tokens = TokenGradient(a_NTI[n].clone(), g_NTO[n].clone())
+            else:  # a layer called twice has its calls side by side
+                real_M = batch.real_NT[n].repeat(a_NTI.shape[1] // batch.real_NT.shape[1])
+                tokens = TokenGradient(a_NTI[n, real_M], g_NTO[n, real_M])
+            found.setdefault(query, []).append(tokens)
 
     def pop(self, layer: Layer, indices: list[int], like: Tensor) -> list[TokenGradient]:
         """The queries ``indices`` in one layer, which is forgotten; a query that does not reach it has no tokens."""
@@ -131,25 +139,18 @@ def measurements(model: Model, queries: Measured) -> np.ndarray:
         return np.array([float(weighted_measurement(model, batch)) for batch in rows])
 
 
-def query_chunks(
-    layers: list[Layer], queries: Measured, rank: int | None, budget: int = QUERY_BYTES
-) -> list[list[int]]:
+def query_chunks(layers: list[Layer], queries: Measured, rank: int | None, budget: int) -> list[list[int]]:
     """Consecutive queries whose gradients and solutions at ``rank`` (None: full) fit in ``budget`` bytes, one at least."""
     chunks: list[list[int]] = []
     room = 0
     for query, tokens in enumerate(queries.lengths.tolist()):
-        size = sum(_query_bytes(x, tokens, rank) for x in layers)
+        size = query_size(layers, Asked(1, tokens, rank))
         if size > room or not chunks:
             chunks.append([])
             room = budget
         chunks[-1].append(query)
         room -= size
     return chunks
-
-
-def _query_bytes(x: Layer, tokens: int, rank: int | None) -> int:
-    solution = x.parameters if rank is None else (x.O + x.I) * min(rank, x.O, x.I)
-    return 4 * ((x.O + x.I) * min(tokens, x.O, x.I) + solution)
 
 
 class Solver(NamedTuple):
@@ -161,10 +162,11 @@ class Solver(NamedTuple):
     queries: Measured
     kind: str
     damping: Damping
+    batch_tokens: int = BATCH_TOKENS  # of the pass that measures their gradients
 
     def full(self, indices: list[int]) -> Grads:
         """At full rank: ``[len(indices), O, I]`` for every layer."""
-        found, like = token_gradients(self.model, self.layers, self.queries, indices), self.model.like
+        found, like = self._gradients(indices), self.model.like
         out: Grads = {}
         for x in self.layers:
             block = self.factors.block(x.name, self.kind).to(like)
@@ -173,7 +175,7 @@ class Solver(NamedTuple):
 
     def low_rank(self, indices: list[int], rank: int) -> Tensors:
         """At rank ``rank``: ``U:layer`` ``[len(indices), O, R]`` and ``V:layer`` ``[len(indices), R, I]``."""
-        found, like = token_gradients(self.model, self.layers, self.queries, indices), self.model.like
+        found, like = self._gradients(indices), self.model.like
 
         def solve(x: Layer) -> Tensors:
             block = self.factors.block(x.name, self.kind).to(like)
@@ -185,6 +187,9 @@ class Solver(NamedTuple):
         for solved in side_by_side(solve, self.layers, like.device):
             out |= solved
         return out
+
+    def _gradients(self, indices: list[int]) -> TokenGradients:
+        return token_gradients(self.model, self.layers, self.queries, indices, self.batch_tokens)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ import numpy as np
 
 from upriver.errors import NumericalError, StorageError
 from upriver.runtime import dist
+from upriver.runtime.passes import SAMPLE
 from upriver.runtime.store import Stage, atomic
 from upriver.text.candidates import Best
 
-SAMPLE = 64  # random sequences that are rescored to measure the error of the low rank
 CHUNK_BYTES = 8 << 20  # of scores in memory at once
 ITEM = 4  # bytes of a float32
 

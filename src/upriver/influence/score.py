@@ -69,19 +69,29 @@ def _laid_out(read: Read, like: Tensor) -> LowRank:
 
 def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor, scratch: Scratch) -> Tensor:
     """``< v_q, sum_t g_t a_t^T >`` for each sequence and query, ``[N, Q]``, by tokens or by dense queries."""
-    if r.order == "tokens":
-        assert r.U_OP is not None
-        assert r.V_IP is not None
-        product_MP = matmul(g_NTO.flatten(0, 1), r.U_OP).mul_(matmul(a_NTI.flatten(0, 1), r.V_IP))
-        product_NTQR = product_MP.view(*g_NTO.shape[:2], r.Q, -1)
-        return product_NTQR.sum((1, 3), dtype=accumulator_dtype(product_MP.dtype))
-    assert r.v_QOI is not None
-    step = max(1, SCORED_BYTES // (g_NTO.element_size() * r.v_QOI[0].numel()))
+    one = r.v_QOI[0].numel() if r.v_QOI is not None else 2 * a_NTI.shape[1] * _columns(r)
+    step = max(1, SCORED_BYTES // (a_NTI.element_size() * one))
     found = []
     for a, g in zip(a_NTI.split(step), g_NTO.split(step), strict=True):
-        G_NOI = scratch.take("gradients", (len(a), g.shape[2], a.shape[2]), a)
-        found.append(dots(sequence_gradients(a, g, G_NOI), r.v_QOI))
+        if r.v_QOI is None:
+            found.append(_by_tokens(r, a, g))
+        else:
+            G_NOI = scratch.take("gradients", (len(a), g.shape[2], a.shape[2]), a)
+            found.append(dots(sequence_gradients(a, g, G_NOI), r.v_QOI))
     return torch.cat(found)
+
+
+def _columns(r: Route) -> int:
+    assert r.U_OP is not None
+    return r.U_OP.shape[1]
+
+
+def _by_tokens(r: Route, a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
+    assert r.U_OP is not None
+    assert r.V_IP is not None
+    product_MP = matmul(g_NTO.flatten(0, 1), r.U_OP).mul_(matmul(a_NTI.flatten(0, 1), r.V_IP))
+    product_NTQR = product_MP.view(*g_NTO.shape[:2], r.Q, -1)
+    return product_NTQR.sum((1, 3), dtype=accumulator_dtype(product_MP.dtype))
 
 
 def dots(G_NOI: Tensor, v_QOI: Tensor) -> Tensor:

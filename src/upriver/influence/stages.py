@@ -1,6 +1,5 @@
 """The resumable stages of a trace: solved queries, the scan of the corpus, and the full-rank second look at the top."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +15,13 @@ from upriver.influence.score import Route, Score, route
 from upriver.influence.tokens import Rescored, rescore
 from upriver.model.layers import Layer
 from upriver.model.load import Model
-from upriver.model.memory import memory_job, settle
+from upriver.model.memory import memory_job, settle, settled_split
 from upriver.model.shape import model_shape
-from upriver.model.sweep import UNIT_TOKENS, Labels, split_units, sweep
+from upriver.model.sweep import UNIT_TOKENS, Labels, split_units, sweep, tokens_of
 from upriver.runtime import dist
 from upriver.runtime.config import TraceOptions
 from upriver.runtime.counts import contraction
-from upriver.runtime.progress import Progress
+from upriver.runtime.progress import Progress, Say
 from upriver.runtime.split import Asked, TraceSplit, split_trace
 from upriver.runtime.store import Stage, Tensors
 from upriver.tensors import Scratch, on_cpu
@@ -53,7 +52,8 @@ class Job(NamedTuple):
 
     @property
     def solver(self) -> Solver:
-        return Solver(self.model, self.layers, self.factors, self.queries, self.opts.curvature, self.damping)
+        asked = self.model, self.layers, self.factors, self.queries
+        return Solver(*asked, self.opts.curvature, self.damping, self.split.batch_tokens)
 
     def open(self, name: str, **how: Any) -> Stage:
         """A stage inside; begun with another division of the work, it is begun again."""
@@ -61,16 +61,23 @@ class Job(NamedTuple):
 
 
 def divide(
-    model: Model, layers: list[Layer], data: Sequences, queries: Measured, opts: TraceOptions, dtype: str
+    folder: Path,
+    model: Model,
+    layers: list[Layer],
+    data: Sequences,
+    queries: Measured,
+    opts: TraceOptions,
+    dtype: str,
+    say: Say,
 ) -> TraceSplit:
-    """How a trace divides its work so that it stays within the memory.
+    """How the trace in ``folder`` divides its work so that it stays within the memory.
 
     Args:
         dtype: of the scan.
     """
     asked = Asked(len(queries), int(np.max(queries.lengths)), None if opts.rank == "full" else opts.rank)
     memory = memory_job(model, data, opts.batch_tokens, opts.memory, dtype)
-    split = split_trace(model_shape(model, layers, data), asked, memory)
+    split = settled_split(folder, split_trace(model_shape(model, layers, data), asked, memory), memory, say)
     settle(split.peak, memory, model.device)
     return split
 
@@ -111,7 +118,7 @@ def plan_routes(
     return routes, chosen.hold
 
 
-def scan_stage(job: Job, solved: list[Path], note: Callable[[str], None]) -> Scanned:
+def scan_stage(job: Job, solved: list[Path], note: Say) -> Scanned:
     """Score every wanted sequence against all queries, in as few passes as memory allows, committed unit by unit."""
     batches = job.data.plan(job.split.batch_tokens, job.rows)
     units = split_units(batches, job.data.lengths_N)
@@ -128,7 +135,7 @@ def _scan(
     batches: list[np.ndarray],
     units: list[list[np.ndarray]],
     queries: slice,
-    note: Callable[[str], None],
+    note: Say,
 ) -> Stage:
     """One pass over the corpus for some of the queries."""
     stage = job.open(f"scan/queries-{queries.start}-{queries.stop - 1}", batch_tokens=job.split.batch_tokens)
@@ -140,11 +147,9 @@ def _scan(
     Q = queries.stop - queries.start
     name = "scan" if len(job.queries) == Q else f"scan, queries {queries.start + 1} to {queries.stop}"
     scratch = Scratch()
-    with job.progress(name, int(job.data.lengths_N[job.rows].sum())) as advance:
-        for unit in dist.share(len(units)):
-            if stage.has(unit):
-                advance(sum(int(job.data.lengths_N[rows].sum()) for rows in units[unit]))
-                continue
+    left = [unit for unit in dist.share(len(units)) if not stage.has(unit)]
+    with job.progress(name, tokens_of(job.data, [units[unit] for unit in left])) as advance:
+        for unit in left:
             consumer = Score(routes, Q, job.opts.layer_scores, hold, job.split.rebuild_bytes, scratch)
             sweep(job.model, job.layers, job.data, units[unit], consumer, Labels(), advance)
             stage.commit(unit, consumer.tensors())

@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from upriver.curvature.base import Grads
 from upriver.curvature.products import Replaced
 from upriver.errors import ModelError
-from upriver.influence.score import dots
+from upriver.influence.score import Route, contract
 from upriver.model.capture import frozen
 from upriver.model.layers import Layer, weight_gradient_as_stored
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel
 from upriver.model.sweep import Labels, sweep
-from upriver.tensors import product, sequence_gradients
+from upriver.tensors import Scratch, product
 from upriver.text.batch import Batch, Sequences
 
 SPURIOUS = 2 / 3
@@ -43,6 +43,7 @@ class TokenScores:
         self.place = {x.name: i for i, x in enumerate(layers)}
         self.solved, self.wanted = solved, wanted_RQ
         self.parts: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor]] = []
+        self.scratch = Scratch()
 
     def begin(self, batch: Batch) -> None:
         pairs = [(n, q) for n, row in enumerate(batch.rows_N) for q in self.wanted[int(row)]]
@@ -54,7 +55,8 @@ class TokenScores:
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         _, _, tokens_PT, layers_PL = self.parts[-1]
         v_QOI = self.solved[layer.name]
-        totals_NQ = -dots(sequence_gradients(a_NTI, g_NTO), v_QOI).float().cpu()
+        whole = Route("dense", None, None, v_QOI, None, len(v_QOI))
+        totals_NQ = -contract(whole, a_NTI, g_NTO, self.scratch).float().cpu()
         layers_PL[:, self.place[layer.name]] = totals_NQ[self.n_P, self.q_P]
         for q in self.q_P.unique().tolist():
             at = (self.q_P == q).nonzero()[:, 0]

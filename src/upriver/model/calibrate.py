@@ -39,7 +39,7 @@ from upriver.runtime.passes import Request
 from upriver.runtime.plan import PAYS, Plan, plan_run, smallest_batch
 from upriver.runtime.split import ITEM, Job
 from upriver.runtime.threads import one_core_each
-from upriver.tensors import add_second_moment, eigh, matmul, sequence_gradients
+from upriver.tensors import accumulator_dtype, add_second_moment, eigh, matmul, sequence_gradients
 from upriver.text.batch import Batch, Sequences, pad, plan, sample
 
 TIMED_FLOP = 1.5e11  # of one calibration pass through the model: about a second on two cores
@@ -181,6 +181,7 @@ def _machine(shape: Shape, loaded: str, to_come: int, device: torch.device) -> M
     resident = (resident_memory() or LIBRARIES + ITEM[loaded] * shape.parameters) + to_come
     cores = torch.get_num_threads()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         resident, cores = torch.cuda.memory_allocated(device) + to_come, 1
     memory = default_limit(resident)
     if device.type == "cuda":
@@ -239,8 +240,7 @@ def _product_rates(layer: LayerSize, T: int, batch_tokens: int, like: Tensor) ->
     N = max(1, min(batch_tokens, 2048) // T)
     a_NTI, g_NTO = like.new_ones(N, T, layer.I), like.new_ones(N, T, layer.O)
     basis_II = like.new_ones(layer.I, layer.I)
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    total_II = torch.zeros(layer.I, layer.I, dtype=wide, device=like.device)
+    total_II = torch.zeros(layer.I, layer.I, dtype=accumulator_dtype(like.dtype), device=like.device)
     M, O, I = N * T, layer.O, layer.I
     product = 2.0 * M * I * I / _seconds(lambda: matmul(a_NTI.flatten(0, 1), basis_II), like.device)
     symmetric = M * I * (I + 1.0) / _seconds(lambda: add_second_moment(total_II, a_NTI.flatten(0, 1)), like.device)

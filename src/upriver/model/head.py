@@ -221,7 +221,7 @@ class _TokenLosses(torch.autograd.Function):
             if gradient_MH is not None:
                 gradient_MH[rows] = back(logits_mV)
         far_F = (losses_M > FAR).nonzero()[:, 0]
-        for some_F in far_F.split(many):
+        for some_F in far_F.split(few) if len(far_F) else ():  # the parts of none are one of none
             logits_FV, _ = ending.logits(hidden_MH[some_F], False)
             losses_M[some_F] = cross_entropy(logits_FV.to(wide), labels_M[some_F], reduction="none")
         if gradient_MH is not None:

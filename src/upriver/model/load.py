@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from upriver.runtime.config import MIXED, weights_in
 from upriver.runtime.store import digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function that a module shows
 
 
 @dataclass
@@ -53,13 +56,14 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every weight and buffer with its name, and of the architecture's configuration.
+        """A hash of every weight and buffer with its name, of the architecture, and of the task if it is no language model's.
 
         Raises:
             ModelError: the weights are divided over processes.
         """
         config = getattr(self.module, "config", None)
-        described = digest(config.to_diff_dict() if config is not None else type(self.module).__name__)
+        described = digest(config.to_diff_dict() if config is not None else re.sub(ADDRESS, "", repr(self.module)))
+        task = [] if type(self.task) is LanguageModel else [type(self.task).__qualname__]
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         if any(map(dist.sharded, state.values())):
             raise ModelError(
@@ -68,7 +72,7 @@ class Model:
             )
         with ThreadPoolExecutor() as pool:
             hashes = list(pool.map(_tensor_hash, state.values()))
-        return digest([described, *zip(state, hashes, strict=True)])
+        return digest([described, *task, *zip(state, hashes, strict=True)])
 
     @contextlib.contextmanager
     def computing_in(self, dtype: str) -> Iterator["Model"]:

@@ -1,10 +1,13 @@
-"""How much memory a run may take, and how much is taken before it starts."""
+"""How much memory a run may take, how much is taken before it starts, and how its work is divided for that."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from upriver.model.load import Model, dtype_named
+from upriver.runtime import dist
 from upriver.runtime.config import weights_in
 from upriver.runtime.hardware import (
     DEFAULT_SHARE,
@@ -13,10 +16,15 @@ from upriver.runtime.hardware import (
     parse_memory,
     resident_memory,
     settle_memory,
+    show_bytes,
 )
-from upriver.runtime.split import Job
+from upriver.runtime.progress import Say
+from upriver.runtime.split import FitSplit, Job, TraceSplit, fits
+from upriver.runtime.store import read_json, write_json
 from upriver.text.batch import Sequences
 
+Split = TypeVar("Split", FitSplit, TraceSplit)
+DIVISION = ".split.json"  # in the folder of a run that is not done
 ROOMY = 1.2  # times the planned peak under the limit: freed memory may be kept, with the holes in it
 
 
@@ -32,6 +40,7 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
     """
     asked = parse_memory(memory) if memory else None
     if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier phase left is not free before
         fixed = torch.cuda.memory_allocated(model.device)
         limit = asked or fixed + int(DEFAULT_SHARE * torch.cuda.mem_get_info(model.device)[0])
     else:
@@ -56,3 +65,33 @@ def settle(peak: Mapping[str, int], job: Job, device: torch.device) -> None:
     """
     if device.type != "cuda":
         settle_memory(reuse=ROOMY * max(peak.values()) <= job.limit)
+
+
+def settled_split(folder: Path, split: Split, job: Job, say: Say) -> Split:
+    """The division that an interrupted run in ``folder`` began with, if it still fits: what it finished counts in that one only.
+
+    Else ``split``.  How much memory is free differs from run to run, and from process to process: the first one decides for all.
+    """
+    file = folder / DIVISION
+
+    def decide() -> None:
+        begun = _read(file, type(split)) if file.exists() else None
+        if begun is None or not fits(begun, job):
+            folder.mkdir(exist_ok=True)
+            write_json(file, split._asdict() | {"made_for": split.made_for._asdict()})
+
+    dist.lead(decide)
+    found = _read(file, type(split)) or split
+    if found._replace(peak={}, made_for=job) != split._replace(peak={}, made_for=job):
+        limit = show_bytes(found.made_for.limit)
+        say(f"memory: the work stays divided as it was when it began, for {limit}; another --out divides it anew")
+    return found
+
+
+def _read(file: Path, kind: type[Split]) -> Split | None:
+    """None: what another version wrote."""
+    found = read_json(file)
+    try:
+        return kind(**found | {"made_for": Job(**found["made_for"])})
+    except (TypeError, KeyError):
+        return None

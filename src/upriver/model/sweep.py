@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
-from upriver.model.capture import capture
+from upriver.model.capture import capture, frozen
 from upriver.model.kept import Kept
 from upriver.model.layers import Layer, find_layers, probe
 from upriver.model.load import Model
@@ -35,7 +35,8 @@ def tracked_layers(model: Model, data: Sequences, spec: str) -> list[Layer]:
     """The layers that ``spec`` names, with those that share an input marked by one forward pass on the shortest sequence."""
     row = np.array([int(np.argmin(data.lengths_N))])
     batch = data.batch(row).to(model.device)
-    return probe(find_layers(model.module, spec), lambda: model.task.loss(model.module, batch))
+    with frozen(model.module):
+        return probe(find_layers(model.module, spec), lambda: model.task.loss(model.module, batch))
 
 
 def sweep(
@@ -83,11 +84,15 @@ def _ahead(model: Model, data: Sequences, batches: list[np.ndarray]) -> Iterator
 
     with ThreadPoolExecutor(1) as reader:
         coming = [reader.submit(read, rows) for rows in batches[:1]]
-        for following in [*batches[1:], None]:
+        for following in [*batches, None][1:]:
             ready = coming.pop()
             if following is not None:
                 coming.append(reader.submit(read, following))
             yield ready.result()
+
+
+def tokens_of(data: Sequences, units: list[list[np.ndarray]]) -> int:
+    return sum(int(data.lengths_N[rows].sum()) for unit in units for rows in unit)
 
 
 def split_units(

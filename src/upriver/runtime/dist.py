@@ -4,6 +4,7 @@ Units of work are dealt out by number, every process writes its own, and the fir
 number of processes changes no bit of a result.  All processes see the same output folder.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,11 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def neighbours() -> int:
+    """Processes of this job on this machine, this one included: ``torchrun`` tells; else all of them."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world())))
 
 
 def barrier() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from upriver.errors import ConfigError
+from upriver.runtime import dist
 from upriver.runtime.config import MIXED
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -93,9 +94,10 @@ def available_memory() -> int | None:
 
 
 def default_limit(resident: int | None) -> int:
-    """The memory of a run that was given none: what it has, and 80 % of what is left (8 GB where the system does not tell)."""
+    """The memory of a run that was given none: what it has, and 80 % of what is left (8 GB where the system does not tell),
+    divided by the processes that take it at the same time."""
     left = available_memory()
-    return 8 * 10**9 if left is None else (resident or 0) + int(DEFAULT_SHARE * left)
+    return 8 * 10**9 if left is None else (resident or 0) + int(DEFAULT_SHARE * left / dist.neighbours())
 
 
 def resident_memory() -> int | None:
@@ -200,9 +202,20 @@ def _groups() -> list[tuple[Path, Path]]:
 def _group_left(files: tuple[Path, Path]) -> int | None:
     try:
         limit, used = (path.read_text().strip() for path in files)
-        return max(0, int(limit) - int(used)) if limit != "max" and int(limit) < 1 << 60 else None
+        if limit == "max" or int(limit) >= 1 << 60:
+            return None
+        return min(int(limit), max(0, int(limit) - int(used) + _reclaimable(files[1].with_name("memory.stat"))))
     except (OSError, ValueError):
         return None
+
+
+def _reclaimable(statistics: Path) -> int:
+    """Bytes that a control group holds of files, and lets go where memory is short: a run reads and writes many."""
+    try:
+        found = dict(line.split() for line in statistics.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(found.get("total_inactive_file", found.get("inactive_file", 0)))  # version 1 counts groups inside apart
 
 
 @cache

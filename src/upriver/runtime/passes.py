@@ -20,8 +20,8 @@ from upriver.runtime.split import (
 )
 
 UNIT_TOKENS = 65_536  # work that a kill can cost; with it store.SCHEMA must change: a run in progress counts in units
-SAMPLE = 64  # random sequences rescored with the top; and at the end of a fit as many at most are scored on each other
-SHARE = 16  # but no more than one of so many that were fitted on
+SAMPLE = 64  # random sequences rescored with the top; and as many at most are scored on each other at the end of a fit
+SHARE = 16  # of so many that were fitted on one is, but a few at least
 MOVES = 6  # numbers read or written for each entry of a sequence's gradient that is squared and summed
 
 
@@ -71,6 +71,11 @@ class Request:
         return not {"bfloat16", MIXED}.isdisjoint(self.dtypes)
 
 
+def compared(fitted: float, at_once: int) -> int:
+    """Sequences that are scored on each other, ``at_once`` in a batch, at the end of a fit on ``fitted`` of them."""
+    return max(8, 32 // at_once, min(SAMPLE, int(fitted) // SHARE))
+
+
 class Pass(NamedTuple):
     """One stage of a run."""
 
@@ -111,7 +116,7 @@ class Passes:
 
     def fit(self, split: FitSplit) -> list[Pass]:
         kept = self.keeping(split)
-        sample = self.correction(split, None, max(8, min(SAMPLE, self.fitted / self.T // SHARE)) * self.T)
+        sample = self.correction(split, None, compared(self.fitted / self.T, split.compared) * self.T)
         agreement = sample._replace(
             name="agreement", moved=0.0, peak=split.peak["agreement"],
             seconds=sample.seconds - sample.moved / self.machine.disk,

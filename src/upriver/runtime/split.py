@@ -17,13 +17,13 @@ SIDES = 2  # layers whose queries are solved side by side
 ITEM = {"float32": 4, "bfloat16": 2, "float64": 8, MIXED: 4}
 HANDED = ITEM | {MIXED: 2}  # of a number of what layers saw, and of queries that meet it
 HEAD_BYTES, HEAD_ROWS = 128 << 20, 1024  # float32 logits held at once; more rows make no product faster
-HEAD_COPIES = 3  # logits, their logarithms, and what either is made from
+HEAD_COPIES = 2  # logits, which become their gradient, and what is made of a few of them, or by a tail of half as many
 EIGEN_COPIES = 6  # n x n in float64: matrix, its copy, eigenvectors, workspace of two, what the layer's other side left
 GRADIENT_BYTES = 4 << 20  # gradients of single sequences held at once: what stays in the caches of a core
 GRADIENT_COPIES = 3
 COMPARED_BYTES = 256 << 20  # gradients of the sequences that are scored on each other, in one layer
 COMPARED = (8, 4)  # of them at once; two where four do not fit
-SCORED_BYTES = 256 << 20  # as GRADIENT_BYTES, in a scan
+SCORED_BYTES = 256 << 20  # gradients of sequences, or products of their tokens, that meet the queries at once
 TRANSIENT = 4  # tensors of the widest layer alive at once in the backward pass
 SLACK = 160 << 20  # what the allocator, the BLAS libraries and their threads keep to themselves
 MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met on average
@@ -103,14 +103,6 @@ def correction_size(layers: Sequence[Sized]) -> int:
     """Bases of a group (that of a shared input once) and the sums of ``lam`` in two halves."""
     inputs = {x.A_of: x.I**2 for x in layers}
     return SUM * (sum(inputs.values()) + sum(x.O**2 + 2 * x.O * x.I for x in layers))
-
-
-def covariance_groups(layers: Sequence[Sized], room: int) -> list[list[int]]:
-    return groups(layers, covariance_size, room)
-
-
-def correction_groups(layers: Sequence[Sized], room: int) -> list[list[int]]:
-    return groups(layers, correction_size, room)
 
 
 def batch_size(shape: Shape, tokens: int, dtype: str, work: int = 0) -> int:
@@ -228,7 +220,7 @@ def keeping(shape: Shape, split: FitSplit, tokens: float, dtype: str, one: bool,
 def factors_of(layers: Sequence[Sized], asked: Asked) -> int:
     """Numbers of one solved query over all layers, compressed (or whole)."""
     R = asked.rank
-    return sum(x.O * x.I if R is None or min(x.O, x.I) <= R else (x.O + x.I) * R for x in layers)
+    return sum(x.O * x.I if R is None else (x.O + x.I) * min(R, x.O, x.I) for x in layers)
 
 
 def _block(layers: Sequence[Sized]) -> int:
@@ -250,10 +242,11 @@ def solve_size(shape: Shape, asked: Asked, at_once: int, batch_tokens: int) -> i
     return max(batch_size(shape, tokens, "float32"), layer) + at_once * query_size(shape.layers, asked)
 
 
-def rescore_size(shape: Shape, asked: Asked, at_once: int, tokens: int) -> int:
-    """Some queries at full rank, and then a batch of sequences."""
+def rescore_size(shape: Shape, asked: Asked, job: Job, at_once: int, tokens: int) -> int:
+    """Some queries at full rank, and then a batch of sequences with their gradients in a layer."""
     full = asked._replace(rank=None)
-    batch = batch_size(shape, tokens, "float32", SUM * tokens * shape.widest)
+    gradients = _scored(shape, SUM, _at_once(job, tokens))
+    batch = batch_size(shape, tokens, "float32", max(gradients, SUM * tokens * shape.widest))
     return max(solve_size(shape, full, at_once, tokens), batch + at_once * query_size(shape.layers, full))
 
 
@@ -274,10 +267,16 @@ def scan_size(shape: Shape, asked: Asked, job: Job, tokens: int, room: int = 0) 
         room: for queries that are multiplied out once, or batches that wait for them.
     """
     held = int(_contraction(shape, asked, job, tokens, room).held) + REBUILD_BYTES
-    largest = HANDED[job.dtype] * max(x.O * x.I for x in shape.layers)
-    gradients = max(largest, min(SCORED_BYTES, _at_once(job, tokens) * largest))
-    by_token = 2 * HANDED[job.dtype] * tokens * min(asked.queries * (asked.rank or 0), shape.widest)
-    return job.copy + held + batch_size(shape, tokens, job.dtype, max(gradients, by_token))
+    gradients = _scored(shape, HANDED[job.dtype], _at_once(job, tokens))
+    by_token = 2 * HANDED[job.dtype] * asked.queries * (asked.rank or 0)
+    products = max(job.longest * by_token, min(SCORED_BYTES, tokens * by_token))
+    return job.copy + held + batch_size(shape, tokens, job.dtype, max(gradients, products))
+
+
+def _scored(shape: Shape, number: int, sequences: int) -> int:
+    """Gradients of the largest layer that meet the queries at once."""
+    largest = number * max(x.O * x.I for x in shape.layers)
+    return max(largest, min(SCORED_BYTES, sequences * largest))
 
 
 def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
@@ -292,7 +291,7 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
         return scan_size(shape, asked._replace(queries=queries), job, tokens)
 
     def least(tokens: int) -> int:
-        return max(scan(1, tokens), solve_size(shape, asked, 1, tokens), rescore_size(shape, asked, 1, tokens))
+        return max(scan(1, tokens), solve_size(shape, asked, 1, tokens), rescore_size(shape, asked, job, 1, tokens))
 
     def together(tokens: int) -> int:
         return _most(asked.queries, free, lambda q: scan(q, tokens))
@@ -307,13 +306,13 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
     # but on accelerators, reading the factors again takes little of the time of multiplying a batch of tokens with them
     enough = asked.queries if job.accelerator else min(asked.queries, -(-tokens // asked.tokens))
     solved = _most(min(enough, most // each[0]), free, lambda q: solve_size(shape, asked, q, tokens))
-    rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore_size(shape, asked, q, tokens))
+    rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore_size(shape, asked, job, q, tokens))
     room = max(0, min(DENSE_BYTES, free - scan(scanned, tokens)))
     base = job.fixed + SLACK
     peak = {
         "queries": base + solve_size(shape, asked, solved, tokens),
         "scan": base + scan_size(shape, asked._replace(queries=scanned), job, tokens, room),
-        "rescore": base + rescore_size(shape, asked, rescored, tokens),
+        "rescore": base + rescore_size(shape, asked, job, rescored, tokens),
     }
     sizes = (solved * each[0], rescored * each[1])
     return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], room, REBUILD_BYTES, peak, job)
@@ -326,6 +325,11 @@ def _most(at_most: int, room: int, size: Callable[[int], int]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if size(middle) <= room else (low, middle - 1)
     return low
+
+
+def fits(split: FitSplit | TraceSplit, job: Job) -> bool:
+    """Whether work that was divided for another limit, or beside more or less that was there before, keeps that of ``job``."""
+    return max(split.peak.values()) - split.made_for.fixed + job.fixed <= (1 - MARGIN) * job.limit
 
 
 def _free(job: Job) -> int:

@@ -213,11 +213,6 @@ class Stage:
     def read(self, unit: int) -> Tensors:
         return read_tensors(self.unit_path(unit))
 
-    def drop_parts(self) -> None:
-        """Remove the units and sums of a pass whose result is written."""
-        for part in [*self.path.glob("unit-*"), *self.path.glob("sum-*")]:
-            part.unlink(missing_ok=True)
-
 
 def _holds_work(path: Path) -> bool:
     """Whether anything was finished here: a folder of keys alone has nothing to lose and may change its owner."""

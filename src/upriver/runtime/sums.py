@@ -44,8 +44,7 @@ def accumulate(
             commits it when that takes a twentieth of the time since the last commit.  The bits are the same.
     """
     first = _newest_sum(stage)
-    alone, mine = len(units) == n_units, [u for u in units if u >= first]
-    missing = [u for u in mine if not stage.has(u)]
+    alone, mine, missing = len(units) == n_units, [u for u in units if u >= first], remaining(stage, units)
     barrier()  # what was there is known to all before the first rank adds and removes it
     if alone:
         made = ((u, stage.read(u) if stage.has(u) else compute(u)) for u in mine)
@@ -65,6 +64,12 @@ def accumulate(
     if not sum_path(stage, n_units).exists():
         raise StorageError(f"parts of a sum are missing in {stage.path}; give the same command again")
     return sum_path(stage, n_units)
+
+
+def remaining(stage: Stage, units: list[int]) -> list[int]:
+    """Those of ``units`` that are still to be computed."""
+    first = _newest_sum(stage)
+    return [u for u in units if u >= first and not stage.has(u)]
 
 
 def _fold_ready(stage: Stage, n_units: int) -> None:
