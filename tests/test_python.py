@@ -1,5 +1,6 @@
 """The Python interface: the lines of the README as they stand, and tasks other than language modelling."""
 
+import json
 import os
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import nn
 
 import cli_cases
 import upriver as up
-from upriver.errors import ConfigError, MismatchError, NumericalError, QueryError
+from upriver.errors import ConfigError, MismatchError, ModelError, NumericalError, QueryError
+from upriver.model.generate import _continuation, greedy
 
 README = """
 import upriver as up
@@ -48,6 +50,104 @@ def test_the_lines_of_the_readme(folder):
     pd.testing.assert_frame_equal(up.Scores("scores").frame(), result.frame())
     with pytest.raises(QueryError, match="no such query: got 'q9'; the results have people, peace"):
         result.top("q9")
+    with pytest.raises(QueryError, match="no such side: got 'both'; positive or negative"):
+        result.top("people", side="both")
+
+
+def test_half_a_surrogate_pair_in_metadata_is_replaced(folder):
+    (folder / "odd.jsonl").write_text('{"text": "we the people of the states", "title": "cut \\ud83d é"}\n' * 3)
+    model = up.load_model("path/or/name")
+    corpus = up.Corpus.read("odd.jsonl", model.tokenizer, seq_len=16)
+    result = up.trace(model, corpus, up.Queries.read("queries.jsonl"), up.fit(model, corpus, "factors"), "scores")
+    top = pd.concat([result.top("people", side=side) for side in ("positive", "negative")])
+    assert set(top["metadata"]) == {'{"title": "cut \ufffd é"}'}
+
+
+def test_gradient_dot_products_are_in_no_unit(folder):
+    model = up.load_model("path/or/name")
+    corpus = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=16)
+    factors = up.fit(model, corpus, "factors")
+    result = up.trace(model, corpus, up.Queries.read("queries.jsonl"), factors, "scores", curvature="identity")
+    assert result.top("people")["score_nats"].isna().all()
+    report = json.loads(result.report("report.html").with_suffix(".json").read_text())
+    assert report["n_train"] is None
+    assert "dot products of gradients" in report["unit"]
+    assert all(p["score_nats"] is None for q in report["queries"] for p in q["passages"])
+
+
+class Margin(up.Task):
+    """Another measurement of a language model, by somebody who starts from the base class."""
+
+    def __init__(self) -> None:
+        self.language = up.LanguageModel()
+
+    def positions(self, batch):
+        return self.language.positions(batch)
+
+    def loss(self, module, batch, sampler=None):
+        return self.language.loss(module, batch, sampler)
+
+    def measurement(self, module, batch):
+        return module(batch.inputs["tokens"]).logits[:, -1].logsumexp(-1)
+
+
+def test_another_task_takes_text_and_queries(folder):
+    model = up.load_model("path/or/name")
+    model.task = Margin()
+    corpus = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=16)
+    result = up.trace(model, corpus, up.Queries.read("queries.jsonl"), up.fit(model, corpus, "factors"), "scores")
+    assert result.queries[0]["completion"] == " people"
+    assert result.queries[0]["log_prob"] is None
+    assert result.report("report.html").exists()
+
+
+def test_a_model_that_was_trained_on_is_another(folder):
+    model = up.load_model("path/or/name")
+    first = model.fingerprint
+    assert model.fingerprint == first
+    with torch.no_grad():
+        next(model.module.parameters()).mul_(1.01)
+    assert model.fingerprint != first
+
+
+def test_another_version_of_transformers_is_the_same_model(folder, monkeypatch):
+    first = up.load_model("path/or/name").fingerprint
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "99.0")
+    model = up.load_model("path/or/name")
+    assert model.module.config.to_diff_dict()["transformers_version"] == "99.0"
+    assert model.fingerprint == first
+
+
+class Stripping:
+    """A decoder that drops the space a text begins with, as those of SentencePiece do."""
+
+    def decode(self, tokens, skip_special_tokens):
+        return "".join(f" word{t}" for t in tokens).removeprefix(" ")
+
+
+def test_an_answer_keeps_its_space(folder):
+    assert _continuation(Stripping(), [1, 2, 3], 2) == " word3"
+    model = up.load_model("path/or/name")
+    with pytest.raises(QueryError, match="got a prompt of 30 tokens and --complete 3, the model takes 32"):
+        greedy(model, np.ones(30, np.int64), 3)
+
+
+def test_a_forward_that_was_put_on_the_head_counts(folder):
+    model, plain = (up.load_model("path/or/name") for _ in range(2))
+    head = model.module.get_output_embeddings()
+    head.forward = own = lambda hidden: nn.functional.linear(hidden, head.weight) / 2
+    corpus = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=16)
+    batch = corpus.batch(np.arange(2))
+    with torch.no_grad():
+        losses = [[float(m.task.loss(m.module, batch)) for _ in range(2)] for m in (model, plain)]
+    assert losses[0][0] == losses[0][1] != losses[1][0]
+    assert head.forward is own
+
+
+def test_labels_of_another_form_are_refused():
+    model = up.Model(mlp(0, 3, 2), task=up.Regression())
+    with pytest.raises(ModelError, match="got 2 numbers for each example from the model, 1 in 'y'"):
+        up.fit(model, up.Examples({"x": torch.randn(5, 3), "y": torch.randn(5)}), out="never", layers="*")
 
 
 def test_a_corpus_longer_than_the_model_is_refused(folder):
@@ -162,7 +262,8 @@ def test_another_task_or_activation_is_another_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"), [(["a"], "got 1 ids, 2 examples"), (["a", "a"], "'a'"), (["a", "start"], "'start'")]
+    ("ids", "said"),
+    [(["a"], "got 1 different ids for 2 examples"), (["a", "a"], "got 1 different"), (["a", "start"], "'start'")],
 )
 def test_ids_of_measurements_name_columns(ids, said):
     with pytest.raises(QueryError, match=said):

@@ -272,6 +272,7 @@ def test_near_duplicates_point_to_the_first_of_their_kind() -> None:
     texts = [base, base.upper() + "!", other, base + " " + base[::-1], "short"]
     assert near_duplicates(texts) == [0, 0, 2, 0, 4]
     assert near_duplicates(["", ""]) == [0, 1]
+    assert near_duplicates(["+---+---+", "\U0001f642\U0001f642", "+---+---+"]) == [0, 1, 0]
     assert near_duplicates(["短い文章が二つここにある", "短い文章が二つここにある。"]) == [0, 0]
 
 

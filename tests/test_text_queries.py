@@ -3,7 +3,6 @@
 import gzip
 import json
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,16 +70,7 @@ def test_token_ids_hold_the_prompt_once():
     queries = Queries.of([CONTRASTED], BOTH)
     joined = BYTE("the people of the united")["input_ids"] + BYTE(" the war 日")["input_ids"]
     assert queries.token_ids(0).tolist() == joined
-    assert queries.lengths.tolist() == [sum(batch.n_tokens for batch in queries.batches(1))]
-
-
-def test_batches_hold_each_query_once_and_in_order():
-    queries = Queries.of([{**PLAIN, "id": str(n), "prompt": "x" * n} for n in range(1, 12)], BYTE)
-    batches = queries.batches(25)
-    assert np.concatenate([batch.query_N for batch in batches]).tolist() == list(range(11))
-    assert all(batch.inputs["tokens"].numel() <= 25 for batch in batches)
-    assert len(queries.batches(1)) == len(queries.ids) == len(queries)
-    assert len(set(np.concatenate([batch.keys_N for batch in batches]).tolist())) == 11
+    assert queries.lengths.tolist() == [queries.batch([0]).n_tokens]
 
 
 @pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.gz"])

@@ -100,6 +100,7 @@ def fit_command(
         "batch_tokens": batch_tokens, "memory": memory, "seed": seed,
     }  # fmt: skip
     options(FitOptions, given)
+    parse_memory(memory)  # a mistake in it is known before a model is loaded
     loaded = _load_model(model, device)
     read = _read_corpus(corpus, loaded, seq_len, pack, on_bad_record)
     factors = fit(loaded, read, out, overwrite=overwrite, progress=_bars, say=_say, **given)
@@ -135,11 +136,13 @@ def trace_command(
         "layer_scores": layer_scores, "dtype": dtype, "memory": memory,
     }  # fmt: skip
     options(TraceOptions, given)
+    parse_memory(memory)
     fitted = Factors(factors)
+    how = fitted.reading
     _check_queries(queries, complete)
     loaded = _load_model(model, device)
-    how = fitted.manifest["data"]
-    read = _read_corpus(corpus, loaded, how["seq_len"], how["pack"], how["on_bad_record"])
+    fitted.check(loaded)
+    read = _read_corpus(corpus, loaded, **how)
     asked = _read_queries(queries, loaded, complete)
     given["batch_tokens"] = fitted.options.batch_tokens
     result = trace(loaded, read, asked, fitted, out, overwrite=overwrite, progress=_bars, say=_say, **given)
@@ -195,7 +198,7 @@ def plan_command(
         data = _read_corpus(corpus, what, seq_len, False, "error")
     asked: dict[str, Any] = {
         "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top, "dtype": dtype,
-        "batch_tokens": batch_tokens, "memory": parse_memory(memory) if memory else None,
+        "batch_tokens": batch_tokens, "memory": parse_memory(memory),
     }  # fmt: skip
     asked |= _query_size(queries, what)
     request = Request(size[0], size[1], **asked) if size else request_for(data.lengths_N, **asked)
@@ -242,6 +245,7 @@ def demo_command(
 
 def _run(opts: RunOptions, overwrite: bool) -> Path:
     folder = Path(opts.out)
+    parse_memory(opts.memory)
     _check_queries(opts.queries, opts.complete)
     model = _load_model(opts.model, opts.device)
     corpus = _read_corpus(opts.corpus, model, opts.seq_len, opts.pack, opts.on_bad_record)

@@ -118,6 +118,18 @@ class Factors:
                     "fit again into another folder, or go back to the earlier one"
                 )
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the corpus that they were fitted on is read: ``seq_len``, ``pack``, ``on_bad_record``.
+
+        Raises:
+            InputError: it was no corpus of text.
+        """
+        data, names = self.manifest["data"], ("seq_len", "pack", "on_bad_record")
+        if not set(names) <= data.keys():
+            raise InputError(f"the factors in {self.path} were not fitted on text; trace with them from Python")
+        return {name: data[name] for name in names}
+
     def moments(self, name: str) -> Moments:
         return read_moments(self.path, self.layers, [self._layer(name)])[name]
 

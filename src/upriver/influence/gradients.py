@@ -21,7 +21,7 @@ from upriver.runtime.store import Tensors, digest, opened
 from upriver.runtime.threads import side_by_side
 from upriver.tensors import LowRank
 from upriver.text.batch import Batch, Examples, plan
-from upriver.text.queries import RESERVED
+from upriver.text.queries import checked_id
 
 
 class Measured(Protocol):
@@ -49,11 +49,12 @@ class Measurements:
 
     def __init__(self, examples: Examples, ids: list[str] | None = None):
         self.examples = examples
-        self.ids = [f"q{i}" for i in range(len(examples))] if ids is None else list(map(str, ids))
-        if len(self.ids) != len(examples):
-            raise QueryError(f"every example is a query with an id: got {len(self.ids)} ids, {len(examples)} examples")
-        if twice := {name for name in self.ids if self.ids.count(name) > 1 or name in RESERVED}:
-            raise QueryError(f"ids name columns of the results: got {min(twice)!r} twice or reserved; give another")
+        self.ids = [checked_id(x, "ids") for x in ids or (f"q{i}" for i in range(len(examples)))]
+        if len(set(self.ids)) != len(examples) or len(self.ids) != len(examples):
+            raise QueryError(
+                f"every example is a query with an id of its own: got {len(set(self.ids))} different ids "
+                f"for {len(examples)} examples"
+            )
         self.fingerprint = digest([examples.fingerprint, self.ids])
         self.lengths = examples.lengths_N
 

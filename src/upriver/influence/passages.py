@@ -56,14 +56,20 @@ def _row(job: Job, lexical: "Lexical", found: Rescored, x: Shown) -> TopRow:
     return TopRow(
         query=job.queries.ids[x.query], side=x.side, rank=x.rank, sequence=row, start=start, end=end,
         document=data.document_id(document) if isinstance(data, Corpus) else str(row),
-        score=score, score_nats=score / len(data), scan_score=x.scan_score,
+        score=score, score_nats=None if job.opts.curvature == "identity" else score / len(data), scan_score=x.scan_score,
         rescored=True, spurious=text and is_spurious(found, pair), layers=found.layers_PL[pair].numpy(),
         tokens=data.pieces(row) if isinstance(data, Corpus) else [],
         token_scores=token_scores(found, pair, int(data.lengths_N[row])) if text else np.empty(0, np.float32),
         text=data.text(row) if isinstance(data, Corpus) else "",
-        metadata=json.dumps(data.metadata(document), ensure_ascii=False) if isinstance(data, Corpus) else "{}",
+        metadata=_json(data.metadata(document)) if isinstance(data, Corpus) else "{}",
         **lexical.compare(x.query, row),
     )  # fmt: skip
+
+
+def _json(metadata: dict[str, Any]) -> str:
+    """Half of a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD."""
+    text = json.dumps(metadata, ensure_ascii=False)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Lexical:
@@ -101,8 +107,12 @@ def answers(model: Model, queries: Measured, rank_error: list[float | None]) -> 
 
 def _answer(model: Model, queries: Queries, q: int) -> dict[str, Any]:
     record = queries.records[q]
+    asked: dict[str, Any] = {
+        "prompt": record.prompt, "completion": record.completion, "contrast": record.contrast, "generated": record.generated,
+    }  # fmt: skip
+    if not isinstance(model.task, LanguageModel):  # whose measurement is another than the answer's probability
+        return asked | {"log_prob": None, "completion_tokens": None, "contrast_tokens": None}
     batch = queries.batch([q]).to(model.device)
-    assert isinstance(model.task, LanguageModel)
     with frozen(model.module), torch.no_grad():
         log_probs_NT = model.task.log_probs(model.module, batch)
     parts = [log_probs_NT[n][batch.inputs["loss"][n]].tolist() for n in range(len(log_probs_NT))]
@@ -110,11 +120,9 @@ def _answer(model: Model, queries: Queries, q: int) -> dict[str, Any]:
         [{"text": t, "log_prob": x} for t, x in zip(queries.completion_pieces(q, bool(n)), part, strict=True)]
         for n, part in enumerate(parts)
     ]
-    return {
-        "prompt": record.prompt, "completion": record.completion, "contrast": record.contrast,
-        "generated": record.generated, "log_prob": sum(parts[0]) - sum(sum(p) for p in parts[1:]),
-        "completion_tokens": tokens[0], "contrast_tokens": tokens[1] if len(tokens) > 1 else None,
-    }  # fmt: skip
+    log_prob = sum(parts[0]) - sum(sum(p) for p in parts[1:])
+    contrast = tokens[1] if len(tokens) > 1 else None
+    return asked | {"log_prob": log_prob, "completion_tokens": tokens[0], "contrast_tokens": contrast}
 
 
 def rank_correlation(scanned: Scanned, found: Rescored, sample: np.ndarray) -> list[float | None]:

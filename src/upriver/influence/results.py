@@ -123,7 +123,7 @@ class TopRow(NamedTuple):
     start: int
     end: int
     score: float
-    score_nats: float
+    score_nats: float | None  # None: gradient dot products, which are in no unit
     scan_score: float
     rescored: bool
     spurious: bool

@@ -1,14 +1,27 @@
 """The model's own answer to a prompt."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
+from upriver.errors import QueryError
 from upriver.model.capture import frozen
 from upriver.model.load import Model
 
 
 def greedy(model: Model, tokens_T: np.ndarray, most: int) -> str:
-    """The text of at most ``most`` tokens, each the likeliest after what stands before; stops at an end token."""
+    """The text of at most ``most`` tokens, each the likeliest after what stands before; stops at an end token.
+
+    Raises:
+        QueryError: prompt and answer together would be longer than the model takes.
+    """
+    positions = model.info.get("positions")
+    if positions and len(tokens_T) + most > positions:
+        raise QueryError(
+            f"no room for an answer: got a prompt of {len(tokens_T)} tokens and --complete {most}, the model takes {positions}; "
+            "shorten one of them"
+        )
     tokens = torch.as_tensor(np.asarray(tokens_T, np.int64), device=model.device)[None]
     ends = _end_tokens(model)
     with frozen(model.module), torch.no_grad():
@@ -17,7 +30,15 @@ def greedy(model: Model, tokens_T: np.ndarray, most: int) -> str:
             if int(following) in ends:
                 break
             tokens = torch.cat([tokens, following], 1)
-    return model.tokenizer.decode(tokens[0, len(tokens_T) :], skip_special_tokens=True)
+    return _continuation(model.tokenizer, tokens[0].tolist(), len(tokens_T))
+
+
+def _continuation(tokenizer: Any, tokens: list[int], prompt: int) -> str:
+    """What the text grows by: tokens decoded alone may lose the space before them."""
+    before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (tokens[:prompt], tokens))
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return tokenizer.decode(tokens[prompt:], skip_special_tokens=True)
 
 
 def _end_tokens(model: Model) -> set[int]:

@@ -146,13 +146,19 @@ def _head(module: nn.Module) -> nn.Linear | None:
     """The head that nobody else looks at."""
     find = getattr(module, "get_output_embeddings", None)
     head = find() if find else None
-    return head if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks else None
+    plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks and not _patched(head)
+    return head if plain else None
 
 
 def _body(module: nn.Module) -> nn.Module | None:
     find = getattr(module, "get_decoder", None)
     body = find() if find else None
-    return body if isinstance(body, nn.Module) and body is not module else None
+    return body if isinstance(body, nn.Module) and body is not module and not _patched(body) else None
+
+
+def _patched(module: nn.Module) -> bool:
+    """Whether somebody put another forward on this very module."""
+    return "forward" in vars(module)
 
 
 def _tail(head: nn.Linear, module: nn.Module, body: nn.Module, tokens_NT: Tensor, call: Call) -> Tail | None:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from upriver.model.losses import LanguageModel, Task
 from upriver.runtime import dist
 from upriver.runtime.config import MIXED, weights_in
 from upriver.runtime.store import digest
+from upriver.text.encode import largest_token, require_offsets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -40,6 +40,7 @@ class Model:
     name: str = "module"
     info: dict[str, Any] = field(default_factory=dict)  # attention kernel, vocabulary, ...
     handed: torch.dtype | None = None  # in which passes give what layers saw; None: as the weights
+    _hashed: tuple[list[tuple[int, int]], list[str]] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -54,25 +55,36 @@ class Model:
         """An empty tensor in the device and dtype of what passes give of the layers."""
         return torch.empty(0, dtype=self.handed or self.dtype, device=self.device)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of every weight and buffer with its name, of the architecture, and of the task if it is no language model's.
 
         Raises:
             ModelError: the weights are divided over processes.
         """
-        config = getattr(self.module, "config", None)
-        described = digest(config.to_diff_dict() if config is not None else re.sub(ADDRESS, "", repr(self.module)))
-        task = [] if type(self.task) is LanguageModel else [type(self.task).__qualname__]
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         if any(map(dist.sharded, state.values())):
             raise ModelError(
                 "the model's weights are divided over processes, as by FSDP; give every process the whole model: "
                 "fit and trace divide the corpus among them"
             )
-        with ThreadPoolExecutor() as pool:
-            hashes = list(pool.map(_tensor_hash, state.values()))
-        return digest([described, *task, *zip(state, hashes, strict=True)])
+        weights = [(x.data_ptr(), x._version) for x in state.values()]  # training on changes them
+        if self._hashed is None or self._hashed[0] != weights:
+            with ThreadPoolExecutor() as pool:
+                self._hashed = weights, list(pool.map(_tensor_hash, state.values()))
+        return digest([*self._described(), *zip(state, self._hashed[1], strict=True)])
+
+    def _described(self) -> list[Any]:
+        """The architecture, whatever version of transformers wrote it down, and the task with its settings."""
+        config = getattr(self.module, "config", None)
+        if config is None:
+            form: Any = re.sub(ADDRESS, "", repr(self.module))
+        else:
+            form = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
+        if type(self.task) is LanguageModel:
+            return [digest(form)]
+        settings = {k: v for k, v in vars(self.task).items() if isinstance(v, str | int | float)}
+        return [digest(form), type(self.task).__qualname__, settings]
 
     @contextlib.contextmanager
     def computing_in(self, dtype: str) -> Iterator["Model"]:
@@ -170,11 +182,7 @@ def _load_tokenizer(place: str, options: dict[str, Any]) -> Any:
             f"no tokenizer could be loaded from {_shown(place, options)}: {_reason(error)}; "
             "put the tokenizer.json that the model was trained with beside it"
         ) from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"the tokenizer of {place!r} gives no character offsets (it is a slow one); "
-            "save a fast tokenizer beside the model"
-        )
+    require_offsets(tokenizer)
     return tokenizer
 
 
@@ -217,7 +225,7 @@ def _check_weights(module: nn.Module, place: str) -> None:
 
 
 def _check_vocabulary(module: Any, tokenizer: Any) -> None:
-    rows, highest = module.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    rows, highest = module.get_input_embeddings().weight.shape[0], largest_token(tokenizer)
     if highest >= rows:
         raise ModelError(
             f"the vocabulary does not fit the tokenizer: the model embeds {rows:,} tokens, "

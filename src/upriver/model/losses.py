@@ -175,7 +175,13 @@ class Regression(Task):
         return self._error(outputs_MC, batch).square().sum() / 2
 
     def _error(self, prediction_NK: Tensor, batch: Batch) -> Tensor:
-        return prediction_NK - batch.inputs["y"].reshape(len(prediction_NK), -1)
+        y_NK = batch.inputs["y"].reshape(len(prediction_NK), -1)
+        if y_NK.shape != prediction_NK.shape:  # torch would repeat one of them
+            raise ModelError(
+                f"predictions and labels differ in form: got {prediction_NK.shape[1]} numbers for each example from the model, "
+                f"{y_NK.shape[1]} in 'y'; give as many labels as the model has outputs"
+            )
+        return prediction_NK - y_NK
 
 
 def next_tokens(batch: Batch) -> Tensor:

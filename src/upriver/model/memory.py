@@ -38,7 +38,7 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
     Raises:
         ConfigError: not a size.
     """
-    asked = parse_memory(memory) if memory else None
+    asked = parse_memory(memory)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()  # what an earlier phase left is not free before
         fixed = torch.cuda.memory_allocated(model.device)

@@ -56,8 +56,8 @@ class Machine(NamedTuple):
         return self.rates.get(dtype) or self.rates["float32"]
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of a size such as ``8GB``, ``2GiB`` or ``500MB``.
+def parse_memory(text: str | None) -> int | None:
+    """Bytes of a size such as ``8GB``, ``2GiB`` or ``500MB``; None where none is given.
 
     Raises:
         ConfigError: not a positive number with one of the units.
@@ -66,6 +66,8 @@ def parse_memory(text: str) -> int:
         >>> parse_memory("8GB")
         8000000000
     """
+    if text is None:
+        return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     number, unit = (float(match[1]), match[2].upper()) if match else (0.0, "?")
     if unit not in UNITS or not 1 <= number * UNITS[unit] < 2**63:

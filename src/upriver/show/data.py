@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from upriver.runtime.config import POSITIVE
 from upriver.show.documents import rank_documents
 from upriver.show.folder import Folder, metadata_of
 from upriver.show.passages import concentration, matches, near_duplicates, query_words, sentences
@@ -15,10 +16,6 @@ from upriver.show.trust import short_name, trust
 VERSION = 1
 DEPTH_BLOCKS = 9
 SIDES = ("positive", "negative")
-SIGN = (
-    "A positive score means: training on the passage raises the log-probability of the answer; "
-    "a negative one means that it lowers it."
-)
 Json = dict[str, Any]
 
 
@@ -45,12 +42,14 @@ def build_report(folder: Folder) -> Json:
 
 def sign(folder: Folder) -> str:
     """What a positive score means."""
-    return folder.manifest.get("sign") or SIGN
+    return folder.manifest.get("sign") or POSITIVE
 
 
 def unit(folder: Folder) -> str:
     """What a score is a number of."""
     n_train = folder.n_train
+    if folder.manifest.get("curvature") == "identity":
+        return "Scores are dot products of gradients, without the curvature: they rank passages, and are in no unit."
     if not n_train:
         return "Scores are raw influences: the number of training sequences, which turns them into nats, is not known."
     return (
@@ -132,7 +131,7 @@ def _passage(row: Json, words: frozenset[str], n_train: int | None) -> Json:
     return {
         **{key: row.get(key) for key in ("side", "rank", "sequence", "document", "start", "end")},
         "score": score,
-        "score_nats": row.get("score_nats", score / n_train if n_train else None),
+        "score_nats": score / n_train if n_train else None,
         **{key: row.get(key) for key in ("scan_score", "rescored", "spurious", "tfidf_score", "overlap")},
         "tfidf_rank": _integer(row.get("tfidf_rank")),
         "concentration": concentration(values),

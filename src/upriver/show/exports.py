@@ -49,7 +49,7 @@ def _example(query: Json) -> Json:
 
 
 def csv_text(report: Json) -> str:
-    """A row per passage and query: what ``top.parquet`` holds, without the lists."""
+    """A row per passage and query, without the lists of tokens and layers."""
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
     writer.writerow([*CSV_COLUMNS, "metadata", "text"])

@@ -25,9 +25,8 @@ class Folder(NamedTuple):
 
     @property
     def n_train(self) -> int | None:
-        """The number of training sequences that turns a raw score into nats."""
-        corpus = self.manifest.get("corpus") or {}
-        return self.manifest.get("n_train") or corpus.get("sequences")
+        """The number of training sequences that turns a raw score into nats; None for gradient dot products."""
+        return None if self.manifest.get("curvature") == "identity" else self.manifest.get("n_train")
 
     def documents(self, query_id: str) -> pd.DataFrame:
         """``document, sequences`` and the sum of one query for every document; empty when there are none."""

@@ -46,7 +46,7 @@ def shingles(text: str) -> frozenset[str]:
     """The runs of five words of a text; of eight characters where it has no words to speak of."""
     words = [word.casefold() for word in WORD.findall(text)]
     if len(words) < SHINGLE:
-        joined = "".join(words)
+        joined = "".join(words) or "".join(text.split())
         return frozenset(joined[i : i + 8] for i in range(max(1, len(joined) - 7)))
     return frozenset(" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1))
 

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from upriver.errors import InputError, QueryError
 from upriver.runtime.store import read_json
+from upriver.show.data import SIDES
 from upriver.show.report import write_report
 
 
@@ -35,11 +36,13 @@ class Scores:
         """The ``k`` most ``positive`` or ``negative`` sequences of a query, by their full-rank scores.
 
         Raises:
-            QueryError: no such query.
+            QueryError: no such query, or no such side.
         """
         known = [q["id"] for q in self.queries]
         if query not in known:
             raise QueryError(f"no such query: got {query!r}; the results have {', '.join(known)}")
+        if side not in SIDES:
+            raise QueryError(f"no such side: got {side!r}; {' or '.join(SIDES)}")
         table = pq.read_table(self.path / "top.parquet", filters=[("query", "=", query), ("side", "=", side)])
         return table.to_pandas().sort_values("rank").head(k).reset_index(drop=True)
 

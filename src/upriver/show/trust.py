@@ -142,7 +142,8 @@ def _model(manifest: Json) -> Iterator[Json]:
     if model.get("parameters"):
         yield _fact("Parameters", f"{model['parameters']:,}")
     if model.get("dtype"):
-        yield _fact("Precision", str(model["dtype"]))
+        scan = model.get("scan_dtype", model["dtype"])
+        yield _fact("Precision", str(model["dtype"]), "" if scan == model["dtype"] else f"the scan in {scan}")
     if kernel := manifest.get("kernel") or model.get("attention"):
         yield _fact("Attention kernel", str(kernel), "scores made with another kernel are not comparable")
     if fingerprint := (manifest.get("tokenizer") or {}).get("fingerprint"):
@@ -158,7 +159,7 @@ def _corpus(manifest: Json) -> Iterator[Json]:
             yield _fact(key.capitalize(), f"{corpus[key]:,}")
     if manifest.get("scored_sequences"):
         yield _fact("Scored sequences", f"{manifest['scored_sequences']:,}")
-    if manifest.get("n_train"):
+    if manifest.get("n_train") and manifest.get("curvature") != "identity":
         yield _fact("N in the nats", f"{manifest['n_train']:,}", "raw score / N = nats per added copy")
     if corpus.get("seq_len"):
         packed = "documents joined end to end" if corpus.get("pack") else "documents never mixed in a window"

@@ -7,7 +7,7 @@ With occurrence 0/1 the score is the sum, over the query's tokens with multiplic
 grow with it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,6 @@ from upriver.text.queries import Queries
 
 CHUNK_BYTES = 16 << 20  # of the table of words by sequences
 CHUNK_ROWS = 4096
-Progress = Callable[[int, int], None]  # sequences read so far, their number
 
 
 class Best:
@@ -40,7 +39,7 @@ class Best:
 class Tfidf:
     """TF-IDF of the sequences of a corpus for every query, on the model's tokens (28, 29)."""
 
-    def __init__(self, corpus: Corpus, queries: Queries, progress: Progress | None = None):
+    def __init__(self, corpus: Corpus, queries: Queries):
         self.corpus = corpus
         tokens_Q = [queries.token_ids(q) for q in range(len(queries))]
         words_W, index = np.unique(np.concatenate(tokens_Q), return_inverse=True)
@@ -48,14 +47,12 @@ class Tfidf:
         self.place = np.full(max(int(words_W[-1]), corpus.max_token) + 1, -1)
         self.place[words_W] = np.arange(len(words_W))
         self.n_words, self.size = len(words_W), max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * len(words_W))))
-        self.idf_W1 = self._idf(progress or (lambda done, total: None))
+        self.idf_W1 = self._idf()
 
-    def _idf(self, progress: Progress) -> np.ndarray:
+    def _idf(self) -> np.ndarray:
         N, n_W = len(self.corpus), np.zeros(self.n_words)
         for rows in self._cut(np.arange(N)):
-            progress(int(rows[0]), N)
             n_W += self._held(rows).sum(1)
-        progress(N, N)
         return np.log((N - n_W + 0.5) / (n_W + 0.5) + 1).astype(np.float32)[:, None]
 
     def _cut(self, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -112,15 +109,13 @@ def tfidf_ranks(corpus: Corpus, queries: Queries, rows_Q: list[np.ndarray]) -> l
     ]
 
 
-def candidates(
-    corpus: Corpus, queries: Queries, per_query: int, progress: Progress | None = None
-) -> tuple[np.ndarray, dict[str, Any]]:
+def candidates(corpus: Corpus, queries: Queries, per_query: int) -> tuple[np.ndarray, dict[str, Any]]:
     """The sequences worth scoring: of each query the ``per_query`` best by TF-IDF, equal scores in corpus order.
 
     Returns the sorted rows, int64, and what was kept, for the manifest.
     """
     best_Q = [Best(per_query) for _ in range(len(queries))]
-    for chunk, scores_QC in Tfidf(corpus, queries, progress).all():
+    for chunk, scores_QC in Tfidf(corpus, queries).all():
         for best, score_C in zip(best_Q, scores_QC, strict=True):
             best.add(score_C, chunk)
     rows = np.unique(np.concatenate([best.places for best in best_Q]))

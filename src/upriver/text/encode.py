@@ -72,8 +72,8 @@ def _encoded(text: str, tokens: list[int], offsets: list[tuple[int, int]], speci
 def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
-            f"the tokenizer does not tell where in the text its tokens stand: got {type(tokenizer).__name__}; "
-            "load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it to a tokenizer.json"
+            f"the tokenizer gives no character offsets: got {type(tokenizer).__name__}, a slow one; "
+            "save a fast tokenizer beside the model (AutoTokenizer.from_pretrained(..., use_fast=True)), with its tokenizer.json"
         )
 
 

@@ -221,19 +221,6 @@ class Queries:
         weights = torch.tensor([row.weight for row in picked])
         return dataclasses.replace(batch, weight_N=weights, query_N=np.array([row.query for row in picked], np.int64))
 
-    def batches(self, batch_tokens: int) -> list[Batch]:
-        """All queries, in order, in batches of at most ``batch_tokens`` positions (padding counted), one query at least."""
-        groups: list[list[int]] = []
-        n_rows = longest = 0
-        for q, rows in enumerate(self._rows_of_query):
-            n_rows += len(rows)
-            longest = max(longest, *(len(self.rows[r].loss_T) for r in rows))
-            if not groups or n_rows * longest > batch_tokens:
-                groups.append([])
-                n_rows, longest = len(rows), max(len(self.rows[r].loss_T) for r in rows)
-            groups[-1].append(q)
-        return [self.batch(group) for group in groups]
-
     def token_ids(self, i: int) -> np.ndarray:
         """The tokens of prompt, completion and contrast, as often as they occur; added special tokens are left out."""
         first, *contrast = (self.rows[r] for r in self._rows_of_query[i])
@@ -266,7 +253,7 @@ def _query(fields: dict[str, Any], where: str, complete: int | None) -> Query:
             near = get_close_matches(name, FIELDS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"a query has {', '.join(FIELDS)}"
             raise QueryError(f"{where}: a query has no such field: got {name!r}; {hint}")
-    name = _id(fields.get("id"), where)
+    name = checked_id(fields.get("id"), where)
     prompt, completion, contrast = (_text(fields.get(field), field, where) for field in FIELDS[1:])
     if not prompt and not completion:
         raise QueryError(f"{where}: query {name!r} has neither a prompt nor a completion; give at least a completion")
@@ -284,7 +271,12 @@ def _no_completion(where: str, name: str) -> str:
     )
 
 
-def _id(value: Any, where: str) -> str:
+def checked_id(value: Any, where: str) -> str:
+    """The id of a query as a text.
+
+    Raises:
+        QueryError: neither a text nor a number, or one that cannot name a column of the results.
+    """
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise QueryError(f"{where}: a query needs an id: got {value!r}; give a text or a number")
     if str(value) in RESERVED:
@@ -292,6 +284,7 @@ def _id(value: Any, where: str) -> str:
             f"{where}: the id {value!r} is the name of a column of the results; "
             f"choose another than {', '.join(RESERVED)}"
         )
+    _text(str(value), "id", where)
     return str(value)
 
 

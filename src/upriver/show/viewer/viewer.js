@@ -159,20 +159,26 @@ function drawTools() {
   const n = (name) => pool.filter((p) => p.side === name).length;
   const largest = Math.max(...Q.passages.map((p) => Math.abs(value(p))), 0);
   const slide = (props, change) => h("input", { type: "range", min: 0, max: 100, ...props, oninput: (e) => { change(Number(e.target.value)); relist(); } });
-  const least = h("output", {}, "any"), overlap = h("output", {}, "any");
+  const least = h("output"), overlap = h("output");
+  const label = () => {
+    least.textContent = state.least ? unit.exact(state.least).replace("+", "") : "any";
+    overlap.textContent = state.overlap < 100 ? `${state.overlap} %` : "any";
+  };
+  label();
   const check = (key, label, title) => h("label", { title }, h("input", { type: "checkbox", checked: state[key], onchange: (e) => { state[key] = e.target.checked; relist(); } }), label);
   const panel = h("div", { id: "filters", hidden: !state.filters },
-    h("label", {}, "Score at least ", slide({ value: 0 }, (v) => {
+    h("label", {}, "Score at least ", slide({ value: largest ? 100 * Math.sqrt(state.least / largest) : 0 }, (v) => {
       state.least = largest * (v / 100) ** 2;
-      least.textContent = v ? unit.exact(state.least).replace("+", "") : "any";
+      label();
     }), least),
     h("label", {}, "Overlap with the question at most ", slide({ value: state.overlap }, (v) => {
       state.overlap = v;
-      overlap.textContent = v < 100 ? `${v} %` : "any";
+      label();
     }), overlap),
     h("label", {}, "Document ", h("select", { onchange: (e) => { state.document = e.target.value; relist(); } },
       h("option", { value: "" }, "all"),
-      [...new Set(Q.passages.map((p) => String(p.document)))].sort().map((name) => h("option", { value: name }, clip(name, 60))))),
+      [...new Set(Q.passages.map((p) => String(p.document)))].sort().map((name) =>
+        h("option", { value: name, selected: state.document === name }, clip(name, 60))))),
     check("spurious", "Hide spurious", "Spurious: a few tokens hold nearly all of the influence (‖tok‖₂ / ‖tok‖₁ above 2/3)"),
     check("fold", "Fold near-duplicates", "Passages that repeat another of the same side: at least half of their five-word runs in common"));
   $("tools").hidden = false;
