@@ -59,6 +59,8 @@ def test_what_a_control_group_holds_of_files_is_free(tmp_path):
 
 
 def test_neighbours_share_what_is_free(monkeypatch):
-    alone = hardware.default_limit(0)
+    monkeypatch.setattr(hardware, "available_memory", lambda: 10**9)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = hardware.default_limit(10**8) - 10**8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert hardware.default_limit(0) < alone / 3
+    assert hardware.default_limit(10**8) - 10**8 == alone / 4 == 2 * 10**8

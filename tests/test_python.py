@@ -12,7 +12,8 @@ from torch import nn
 import cli_cases
 import upriver as up
 from upriver.errors import ConfigError, MismatchError, ModelError, NumericalError, QueryError
-from upriver.model.generate import _continuation, greedy
+from upriver.model.generate import _continuation
+from upriver.pipeline import complete
 
 README = """
 import upriver as up
@@ -103,11 +104,24 @@ def test_another_task_takes_text_and_queries(folder):
 
 def test_a_model_that_was_trained_on_is_another(folder):
     model = up.load_model("path/or/name")
-    first = model.fingerprint
-    assert model.fingerprint == first
+    found = [model.fingerprint]
+    assert model.fingerprint == found[0]
     with torch.no_grad():
         next(model.module.parameters()).mul_(1.01)
-    assert model.fingerprint != first
+    found.append(model.fingerprint)
+    next(model.module.parameters()).data.mul_(1.01)  # of which autograd notes nothing, as of a fused optimizer
+    found.append(model.fingerprint)
+    assert len(set(found)) == 3
+
+
+def test_what_a_forward_pass_notes_is_not_the_model(folder):
+    model = up.load_model("path/or/name")
+    first = model.fingerprint
+    assert any("inv_freq" in name for name, _ in model.module.named_buffers())
+    for name, buffer in model.module.named_buffers():
+        if "inv_freq" in name:
+            buffer.mul_(2)  # as where rotary frequencies follow the length of the sequence
+    assert model.fingerprint == first
 
 
 def test_another_version_of_transformers_is_the_same_model(folder, monkeypatch):
@@ -127,9 +141,15 @@ class Stripping:
 
 def test_an_answer_keeps_its_space(folder):
     assert _continuation(Stripping(), [1, 2, 3], 2) == " word3"
+
+
+def test_an_answer_needs_room(folder):
     model = up.load_model("path/or/name")
-    with pytest.raises(QueryError, match="got a prompt of 30 tokens and --complete 3, the model takes 32"):
-        greedy(model, np.ones(30, np.int64), 3)
+    queries = up.Queries.of([{"id": "long", "prompt": "x" * 29}], model.tokenizer, complete=8)
+    with pytest.raises(
+        QueryError, match=r"'long' leaves no room for an answer: got .* and 8 of the answer, the model takes 32"
+    ):
+        complete(model, queries, 8)
 
 
 def test_a_forward_that_was_put_on_the_head_counts(folder):
@@ -144,10 +164,37 @@ def test_a_forward_that_was_put_on_the_head_counts(folder):
     assert head.forward is own
 
 
-def test_labels_of_another_form_are_refused():
+def test_a_forward_that_is_put_on_a_body_later_counts(folder):
+    """Where the logits are scaled, later passes run the model's own end with its body standing still."""
+    model = up.load_model("path/or/name")
+    module, plain = model.module, model.module.forward
+    module.forward = lambda *args, **kwargs: _halved(plain(*args, **kwargs))
+    batch = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=16).batch(np.arange(2))
+    with torch.no_grad():
+        first = [float(model.task.loss(module, batch)) for _ in range(2)]
+        body, before = module.get_decoder(), module.get_decoder().forward
+        body.forward = own = lambda *args, **kwargs: _doubled(before(*args, **kwargs))
+        then = [float(model.task.loss(module, batch)) for _ in range(2)]
+    assert first[0] == pytest.approx(first[1])
+    assert then[0] == pytest.approx(then[1])
+    assert then[0] != pytest.approx(first[0])
+    assert body.forward is own
+
+
+def _halved(output):
+    output.logits = output.logits / 2
+    return output
+
+
+def _doubled(output):
+    output.last_hidden_state = output.last_hidden_state * 2
+    return output
+
+
+def test_labels_of_another_form_are_refused(tmp_path):
     model = up.Model(mlp(0, 3, 2), task=up.Regression())
     with pytest.raises(ModelError, match="got 2 numbers for each example from the model, 1 in 'y'"):
-        up.fit(model, up.Examples({"x": torch.randn(5, 3), "y": torch.randn(5)}), out="never", layers="*")
+        up.fit(model, up.Examples({"x": torch.randn(5, 3), "y": torch.randn(5)}), out=tmp_path / "never", layers="*")
 
 
 def test_a_corpus_longer_than_the_model_is_refused(folder):

@@ -24,7 +24,7 @@ from upriver.model.shape import module_shape
 from upriver.model.sweep import tracked_layers
 from upriver.pipeline import trace
 from upriver.runtime.counts import Block, LayerSize, Shape
-from upriver.runtime.split import Job, split_fit
+from upriver.runtime.split import FitSplit, Job, split_fit
 
 GIVEN = {"batch_tokens": 40}
 
@@ -187,14 +187,18 @@ def test_a_division_that_no_longer_fits_is_made_anew(tmp_path):
         layers, tuple(Block(2.0**20, 64.0) for _ in layers), 0.0, 1e4, 0.5, False, 4 << 20, 50_000.0, 1024, 1000
     )
     said = []
-    first = settled_split(tmp_path, split_fit(shape, big), big, said.append)
+    first = settled_split(tmp_path, FitSplit, lambda: split_fit(shape, big), big, said.append)
     busy = big._replace(fixed=2 * 10**8)
-    assert settled_split(tmp_path, split_fit(shape, busy), busy, said.append) == first
-    assert settled_split(tmp_path, split_fit(shape, small), small, said.append) == split_fit(shape, small) != first
-    assert settled_split(tmp_path, split_fit(shape, big), big, said.append) == split_fit(shape, small)
+    assert settled_split(tmp_path, FitSplit, lambda: split_fit(shape, busy), busy, said.append) == first
+    assert (
+        settled_split(tmp_path, FitSplit, lambda: split_fit(shape, small), small, said.append)
+        == split_fit(shape, small)
+        != first
+    )
+    assert settled_split(tmp_path, FitSplit, lambda: split_fit(shape, big), big, said.append) == split_fit(shape, small)
     assert len(said) == 1
     (tmp_path / DIVISION).write_text('{"of": "another version"}')
-    assert settled_split(tmp_path, split_fit(shape, big), big, said.append) == first
+    assert settled_split(tmp_path, FitSplit, lambda: split_fit(shape, big), big, said.append) == first
 
 
 @pytest.mark.parametrize("given", [{"fisher": "empirical"}, {}])

@@ -173,9 +173,21 @@ def _candidates(
 
 
 def complete(model: Model, queries: Queries, most: int) -> Queries:
-    """Queries without a completion get the model's own greedy answer of at most ``most`` tokens, marked as such."""
-    missing = queries.needs_completion
-    return queries.completed({queries.ids[i]: greedy(model, queries.prompt_tokens(i), most) for i in missing})
+    """Queries without a completion get the model's own greedy answer of at most ``most`` tokens, marked as such.
+
+    Raises:
+        QueryError: prompt and answer together could be longer than the model takes.
+    """
+    answers, positions = {}, model.info.get("positions")
+    for i in queries.needs_completion:
+        tokens_T = queries.prompt_tokens(i)
+        if positions and len(tokens_T) + most > positions:
+            raise QueryError(
+                f"the prompt of query {queries.ids[i]!r} leaves no room for an answer: got {len(tokens_T)} tokens and {most} "
+                f"of the answer, the model takes {positions}; shorten one of them"
+            )
+        answers[queries.ids[i]] = greedy(model, tokens_T, most)
+    return queries.completed(answers)
 
 
 def _manifest(

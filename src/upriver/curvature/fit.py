@@ -136,16 +136,22 @@ def _work(folder: Path, model: Model, data: Sequences, opts: FitOptions, progres
     layers = tracked_layers(model, data, opts.layers)
     shape = model_shape(model, layers, data)
     job = memory_job(model, data, opts.batch_tokens, opts.memory)
-    split = settled_split(folder, split_fit(shape, job), job, say)
+    split = settled_split(folder, FitSplit, lambda: split_fit(shape, job), job, say)
     settle(split.peak, job, model.device)
-    rows = data.sample(opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64)), opts.seed)
-    batches = data.plan(split.batch_tokens, rows)
-    if opts.until is not None:  # any first part of them is then a fair sample
-        batches = [batches[i] for i in np.random.default_rng(opts.seed).permutation(len(batches))]
+    batches = _batches(data, opts, split.batch_tokens)
     drawn = opts.fisher == "sampled"
     labels = [Labels(opts.seed, stream) if drawn else Labels() for stream in (COVARIANCE_STREAM, CORRECTION_STREAM)]
     units = split_units(batches, data.lengths_N)
     return Work(model, data, layers, shape, units, (labels[0], labels[1]), progress, split)
+
+
+def _batches(data: Sequences, opts: FitOptions, batch_tokens: int) -> list[np.ndarray]:
+    rows = data.sample(opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64)), opts.seed)
+    batches = data.plan(batch_tokens, rows)
+    if opts.until is None:
+        return batches
+    order = np.random.default_rng(opts.seed).permutation(len(batches))  # any first part of them is then a fair sample
+    return [batches[i] for i in order]
 
 
 def _asked_again(work: Work, opts: FitOptions, out: Path) -> set[Labels]:
@@ -370,10 +376,13 @@ def fit_diagonal(
     top = Stage(factors.path, factors.manifest["key"])
     lam = top.path / "diagonal" / "lam.safetensors"
     if lam.exists():
+        dist.lead(lambda: _remove_parts(lam.parent))  # a kill may have come between the two
         return
     opts = factors.options.model_copy(update={"memory": memory})
     with locked(top.path), model.computing_in(opts.dtype) as computing:
-        work = _first_tokens(_work(lam.parent, computing, data, opts, progress), factors.manifest["fit"]["tokens"])
+        work = _work(lam.parent, computing, data, opts, progress)
+        batches = data.plan(work.split.batch_tokens, _fitted(data, factors))
+        work = work._replace(units=split_units(batches, data.lengths_N))
         files = []
         for group in work.groups(work.split.correction):
             sums = _pass(top, "diagonal", work, group, partial(Correction, work.dtype, None))
@@ -383,7 +392,9 @@ def fit_diagonal(
         dist.barrier()
 
 
-def _first_tokens(work: Work, tokens: int) -> Work:
-    """The units that a fit had come to when it stopped (``until``)."""
-    ends = np.cumsum([tokens_of(work.data, [unit]) for unit in work.units])
-    return work._replace(units=work.units[: 1 + int(np.searchsorted(ends, tokens))])
+def _fitted(data: Sequences, factors: Factors) -> np.ndarray:
+    """The sequences that a fit had come to when it was done (``until``)."""
+    fitted = factors.manifest
+    batches = _batches(data, factors.options, fitted["timings"]["passes"]["batch_tokens"])
+    ends = np.cumsum([data.lengths_N[rows].sum() for rows in batches])
+    return np.concatenate(batches[: 1 + int(np.searchsorted(ends, fitted["fit"]["tokens"]))])

@@ -77,7 +77,8 @@ def divide(
     """
     asked = Asked(len(queries), int(np.max(queries.lengths)), None if opts.rank == "full" else opts.rank)
     memory = memory_job(model, data, opts.batch_tokens, opts.memory, dtype)
-    split = settled_split(folder, split_trace(model_shape(model, layers, data), asked, memory), memory, say)
+    shape = model_shape(model, layers, data)
+    split = settled_split(folder, TraceSplit, lambda: split_trace(shape, asked, memory), memory, say)
     settle(split.peak, memory, model.device)
     return split
 

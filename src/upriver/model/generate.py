@@ -5,23 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from upriver.errors import QueryError
 from upriver.model.capture import frozen
 from upriver.model.load import Model
 
 
 def greedy(model: Model, tokens_T: np.ndarray, most: int) -> str:
-    """The text of at most ``most`` tokens, each the likeliest after what stands before; stops at an end token.
-
-    Raises:
-        QueryError: prompt and answer together would be longer than the model takes.
-    """
-    positions = model.info.get("positions")
-    if positions and len(tokens_T) + most > positions:
-        raise QueryError(
-            f"no room for an answer: got a prompt of {len(tokens_T)} tokens and --complete {most}, the model takes {positions}; "
-            "shorten one of them"
-        )
+    """The text of at most ``most`` tokens, each the likeliest after what stands before; stops at an end token."""
     tokens = torch.as_tensor(np.asarray(tokens_T, np.int64), device=model.device)[None]
     ends = _end_tokens(model)
     with frozen(model.module), torch.no_grad():

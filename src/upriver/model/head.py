@@ -66,6 +66,10 @@ class Tail(Ending):
         self._module = ref(module)  # whose entry this is in a dictionary of weak keys
         self._body, self._call = body, call
 
+    @property
+    def patched(self) -> bool:
+        return _patched(self._body)
+
     def hidden(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
         args = (tokens_NT if x is TOKENS else x for x in self._call.args)
         kwargs = {name: tokens_NT if x is TOKENS else x for name, x in self._call.kwargs.items()}
@@ -108,6 +112,8 @@ class Heads:
         if head is None or (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())):
             return None
         known, ending = self._known.get(module, (None, None))
+        if isinstance(ending, Tail) and ending.patched:
+            return None
         return ending if known is head else None
 
     def logits(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Model:
     name: str = "module"
     info: dict[str, Any] = field(default_factory=dict)  # attention kernel, vocabulary, ...
     handed: torch.dtype | None = None  # in which passes give what layers saw; None: as the weights
-    _hashed: tuple[list[tuple[int, int]], list[str]] | None = field(default=None, init=False, repr=False, compare=False)
+    _hashed: tuple[list[float], list[str]] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -62,28 +62,34 @@ class Model:
         Raises:
             ModelError: the weights are divided over processes.
         """
-        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        lasting = self.module.state_dict().keys()  # without what a forward pass may note for itself
+        state = dict(self.module.named_parameters()) | {n: x for n, x in self.module.named_buffers() if n in lasting}
         if any(map(dist.sharded, state.values())):
             raise ModelError(
                 "the model's weights are divided over processes, as by FSDP; give every process the whole model: "
                 "fit and trace divide the corpus among them"
             )
-        weights = [(x.data_ptr(), x._version) for x in state.values()]  # training on changes them
+        weights = [
+            float(x.detach().sum(dtype=torch.float64)) for x in state.values()
+        ]  # quicker; training on changes them
         if self._hashed is None or self._hashed[0] != weights:
             with ThreadPoolExecutor() as pool:
                 self._hashed = weights, list(pool.map(_tensor_hash, state.values()))
         return digest([*self._described(), *zip(state, self._hashed[1], strict=True)])
 
     def _described(self) -> list[Any]:
-        """The architecture, whatever version of transformers wrote it down, and the task with its settings."""
+        """The architecture, without the version of transformers, and the task with its settings."""
         config = getattr(self.module, "config", None)
         if config is None:
-            form: Any = re.sub(ADDRESS, "", repr(self.module))
+            form: Any = ADDRESS.sub("", repr(self.module))
         else:
             form = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
         if type(self.task) is LanguageModel:
             return [digest(form)]
-        settings = {k: v for k, v in vars(self.task).items() if isinstance(v, str | int | float)}
+        settings = {
+            k: _tensor_hash(v) if isinstance(v, Tensor) else ADDRESS.sub("", repr(v))
+            for k, v in vars(self.task).items()
+        }
         return [digest(form), type(self.task).__qualname__, settings]
 
     @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """How much memory a run may take, how much is taken before it starts, and how its work is divided for that."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,24 +67,30 @@ def settle(peak: Mapping[str, int], job: Job, device: torch.device) -> None:
         settle_memory(reuse=ROOMY * max(peak.values()) <= job.limit)
 
 
-def settled_split(folder: Path, split: Split, job: Job, say: Say) -> Split:
+def settled_split(folder: Path, kind: type[Split], make: Callable[[], Split], job: Job, say: Say) -> Split:
     """The division that an interrupted run in ``folder`` began with, if it still fits: what it finished counts in that one only.
 
-    Else ``split``.  How much memory is free differs from run to run, and from process to process: the first one decides for all.
+    Else the one that ``make`` gives.  How much memory is free differs from run to run, and from process to process: the first one
+    decides for all.
+
+    Raises:
+        ConfigError: of ``make``: the memory is too small.
     """
     file = folder / DIVISION
 
     def decide() -> None:
-        begun = _read(file, type(split)) if file.exists() else None
+        begun = _read(file, kind) if file.exists() else None
         if begun is None or not fits(begun, job):
+            made = make()
             folder.mkdir(exist_ok=True)
-            write_json(file, split._asdict() | {"made_for": split.made_for._asdict()})
+            write_json(file, made._asdict() | {"made_for": made.made_for._asdict()})
+        elif begun.made_for.limit != job.limit:
+            limit = show_bytes(begun.made_for.limit)
+            say(f"memory: the work stays divided as it was when it began, for {limit}; another --out divides it anew")
 
     dist.lead(decide)
-    found = _read(file, type(split)) or split
-    if found._replace(peak={}, made_for=job) != split._replace(peak={}, made_for=job):
-        limit = show_bytes(found.made_for.limit)
-        say(f"memory: the work stays divided as it was when it began, for {limit}; another --out divides it anew")
+    found = _read(file, kind)
+    assert found is not None
     return found
 
 

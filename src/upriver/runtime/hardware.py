@@ -96,8 +96,8 @@ def available_memory() -> int | None:
 
 
 def default_limit(resident: int | None) -> int:
-    """The memory of a run that was given none: what it has, and 80 % of what is left (8 GB where the system does not tell),
-    divided by the processes that take it at the same time."""
+    """The memory of a run that was given none: what it has, and its share of 80 % of what is left, among the processes of the
+    job on this machine (8 GB where the system does not tell)."""
     left = available_memory()
     return 8 * 10**9 if left is None else (resident or 0) + int(DEFAULT_SHARE * left / dist.neighbours())
 

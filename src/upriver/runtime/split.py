@@ -328,7 +328,7 @@ def _most(at_most: int, room: int, size: Callable[[int], int]) -> int:
 
 
 def fits(split: FitSplit | TraceSplit, job: Job) -> bool:
-    """Whether work that was divided for another limit, or beside more or less that was there before, keeps that of ``job``.
+    """Whether work that was divided for another limit, or beside other memory in use, stays within the limit of ``job``.
 
     Half of the margin is for what a process has more at its start than the one before it: that alone divides nothing anew.
     """
