@@ -297,13 +297,30 @@ class MeanPrediction(up.Regression):
         return module(batch.inputs["x"]).flatten()
 
 
-def test_another_task_or_activation_is_another_model(tmp_path):
+class Absolute(up.Regression):
+    def outputs(self, module, batch):
+        return super().outputs(module, batch).abs()
+
+
+class Scaled(up.Regression):
+    def __init__(self, factor: float):
+        self.factor = factor
+
+
+def test_another_loss_or_activation_is_another_model(tmp_path):
     """Their scores differ, so a finished folder of one must not be handed out for the other."""
     net, train = mlp(0, 3, 1), up.Examples({"x": torch.randn(8, 3), "y": torch.randn(8)})
     model, asked = up.Model(net, task=up.Regression()), up.Measurements(train)
     factors = up.fit(model, train, out=tmp_path / "factors", layers="*")
-    with pytest.raises(MismatchError, match="another model"):
-        up.trace(up.Model(net, task=MeanPrediction()), train, asked, factors, out=tmp_path / "scores", rank="full")
+    up.trace(model, train, asked, factors, out=tmp_path / "scores", rank="full", top=2)
+    other = up.Model(net, task=MeanPrediction())
+    with pytest.raises(MismatchError, match=r"made with another measurement: got 'MeanPrediction.measurement' now"):
+        up.trace(other, train, asked, factors, out=tmp_path / "scores", rank="full", top=2)
+    up.trace(other, train, asked, factors, out=tmp_path / "mean", rank="full", top=2)
+    for task in (Absolute(), Scaled(2.0)):
+        with pytest.raises(MismatchError, match="another model"):
+            up.trace(up.Model(net, task=task), train, asked, factors, out=tmp_path / "other", rank="full", top=2)
+    assert up.Model(net, task=Scaled(2.0)).fingerprint != up.Model(net, task=Scaled(3.0)).fingerprint
     ways = [nn.Sequential(net[0], between, net[2]) for between in (nn.ReLU(), nn.Tanh())]
     assert len({up.Model(way, task=up.Regression()).fingerprint for way in ways}) == 2
 

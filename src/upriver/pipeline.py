@@ -77,6 +77,7 @@ def trace(
         "queries": queries.fingerprint,
         "factors": digest(factors.manifest["key"]),
         "options": opts.key(),
+        "measurement": type(model.task).measurement.__qualname__,
         "conventions": CONVENTIONS,
     }
     with locked(out):

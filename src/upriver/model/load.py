@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every weight and buffer with its name, of the architecture, and of the task if it is no language model's.
+        """A hash of every weight and buffer with its name, of the architecture, and of a task's loss.
 
         Raises:
             ModelError: the weights are divided over processes.
@@ -69,16 +70,14 @@ class Model:
                 "the model's weights are divided over processes, as by FSDP; give every process the whole model: "
                 "fit and trace divide the corpus among them"
             )
-        weights = [
-            float(x.detach().sum(dtype=torch.float64)) for x in state.values()
-        ]  # quicker; training on changes them
+        weights = [float(x.detach().sum(dtype=torch.float64)) for x in state.values()]  # training on changes them
         if self._hashed is None or self._hashed[0] != weights:
             with ThreadPoolExecutor() as pool:
                 self._hashed = weights, list(pool.map(_tensor_hash, state.values()))
         return digest([*self._described(), *zip(state, self._hashed[1], strict=True)])
 
     def _described(self) -> list[Any]:
-        """The architecture, without the version of transformers, and the task with its settings."""
+        """The architecture, without the version of transformers, and what makes the loss of a task: all but its measurement."""
         config = getattr(self.module, "config", None)
         if config is None:
             form: Any = ADDRESS.sub("", repr(self.module))
@@ -86,11 +85,14 @@ class Model:
             form = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
         if type(self.task) is LanguageModel:
             return [digest(form)]
-        settings = {
-            k: _tensor_hash(v) if isinstance(v, Tensor) else ADDRESS.sub("", repr(v))
-            for k, v in vars(self.task).items()
+        methods = {
+            n: f.__qualname__ for n, f in inspect.getmembers(type(self.task), inspect.isfunction) if n != "measurement"
         }
-        return [digest(form), type(self.task).__qualname__, settings]
+        public = {n: value for n, value in vars(self.task).items() if not n.startswith("_")}
+        settings = {
+            n: _tensor_hash(x) if isinstance(x, Tensor) else ADDRESS.sub("", repr(x)) for n, x in public.items()
+        }
+        return [digest(form), methods, settings]
 
     @contextlib.contextmanager
     def computing_in(self, dtype: str) -> Iterator["Model"]:
