@@ -349,6 +349,14 @@ const wait = setInterval(() => {
   search.value = "no such words"; search.dispatchEvent(new Event("input")); out.none = cards();
   press("]"); out.question = document.querySelector("#question .label").textContent;
   press("d"); out.documents = cards();
+  const overlap = document.querySelectorAll("#filters input[type=range]")[1];
+  const chosen = document.querySelector("#filters select");
+  overlap.value = 40; overlap.dispatchEvent(new Event("input"));
+  chosen.selectedIndex = 1; chosen.dispatchEvent(new Event("change"));
+  press("d");
+  const drawn = document.querySelector("#filters");
+  out.kept = [drawn.querySelectorAll("input[type=range]")[1].value, drawn.querySelectorAll("output")[1].textContent,
+    drawn.querySelector("select").selectedIndex, drawn.querySelector("select") !== chosen];
   document.title = JSON.stringify(out);
 }, 100);
 }"""
@@ -371,3 +379,4 @@ def test_keys_and_filters(scores: Path, report: dict[str, Any], tmp_path: Path) 
     assert out["none"] == 0
     assert out["question"].startswith("Question 2 of 4")
     assert out["documents"] == sum(len(side) for side in second["documents"].values())
+    assert out["kept"] == ["40", "40 %", 1, True]

@@ -109,7 +109,7 @@ def _run(
     with model.computing_in("float64" if fitted.dtype == "float64" else "float32") as exact:
         layers = tracked_layers(exact, corpus, fitted.layers)
         scan_dtype = opts.dtype or fitted.dtype
-        split = divide(stage.path, exact, layers, corpus, queries, opts, scan_dtype, say)
+        split = divide(exact, layers, corpus, queries, opts, scan_dtype, stage.path, say)
         job = Job(stage, exact, layers, corpus, queries, factors, rows, opts, progress, split)
         if say is not mute:
             _announce(job, scan_dtype, say)

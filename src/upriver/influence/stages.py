@@ -21,7 +21,7 @@ from upriver.model.sweep import UNIT_TOKENS, Labels, split_units, sweep, tokens_
 from upriver.runtime import dist
 from upriver.runtime.config import TraceOptions
 from upriver.runtime.counts import contraction
-from upriver.runtime.progress import Progress, Say
+from upriver.runtime.progress import Progress, Say, mute
 from upriver.runtime.split import Asked, TraceSplit, split_trace
 from upriver.runtime.store import Stage, Tensors
 from upriver.tensors import Scratch, on_cpu
@@ -61,24 +61,29 @@ class Job(NamedTuple):
 
 
 def divide(
-    folder: Path,
     model: Model,
     layers: list[Layer],
     data: Sequences,
     queries: Measured,
     opts: TraceOptions,
     dtype: str,
-    say: Say,
+    folder: Path | None = None,
+    say: Say = mute,
 ) -> TraceSplit:
-    """How the trace in ``folder`` divides its work so that it stays within the memory.
+    """How a trace divides its work so that it stays within the memory.
 
     Args:
         dtype: of the scan.
+        folder: of the trace, which may have begun with a division; None: a new one.
     """
     asked = Asked(len(queries), int(np.max(queries.lengths)), None if opts.rank == "full" else opts.rank)
     memory = memory_job(model, data, opts.batch_tokens, opts.memory, dtype)
     shape = model_shape(model, layers, data)
-    split = settled_split(folder, TraceSplit, lambda: split_trace(shape, asked, memory), memory, say)
+
+    def make() -> TraceSplit:
+        return split_trace(shape, asked, memory)
+
+    split = settled_split(folder, TraceSplit, make, memory, say) if folder else make()
     settle(split.peak, memory, model.device)
     return split
 
