@@ -190,11 +190,8 @@ def test_a_division_that_no_longer_fits_is_made_anew(tmp_path):
     first = settled_split(tmp_path, FitSplit, lambda: split_fit(shape, big), big, said.append)
     busy = big._replace(fixed=2 * 10**8)
     assert settled_split(tmp_path, FitSplit, lambda: split_fit(shape, busy), busy, said.append) == first
-    assert (
-        settled_split(tmp_path, FitSplit, lambda: split_fit(shape, small), small, said.append)
-        == split_fit(shape, small)
-        != first
-    )
+    anew = settled_split(tmp_path, FitSplit, lambda: split_fit(shape, small), small, said.append)
+    assert anew == split_fit(shape, small) != first
     assert settled_split(tmp_path, FitSplit, lambda: split_fit(shape, big), big, said.append) == split_fit(shape, small)
     assert len(said) == 1
     (tmp_path / DIVISION).write_text('{"of": "another version"}')

@@ -41,9 +41,7 @@ WIDE_ONEDNN = (  # as far as it is measured
 NARROW_ONEDNN = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 SHORT, SMALL = 16, 1 << 21  # the shortest side, and the multiplications, of a product that oneDNN is given
 BROAD, BLOCK = 384, 128  # columns from which it forms second moments faster than BLAS, and of its blocks at least
-PACKED_BYTES = (
-    128 << 20
-)  # of a second factor, which oneDNN copies: as much as a chunk of logits, of which the plan has two
+PACKED_BYTES = 128 << 20  # of a second factor, which oneDNN copies: a chunk of logits, of which the plan has two
 
 
 class LowRank(NamedTuple):

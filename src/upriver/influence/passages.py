@@ -17,6 +17,7 @@ from upriver.model.losses import LanguageModel
 from upriver.text.candidates import tfidf_ranks
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
+from upriver.text.records import whole
 
 
 class Shown(NamedTuple):
@@ -61,15 +62,9 @@ def _row(job: Job, lexical: "Lexical", found: Rescored, x: Shown) -> TopRow:
         tokens=data.pieces(row) if isinstance(data, Corpus) else [],
         token_scores=token_scores(found, pair, int(data.lengths_N[row])) if text else np.empty(0, np.float32),
         text=data.text(row) if isinstance(data, Corpus) else "",
-        metadata=_json(data.metadata(document)) if isinstance(data, Corpus) else "{}",
+        metadata=whole(json.dumps(data.metadata(document), ensure_ascii=False)) if isinstance(data, Corpus) else "{}",
         **lexical.compare(x.query, row),
     )  # fmt: skip
-
-
-def _json(metadata: dict[str, Any]) -> str:
-    """Half of a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD."""
-    text = json.dumps(metadata, ensure_ascii=False)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Lexical:

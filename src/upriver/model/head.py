@@ -66,10 +66,6 @@ class Tail(Ending):
         self._module = ref(module)  # whose entry this is in a dictionary of weak keys
         self._body, self._call = body, call
 
-    @property
-    def patched(self) -> bool:
-        return _patched(self._body)
-
     def hidden(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
         args = (tokens_NT if x is TOKENS else x for x in self._call.args)
         kwargs = {name: tokens_NT if x is TOKENS else x for name, x in self._call.kwargs.items()}
@@ -99,11 +95,22 @@ class Call(NamedTuple):
     output: Any
 
 
+class Known(NamedTuple):
+    """How a module with this head and this body ends; None: neither way."""
+
+    head: nn.Linear
+    body: nn.Module | None
+    ending: Ending | None
+
+    def holds(self, head: nn.Linear, body: nn.Module | None) -> bool:
+        return self.head is head and self.body is body
+
+
 class Heads:
     """How modules end, found out in the first pass of each: in a plain linear head, or in a tail of their own."""
 
     def __init__(self) -> None:
-        self._known: WeakKeyDictionary[nn.Module, tuple[nn.Linear, Ending | None]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
     def ending(self, module: nn.Module) -> Ending | None:
         """The ending, once a pass has shown it; None before that, and where the head's own gradient is wanted: where it is
@@ -111,15 +118,14 @@ class Heads:
         head = _head(module)
         if head is None or (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())):
             return None
-        known, ending = self._known.get(module, (None, None))
-        if isinstance(ending, Tail) and ending.patched:
-            return None
-        return ending if known is head else None
+        known = self._known.get(module)
+        return known.ending if known is not None and known.holds(head, _body(module)) else None
 
     def logits(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
         """The model run whole, ``[N, T, V]``, and looked at on the way, the first time."""
         head, body = _head(module), _body(module)
-        if head is None or self._known.get(module, (None, None))[0] is head:
+        known = self._known.get(module)
+        if head is None or (known is not None and known.holds(head, body)):
             return _run(module, tokens_NT)
         ends: list[Any] = []
         calls: list[Call] = []
@@ -140,7 +146,7 @@ class Heads:
         else:
             tail = _tail(head, module, body, tokens_NT, calls[0]) if body is not None and len(calls) == 1 else None
             ending = tail if tail is not None and _makes(tail, calls[0], logits_NTV) else None
-        self._known[module] = head, ending
+        self._known[module] = Known(head, body, ending)
         return logits_NTV
 
 
@@ -233,7 +239,7 @@ class _TokenLosses(torch.autograd.Function):
             if gradient_MH is not None:
                 gradient_MH[rows] = back(logits_mV)
         far_F = (losses_M > FAR).nonzero()[:, 0]
-        for some_F in far_F.split(few) if len(far_F) else ():  # the parts of none are one of none
+        for some_F in far_F.split(few) if len(far_F) else ():  # an empty tensor has one empty part
             logits_FV, _ = ending.logits(hidden_MH[some_F], False)
             losses_M[some_F] = cross_entropy(logits_FV.to(wide), labels_M[some_F], reduction="none")
         if gradient_MH is not None:

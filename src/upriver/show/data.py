@@ -12,6 +12,7 @@ from upriver.show.folder import Folder, metadata_of
 from upriver.show.passages import concentration, matches, near_duplicates, query_words, sentences
 from upriver.show.spread import spread
 from upriver.show.trust import short_name, trust
+from upriver.text.records import whole
 
 VERSION = 1
 DEPTH_BLOCKS = 9
@@ -167,7 +168,7 @@ def _clean(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_clean(entry) for entry in value]
     if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return whole(value)
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, (int, np.integer)):

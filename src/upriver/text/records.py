@@ -154,6 +154,11 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
+def whole(text: str) -> str:
+    """Half of a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def dump(value: Any) -> bytes:
     """One line of JSON."""
     return json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
