@@ -72,8 +72,8 @@ def _encoded(text: str, tokens: list[int], offsets: list[tuple[int, int]], speci
 def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
-            f"the tokenizer of {getattr(tokenizer, 'name_or_path', '')!r} gives no character offsets: got a slow one, "
-            f"{type(tokenizer).__name__}; "
+            f"the tokenizer of {getattr(tokenizer, 'name_or_path', '')!r} gives no character offsets: "
+            f"got {type(tokenizer).__name__}, a slow one; "
             "save a fast tokenizer beside the model (AutoTokenizer.from_pretrained(..., use_fast=True)), with its tokenizer.json"
         )
 
