@@ -8,14 +8,11 @@ process of its own; prints its peak resident memory and time, and whether the fa
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import torch
+from command import Ran, upriver
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
@@ -39,15 +36,10 @@ def write_job(folder: Path, blocks: int, sequences: int, tokens: int) -> None:
     (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def fit(folder: Path, name: str, tokens: int, *flags: str) -> tuple[float, float]:
-    """Seconds and peak resident memory in GB."""
-    command = ["fit", folder / "model", folder / "corpus.jsonl", "--out", folder / name, "--seq-len", tokens]
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "upriver.cli", *map(str, [*command, *flags])])
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"the fit {name!r} failed")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
+def fit(folder: Path, name: str, tokens: int, *flags: str) -> Ran:
+    return upriver(
+        "fit", folder / "model", folder / "corpus.jsonl", "--out", folder / name, "--seq-len", tokens, *flags
+    )
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -75,7 +67,7 @@ def main() -> None:
     print(f"factors: {size / 1e9:.2f} GB in {len(free)} files\n")
     print("| fit | peak resident memory, GB | seconds |\n|---|---|---|")
     for name, (seconds, peak) in rows.items():
-        print(f"| {name} | {peak:.2f} | {seconds:.0f} |")
+        print(f"| {name} | {peak / 1e9:.2f} | {seconds:.0f} |")
     print(f"\nthe same bits: {limited == free}")
 
 

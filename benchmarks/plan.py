@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import smollm2
+from command import upriver
 
 WORDS = 8192
 
@@ -77,17 +78,17 @@ def measure(case: Case, folder: Path) -> list[tuple[str, float, float, float, fl
     place, factors, scores = folder / "plan.json", folder / "factors", folder / "scores"
     common = (case.model, case.corpus)
     fit_flags = ("--seq-len", case.seq_len, "--max-tokens", case.max_tokens)
-    smollm2.run("plan", *common, "--queries", case.queries, *fit_flags, "--top", 10, "--out", place)
+    upriver("plan", *common, "--queries", case.queries, *fit_flags, "--top", 10, "--out", place)
     plan = json.loads(place.read_text())
     measured = {
-        "fit": smollm2.run("fit", *common, "--out", factors, *fit_flags, "--overwrite"),
-        "trace": smollm2.run(
+        "fit": upriver("fit", *common, "--out", factors, *fit_flags, "--overwrite"),
+        "trace": upriver(
             "trace", *common, case.queries, "--factors", factors, "--out", scores, "--top", 10, "--overwrite"
         ),
     }
     return [
-        (f"{case.name} {verb}", plan["seconds"][verb], seconds, plan["peak_bytes"][verb] / 1e9, memory)
-        for verb, (seconds, memory) in measured.items()
+        (f"{case.name} {verb}", plan["seconds"][verb], seconds, plan["peak_bytes"][verb] / 1e9, peak / 1e9)
+        for verb, (seconds, peak) in measured.items()
     ]
 
 

@@ -10,9 +10,7 @@ relative errors through all sizes; memory is the peak resident set of the proces
 import argparse
 import json
 import lzma
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command import upriver
 from transformers import AutoTokenizer
 
 DEMO = Path(str(resources.files("upriver") / "demo"))
@@ -54,16 +53,8 @@ def write_corpora(folder: Path, sizes: list[int], count: int, length: int) -> di
 
 def run(folder: Path, *args: object) -> float:
     """Run the command line in a process of its own; its peak resident memory in MB."""
-    env = os.environ | {"UPRIVER_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    with open(folder / "log", "w+", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "upriver.cli", *map(str, args)], env=env, stdout=log, stderr=log
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            log.seek(0)
-            sys.exit(f"upriver {args[0]} failed:\n{log.read()}")
-    return usage.ru_maxrss / 1e3
+    env = {"UPRIVER_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    return upriver(*args, env=env, quiet=True).peak / 1e6
 
 
 def measure(folder: Path, corpus: Path, opts: argparse.Namespace) -> dict[str, float]:

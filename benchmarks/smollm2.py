@@ -10,12 +10,11 @@ import argparse
 import importlib.util
 import json
 import lzma
-import os
-import subprocess
 import sys
-import time
 from importlib import resources
 from pathlib import Path
+
+from command import upriver
 
 QUERIES = [
     {"id": "east", "prompt": "Peace and stability in the Middle", "completion": " East"},
@@ -48,16 +47,6 @@ def write_passages(path: Path, model: Path, count: int, length: int) -> None:
             sink.write(json.dumps({"id": f"{speech['id']}-{turn}", "year": speech["year"], "text": passage}) + "\n")
 
 
-def run(*args: object) -> tuple[float, float]:
-    """Run the command line in a process of its own; its seconds and its peak resident memory in GB."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "upriver.cli", *map(str, args)])
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"upriver {args[0]} failed")
-    return time.perf_counter() - start, usage.ru_maxrss / 1e6
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/smollm2"))
@@ -68,15 +57,15 @@ def main() -> None:
     write_passages(corpus, model, 100, 128)
     queries.write_text("".join(json.dumps(q) + "\n" for q in QUERIES))
     factors, scores = args.out / f"factors-{args.dtype}", args.out / f"scores-{args.dtype}"
-    fit = run("fit", model, corpus, "--out", factors, "--seq-len", 160, "--dtype", args.dtype, "--overwrite")
-    traced = run(
+    fit = upriver("fit", model, corpus, "--out", factors, "--seq-len", 160, "--dtype", args.dtype, "--overwrite")
+    traced = upriver(
         "trace", model, corpus, queries, "--factors", factors, "--out", scores,
         "--top", 10, "--complete", 8, "--overwrite",
     )  # fmt: skip
-    run("report", scores)
+    upriver("report", scores)
     print("| command | seconds | peak memory, GB |\n|---|---|---|")
-    for name, (seconds, memory) in (("fit", fit), ("trace", traced)):
-        print(f"| {name} ({args.dtype}) | {seconds:.0f} | {memory:.1f} |")
+    for name, ran in (("fit", fit), ("trace", traced)):
+        print(f"| {name} ({args.dtype}) | {ran.seconds:.0f} | {ran.peak / 1e9:.1f} |")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Windows:
     def __init__(self, tokens: list[np.ndarray], loss: list[np.ndarray], keys_N: np.ndarray | None = None):
         self.tokens, self.loss = tokens, loss
         self.lengths_N = np.array([len(t) for t in tokens], np.int32)
-        hashes_N = np.array([batches.tokens_hash(t) for t in tokens], np.uint64)
+        hashes_N = np.array([batches.sequence_hash(*pair) for pair in zip(tokens, loss, strict=True)], np.uint64)
         self.keys_N = batches.sequence_keys(hashes_N) if keys_N is None else keys_N
         self.fingerprint = digest([[t.tolist() for t in tokens], [m.tolist() for m in loss]])
 

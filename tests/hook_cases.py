@@ -167,3 +167,20 @@ def fit_and_trace(rank: int, folder: Path) -> None:
         trace(c.model, c.data, c.queries, factors, folder / "scores", rank=2, top=3, batch_tokens=8)
     finally:
         sweeping.UNIT_TOKENS, stages.UNIT_TOKENS = units
+
+
+def fail_alone(rank: int, folder: Path) -> None:
+    """One process fails in its part of a sum: the others do not wait for it, and every process is told why."""
+    from upriver.errors import NumericalError
+    from upriver.runtime.store import Stage
+    from upriver.runtime.sums import accumulate
+
+    def compute(unit: int) -> dict[str, torch.Tensor]:
+        if unit == 1:
+            raise NumericalError("unit 1 holds NaN")
+        return {"x": torch.ones(2)}
+
+    stage = Stage.open(folder / "stage", "sum", {})
+    units = list(range(rank, 4, dist.get_world_size()))
+    with pytest.raises(NumericalError, match="unit 1 holds NaN"):
+        accumulate(stage, units, 4, compute, dist.barrier)

@@ -18,7 +18,9 @@ class TokenCorpus:
         self.tokens = [np.asarray(t, np.int64) for t in tokens]
         self.prompts = prompts or [1] * len(tokens)
         self.lengths_N = np.array([len(t) for t in tokens], np.int32)
-        self.keys_N = batches.sequence_keys(np.array([batches.tokens_hash(t) for t in tokens], np.uint64))
+        self.loss = [np.arange(len(t)) >= prompt for t, prompt in zip(self.tokens, self.prompts, strict=True)]
+        hashes = [batches.sequence_hash(*pair) for pair in zip(self.tokens, self.loss, strict=True)]
+        self.keys_N = batches.sequence_keys(np.array(hashes, np.uint64))
         self.fingerprint = digest([[t.tolist() for t in self.tokens], self.prompts])
 
     def __len__(self) -> int:
@@ -28,8 +30,7 @@ class TokenCorpus:
         return batches.plan(self.lengths_N, batch_tokens, rows)
 
     def batch(self, rows: np.ndarray) -> Batch:
-        tokens = [self.tokens[row] for row in rows]
-        loss = [np.arange(len(t)) >= self.prompts[row] for row, t in zip(rows, tokens, strict=True)]
+        tokens, loss = ([part[row] for row in rows] for part in (self.tokens, self.loss))
         return batches.pad(rows, self.keys_N[rows], tokens, loss)
 
     def sample(self, max_tokens: int, seed: int) -> np.ndarray:

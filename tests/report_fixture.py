@@ -1,5 +1,8 @@
 """A realistic folder of results, made up: what ``upriver trace`` writes, with the texts that break pages."""
 
+import base64
+import gzip
+import html.parser
 import json
 import random
 import re
@@ -234,6 +237,34 @@ def _manifest(layers: list[dict], n: int, documents: int) -> dict[str, Any]:
         "versions": {"python": "3.11.7", "torch": "2.6.0", "transformers": "4.56.0"},
         "sign": "Positive means: training on the passage raises the log-probability of the answer.",
     }
+
+
+class Parts(html.parser.HTMLParser):
+    """The scripts of a page: their attributes and content, as a browser separates them."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.tags.append(f"/{tag}")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1] == "script" and self.scripts:
+            attrs, content = self.scripts[-1]
+            self.scripts[-1] = (attrs, content + data)
+
+
+def payload(page: str) -> dict[str, Any]:
+    attrs, content = Parts(page).scripts[0]
+    return json.loads(gzip.decompress(base64.b64decode(content)) if attrs["data-encoding"] == "gzip" else content)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from cli_cases import (
 )
 from text_cases import write_jsonl
 from upriver import cli
+from upriver.curvature.fit import Factors
+from upriver.runtime import store
 from upriver.runtime.store import locked
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -283,8 +286,40 @@ def test_an_unforeseen_error_is_one_sentence_too(tiny, tmp_path, call, monkeypat
     assert ran.status == 1
     assert ran.last_line.startswith("error: unexpected KeyError: ")
     assert "--debug" in ran.last_line
-    with pytest.raises(KeyError):
-        call("--debug", *fit(tiny, tmp_path / "out"))
+    shown = call("--debug", *fit(tiny, tmp_path / "out"))
+    assert (shown.status, shown.last_line) == (1, ran.last_line)
+    assert "Traceback" in shown.err
+
+
+def test_debug_changes_no_exit_status(tiny, tmp_path, call):
+    command = fit(tiny, tmp_path / "out", corpus=tmp_path / "nothing.jsonl")
+    plain, shown = call(*command), call("--debug", *command)
+    assert (shown.status, shown.last_line) == (plain.status, plain.last_line) == (2, plain.last_line)
+    assert "Traceback" in shown.err
+
+
+def test_a_plan_names_what_no_run_could_do(tiny, tmp_path, call):
+    assert_one_error(call("plan", tiny.model, "100x64"), 2, "got 64", "at most 32 tokens")
+    place = tmp_path / "nowhere" / "plan.json"
+    assert_one_error(call("plan", tiny.model, "100x32", "--out", place), 2, "--out", "no folder", "nowhere")
+
+
+def test_a_folder_whose_name_is_not_utf_8(tiny, tmp_path, call):
+    """The fit is not lost at its end, where the manifest tells the path of the corpus."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    corpus = shutil.copy(tiny.corpus, folder / "corpus.jsonl")
+    assert call(*fit(tiny, tmp_path / "out", corpus=corpus)).status == 0
+    assert Factors(tmp_path / "out").manifest["data"]["path"] == str(corpus)
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(store.fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="cannot be locked"), store.locked(tmp_path):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------------- processes

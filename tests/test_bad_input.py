@@ -191,6 +191,13 @@ def test_bad_query(tiny, tmp_path, call, forgetful, case):
     assert not (tmp_path / "out").exists()
 
 
+def test_content_in_the_place_of_a_file(tiny, tmp_path, call):
+    content = "\n".join(json.dumps(query) for query in QUERIES * 9)
+    for place in ({"corpus": content}, {"queries": content}):
+        parts = ["not a path that can be opened", '{"id": ', "File name too long", "give the path of a file"]
+        assert_one_error(call(*trace(tiny, tmp_path / "out", **place)), 2, *parts)
+
+
 # ------------------------------------------------------------------------------------------------------- flags
 
 BAD_FLAGS = {
@@ -229,10 +236,7 @@ def test_bad_flag(tiny, tmp_path, call, case):
     verb, *flag = case
     command = {"fit": fit, "trace": trace}[verb]
     assert_one_error(call(*command(tiny, tmp_path / "out", *flag)), 2, *BAD_FLAGS[case])
-    good = (
-        command(tiny, tmp_path / "out", "--overwrite") if flag[0] == "--overwrite" else command(tiny, tmp_path / "out")
-    )
-    assert call(*good).status == 0
+    assert call(*command(tiny, tmp_path / "out")).status == 0
 
 
 @pytest.mark.parametrize(

@@ -187,3 +187,63 @@ def test_dropout_is_off_whatever_the_mode():
     wanted = reference.gradient(c.model.module, c.names, c.loss(1))
     for n in c.names:
         torch.testing.assert_close(found.grads[n, 1], wanted[n], **CLOSE)
+
+
+class InPlaceAbove(nn.Module):
+    """Writes over what a biased layer gives of an input of three axes, which is a view, above another tracked layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 6), nn.Linear(6, 3)])
+
+    def forward(self, x):
+        return self.layers[2](self.layers[1](torch.tanh(self.layers[0](x))).relu_())
+
+
+def test_a_view_written_over_keeps_its_gradient():
+    module, grads = InPlaceAbove().double(), {}
+    x_NTI = torch.randn(3, 5, 4, dtype=torch.float64)
+
+    def consume(layer, a, g):
+        grads[layer.name] = sequence_gradients(a, g)
+
+    with capture(module, find_layers(module, "*"), consume) as run:
+        run(3, 5, lambda: module(x_NTI).square().sum())
+    for n in range(3):
+        wanted = reference.gradient(module, list(grads), lambda m, n=n: m(x_NTI[n : n + 1]).square().sum())
+        assert len(wanted) == 3
+        for name in wanted:
+            torch.testing.assert_close(grads[name][n], wanted[name], **CLOSE)
+
+
+def test_a_users_hook_on_a_layer_leaves_its_gradient_that_of_the_weight():
+    module, grads = InPlaceAbove().double(), {}
+    module.layers[1].register_forward_hook(lambda m, args, output: 3 * torch.tanh(output))
+    x_NTI = torch.randn(2, 5, 4, dtype=torch.float64)
+
+    def consume(layer, a, g):
+        grads[layer.name] = sequence_gradients(a, g)
+
+    with capture(module, find_layers(module, "*"), consume) as run:
+        run(2, 5, lambda: module(x_NTI).square().sum())
+    loss = module(x_NTI).square().sum()
+    weight, bias = torch.autograd.grad(loss, [module.layers[1].weight, module.layers[1].bias])
+    torch.testing.assert_close(grads["layers.1"].sum(0), torch.cat([weight, bias[:, None]], 1), **CLOSE)
+
+
+class Merging(nn.Linear):
+    """As LoRA layers that merge their weight for evaluation."""
+
+    def train(self, mode: bool = True):
+        if mode != self.training:
+            self.weight.data.mul_(0.5 if mode else 2.0)
+        return super().train(mode)
+
+
+def test_modes_are_put_back_by_the_modules_themselves():
+    module = nn.Sequential(nn.Linear(4, 4), Merging(4, 3)).train()
+    before = module[1].weight.detach().clone()
+    with capture(module, find_layers(module, "0"), lambda *given: None) as run:
+        run(2, None, lambda: module(torch.ones(2, 4)).sum())
+    assert module[1].training
+    assert torch.equal(module[1].weight, before)

@@ -17,6 +17,7 @@ from upriver.curvature.blocks import Eigenblock, Moments, TokenGradient
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM, fit
 from upriver.errors import ConfigError, MismatchError, NumericalError
 from upriver.model.losses import Sampler, sample
+from upriver.runtime.config import CURVATURES
 from upriver.runtime.threads import one_core_each
 from upriver.tensors import (
     LowRank,
@@ -32,7 +33,6 @@ from upriver.tensors import (
     weighted_low_rank,
 )
 
-KINDS = ("ekfac", "kfac", "diagonal", "identity")
 FISHERS = {"sampled": (COVARIANCE_STREAM, CORRECTION_STREAM), "empirical": (None, None)}
 RELATIVE, ABSOLUTE = Damping.parse("0.1x"), Damping.parse(0.05)
 
@@ -78,7 +78,7 @@ def test_eigenvalues(name, fisher, fitted):
 
 
 @pytest.mark.parametrize("damping", [RELATIVE, ABSOLUTE], ids=["relative", "absolute"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CURVATURES)
 @pytest.mark.parametrize("name", CASES)
 def test_solve(name, kind, damping, fitted):
     """From end to end: the oracle takes its own moments, eigenbases and eigenvalues, and solves a dense system."""
@@ -139,7 +139,7 @@ def test_factors_are_reused_and_others_refused(tmp_path):
 class TestConstructors:
     """One contract for every curvature."""
 
-    @pytest.fixture(params=KINDS)
+    @pytest.fixture(params=CURVATURES)
     def block(self, request):
         torch.manual_seed(0)
         O, I, f64 = 4, 6, torch.float64

@@ -15,6 +15,7 @@ from hook_cases import (
     Checkpointed,
     Recorder,
     checkpointed,
+    fail_alone,
     in_processes,
     seen_by_hook,
     shard_and_record,
@@ -193,3 +194,7 @@ def test_sharded_model_gives_the_same(plain, tmp_path: Path):
         assert grads.keys() == wanted.keys()
         for name, grad in wanted.items():
             torch.testing.assert_close(grads[name], grad, msg=name)
+
+
+def test_the_error_of_one_process_is_raised_on_all(tmp_path: Path):
+    in_processes(2, fail_alone, tmp_path)

@@ -161,8 +161,9 @@ def test_only_frozen_layers_on_plain_tensors_are_replaced():
 def test_a_scaled_sum_is_left_alone():
     b, x, W = torch.randn(160), torch.randn(80, 96), torch.randn(96, 160)
     with FastKernels():
-        assert torch.equal(torch.addmm(b, x, W, beta=2.0), torch.addmm(b, x, W, beta=2.0))
+        scaled = torch.addmm(b, x, W, beta=2.0)
         found = torch.addmm(torch.ones(80, 160), x, W)
+    assert torch.allclose(scaled, 2 * b + x @ W, atol=1e-4)
     assert torch.allclose(found, x @ W + 1, atol=1e-4)
 
 
@@ -174,3 +175,17 @@ def test_transforms_of_functions_pass_through():
         assert torch.allclose(torch.func.vmap(layer)(x), expected, atol=1e-5)
         _, found = torch.func.jvp(lambda t: F.linear(t, layer.weight), (x,), (x,))
     assert torch.allclose(found, tangent, atol=1e-5)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_a_layer_gives_may_be_written_over(biased):
+    """As models do that clamp their projections in place; the layer below makes its output part of the graph."""
+    net = nn.Sequential(
+        nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 160, biased), nn.ReLU(inplace=True), nn.Linear(160, 96)
+    )
+    x = torch.randn(5, 70, 96, requires_grad=True)
+    (expected,) = torch.autograd.grad(net(x).square().sum(), x)
+    frozen(net)
+    with FastKernels():
+        (found,) = torch.autograd.grad(net(x).square().sum(), x)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)

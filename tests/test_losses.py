@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import reference
 from captured import kept
@@ -17,7 +17,7 @@ from upriver.model.capture import capture, frozen
 from upriver.model.head import LinearHead, Tail, token_losses
 from upriver.model.layers import find_layers
 from upriver.model.load import Model
-from upriver.model.losses import LanguageModel, Regression, Sampler, sample
+from upriver.model.losses import LanguageModel, Regression, Sampler, next_tokens, sample
 from upriver.model.sweep import Labels
 from upriver.tensors import sequence_gradients
 
@@ -333,3 +333,25 @@ def test_logits_that_are_scaled_after_the_head_are_taken_whole_where_no_body_can
         for n in scaled.names:
             wanted = reference.gradient(module, scaled.names, scaled.loss(3))
             torch.testing.assert_close(found.grads[n, 3], wanted[n], **CLOSE)
+
+
+class Masked(LlamaForCausalLM):
+    """Writes over what its head gives, as Chameleon does with tokens that stand for images."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits[..., : V // 2] = torch.finfo(out.logits.dtype).min
+        return out
+
+
+def test_logits_that_are_written_over_are_not_those_of_the_head(tiny_chunks):
+    c = case("llama")
+    module = Masked(c.model.module.config).double().eval()
+    model, batch = Model(module), c.data.batch(np.arange(3))
+    with torch.no_grad():
+        losses = [model.task.loss(module, batch) for _ in range(2)]  # the second by what the first has shown
+        logits_NTV = module(input_ids=batch.inputs["tokens"]).logits
+    labels_NT = next_tokens(batch)
+    expected = torch.nn.functional.cross_entropy(logits_NTV.flatten(0, 1), labels_NT.flatten(), reduction="sum")
+    for loss in losses:
+        torch.testing.assert_close(loss, expected)

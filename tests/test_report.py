@@ -1,15 +1,9 @@
-"""The report: what it holds, what it refuses, and that text from a corpus stays text."""
+"""The report: what it holds, and that text from a corpus stays text."""
 
 import base64
-import gzip
 import hashlib
-import html
-import html.parser
 import json
-import os
 import re
-import shutil
-import subprocess
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from report_fixture import HOSTILE, write_scores
-from upriver.errors import InputError
+from report_fixture import HOSTILE, Parts, payload, write_scores
+from upriver.show.folder import Folder
 from upriver.show.page import SCRIPTS, code, quantised, render
 from upriver.show.passages import near_duplicates, sentences
 from upriver.show.report import write_report
@@ -35,34 +29,6 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(scores: Path) -> dict[str, Any]:
     return json.loads((scores / "report.json").read_text(encoding="utf-8"))
-
-
-class Parts(html.parser.HTMLParser):
-    """The scripts of a page: their attributes and content, as a browser separates them."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.scripts: list[tuple[dict[str, str | None], str]] = []
-        self.tags: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag == "script":
-            self.scripts.append((dict(attrs), ""))
-
-    def handle_endtag(self, tag: str) -> None:
-        self.tags.append(f"/{tag}")
-
-    def handle_data(self, data: str) -> None:
-        if self.tags and self.tags[-1] == "script" and self.scripts:
-            attrs, content = self.scripts[-1]
-            self.scripts[-1] = (attrs, content + data)
-
-
-def payload(page: str) -> dict[str, Any]:
-    attrs, content = Parts(page).scripts[0]
-    return json.loads(gzip.decompress(base64.b64decode(content)) if attrs["data-encoding"] == "gzip" else content)
 
 
 # ---- the data
@@ -124,6 +90,23 @@ def test_survival_and_top_share_agree_with_all_scores(scores: Path, report: dict
         assert spread["top_share"] == pytest.approx(top.sum() / values[values > 0].sum(), rel=1e-5)
 
 
+def test_spans_are_read_once_for_all_queries(scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, plain = [], Folder.spans
+    monkeypatch.setattr(Folder, "spans", lambda folder: read.append(1) or plain(folder))
+    write_report(scores, tmp_path)
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("candidates", [None, {"per_query": 5, "kept": 20, "note": "the 5 best of each query"}])
+def test_report_and_page_say_whether_only_candidates_were_scored(tmp_path: Path, candidates: Any) -> None:
+    path = write_scores(tmp_path / "scores", queries=1, per_side=2, documents=4)
+    manifest = json.loads((path / "manifest.json").read_text()) | {"candidates": candidates}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    page = write_report(path)
+    for shown in (payload(page.read_text(encoding="utf-8")), json.loads((path / "report.json").read_text())):
+        assert shown["candidates"] is bool(candidates)
+
+
 def test_parts_that_a_run_did_not_write_are_left_out(tmp_path: Path) -> None:
     path = write_scores(tmp_path / "scores", queries=1, per_side=3)
     for name in ("scores.parquet", "documents.parquet"):
@@ -137,31 +120,6 @@ def test_parts_that_a_run_did_not_write_are_left_out(tmp_path: Path) -> None:
     assert report["queries"][0]["documents"] is None
     assert report["queries"][0]["spread"] is None
     assert len(report["queries"][0]["passages"]) == 6
-
-
-# ---- what is refused
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda path: shutil.rmtree(path), "no such folder"),
-        (lambda path: [p.unlink() for p in path.iterdir()], "not a folder of results"),
-        (lambda path: (path / "manifest.json").unlink(), "not finished"),
-        (lambda path: (path / "manifest.json").write_text('{"stage": "fit"}'), "not the result of a trace"),
-        (lambda path: (path / "manifest.json").write_text("[]"), "not the result of a trace"),
-        (lambda path: (path / "manifest.json").write_text("{"), "cannot read"),
-        (lambda path: (path / "top.parquet").unlink(), r"no top\.parquet"),
-        (lambda path: (path / "top.parquet").write_bytes(b"PAR1 not so"), "cannot read"),
-        (lambda path: (path / "queries.json").write_text("[]"), "no queries"),
-    ],
-)
-def test_what_is_not_a_finished_trace_is_refused(tmp_path: Path, spoil: Any, words: str) -> None:
-    path = write_scores(tmp_path / "scores", queries=1, per_side=2, documents=4)
-    spoil(path)
-    with pytest.raises(InputError, match=words):
-        write_report(path)
-    assert not list(tmp_path.rglob("report.*"))
 
 
 # ---- the page
@@ -274,109 +232,3 @@ def test_near_duplicates_point_to_the_first_of_their_kind() -> None:
     assert near_duplicates(["", ""]) == [0, 1]
     assert near_duplicates(["+---+---+", "\U0001f642\U0001f642", "+---+---+"]) == [0, 1, 0]
     assert near_duplicates(["短い文章が二つここにある", "短い文章が二つここにある。"]) == [0, 0]
-
-
-# ---- in a browser
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "headless no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync no-first-run"
-)
-
-
-def rendered(page: Path, profile: Path, place: str = "") -> str:
-    flags = [f"--{flag}" for flag in FLAGS.split()]
-    flags += ["--virtual-time-budget=5000", "--window-size=1400,1000", "--dump-dom", f"--user-data-dir={profile}"]
-    command = [str(CHROMIUM), *flags, page.resolve().as_uri() + place]
-    environment = {**os.environ, "HOME": str(profile)}
-    for _ in range(3):  # the data is unpacked beside the clock that the browser's time budget counts
-        dom = subprocess.run(command, capture_output=True, timeout=120, check=True, env=environment).stdout.decode()
-        if 'class="card ' in dom:
-            break
-    return dom
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-def test_the_browser_draws_every_card_and_runs_nothing_else(
-    scores: Path, report: dict[str, Any], tmp_path: Path
-) -> None:
-    dom = rendered(scores / "report.html", tmp_path, "#query=hostile+%3C%2Fscript%3E&side=positive&rank=2")
-    tags = Parts(dom).tags
-    passages = report["queries"][3]["passages"]
-    assert dom.count('class="card ') == sum(p["duplicate_of"] is None for p in passages)
-    assert tags.count("script") == 2
-    assert "img" not in tags
-    assert "iframe" not in tags
-    assert "alert(1)" in dom
-    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in dom
-    opened = next(p for p in passages if (p["side"], p["rank"]) == ("positive", 2))
-    assert dom.count('"t pos" style') + dom.count('"t neg" style') >= len(opened["tokens"])
-    assert "✓ sum over 18 layers" in dom
-    assert "✓ sum over" in dom
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-def test_the_browser_draws_documents_and_sentences(tmp_path: Path) -> None:
-    path = write_scores(tmp_path / "scores", queries=1, per_side=4, tokens=44, documents=9, blocks=12)
-    page = write_report(path)
-    report = json.loads((path / "report.json").read_text(encoding="utf-8"))
-    documents = report["queries"][0]["documents"]
-    dom = rendered(page, tmp_path / "a", "#query=blessing&by=documents")
-    assert dom.count('class="card ') == len(documents["positive"]) + len(documents["negative"])
-    assert "The sum over" in dom
-    best = report["queries"][0]["passages"][0]
-    dom = rendered(page, tmp_path / "b", "#query=blessing&mode=sentences&side=positive&rank=1")
-    assert dom.count('class="sum ') == len(best["sentences"])
-    assert len(report["depth"]) == 9
-    assert dom.count('class="cell ') == 36
-
-
-ACTIONS = """{
-const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-const cards = () => document.querySelectorAll(".card").length;
-const out = {};
-const wait = setInterval(() => {
-  if (!document.querySelector("#detail .passage")) return;
-  clearInterval(wait);
-  press("j"); out.second = document.querySelector("[aria-selected=true]").getAttribute("aria-label");
-  press("s"); out.sums = document.querySelectorAll(".sum").length;
-  press("p"); out.moved = document.querySelectorAll(".sum").length;
-  document.querySelector("#filters input[type=checkbox]").click(); out.calm = cards();
-  document.querySelectorAll("#filters input[type=checkbox]")[1].click(); out.unfolded = cards();
-  const search = document.getElementById("search");
-  search.value = "no such words"; search.dispatchEvent(new Event("input")); out.none = cards();
-  press("]"); out.question = document.querySelector("#question .label").textContent;
-  press("d"); out.documents = cards();
-  const overlap = document.querySelectorAll("#filters input[type=range]")[1];
-  const chosen = document.querySelector("#filters select");
-  overlap.value = 40; overlap.dispatchEvent(new Event("input"));
-  chosen.selectedIndex = 1; chosen.dispatchEvent(new Event("change"));
-  press("d");
-  const drawn = document.querySelector("#filters");
-  out.kept = [drawn.querySelectorAll("input[type=range]")[1].value, drawn.querySelectorAll("output")[1].textContent,
-    drawn.querySelector("select").selectedIndex, drawn.querySelector("select") !== chosen];
-  document.title = JSON.stringify(out);
-}, 100);
-}"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-def test_keys_and_filters(scores: Path, report: dict[str, Any], tmp_path: Path) -> None:
-    page = re.sub(r"<meta http-equiv.*?>", "", (scores / "report.html").read_text(encoding="utf-8"), count=1)
-    (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{ACTIONS}</script></body>"), encoding="utf-8")
-    title = re.search(r"<title>(.*?)</title>", rendered(tmp_path / "page.html", tmp_path / "profile"), re.S)
-    assert title
-    out = json.loads(html.unescape(title.group(1)))
-    first, second = report["queries"][:2]
-    shown = [p for p in first["passages"] if p["duplicate_of"] is None]
-    assert f"raises, rank {shown[1]['rank']}, " in out["second"]
-    assert out["sums"] == out["moved"] == len(shown[1]["sentences"])
-    assert out["calm"] == sum(not p["spurious"] for p in shown)
-    assert out["unfolded"] == sum(not p["spurious"] for p in first["passages"])
-    assert out["none"] == 0
-    assert out["question"].startswith("Question 2 of 4")
-    assert out["documents"] == sum(len(side) for side in second["documents"].values())
-    assert out["kept"] == ["40", "40 %", 1, True]

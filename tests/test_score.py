@@ -22,11 +22,11 @@ from upriver.influence.score import Score, dots, route
 from upriver.influence.tokens import output_token_influence, rescore, spurious
 from upriver.model.sweep import sweep, tracked_layers
 from upriver.pipeline import trace
+from upriver.runtime.config import CURVATURES
 from upriver.runtime.counts import Contraction, contraction, orders
 from upriver.runtime.split import split_trace
 from upriver.tensors import LowRank, Scratch
 
-KINDS = ("ekfac", "kfac", "diagonal", "identity")
 ORDERS = ("tokens", "dense", "rebuilt")
 SEED = 3
 DAMPING = Damping.parse("0.1x")
@@ -78,7 +78,7 @@ def traced(c, factors, out, **given) -> torch.Tensor:
     return torch.tensor(table[c.queries.ids].to_numpy(np.float64))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CURVATURES)
 @pytest.mark.parametrize("name", CASES)
 def test_scores_from_end_to_end(name, kind, fitted, tmp_path):
     close(traced(case(name), fitted(name, seed=SEED), tmp_path, curvature=kind), scores(name, kind), STORED)

@@ -28,7 +28,7 @@ BAD_LINES = {
     b'{"text": " \\n"}': "the field 'text' is empty",
     b'{"prompt": "we", "completion": ""}': "the field 'completion' is empty",
     b'{"prompt": 1, "completion": "we"}': "the field 'prompt' is not a text",
-    b'{"text": "\\ud800"}': "the field 'text' holds half of a surrogate pair",
+    b'{"text": "\\ud800"}': "the field 'text' holds half of a surrogate pair: got '\\ud800'; write both halves or neither",
     b'{"text": "we", "id": 1.5}': "the field 'id' is not a text or a whole number: got 1.5",
     b'{"text": "we", "id": "first"}': "a second document with the id 'first'; the first is at",
     b'{"messages": "we"}': "the field 'messages' is not a list",
@@ -94,6 +94,7 @@ BAD_FILES = [
     ("c.csv", b"id,text\n1,we\n\n2,the,people\n", r"c\.csv:4: broken CSV: got 3 cells, the header has 2"),
     ("c.csv", b'id,text\n1,we\n2,"the\npeople', r"c\.csv:3: broken CSV"),
     ("c.csv", b"id,text\n1,\xff\n", r"c\.csv:2: not UTF-8: got 0xff at character 2 of the row"),
+    ("c.csv", b"id,text\n1,we\rthe\n", r"c\.csv:2: broken CSV: got a carriage return inside a line; end lines with"),
 ]
 
 
@@ -103,6 +104,59 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
     with pytest.raises(CorpusError, match=message):
         Corpus.read(tmp_path / name, TOKENIZER)
     assert not list((tmp_path / "cache").rglob("info.json"))
+
+
+BAD_HEADERS = {
+    b"id,text\r1,we\r2,the\r": "broken CSV: got a carriage return inside a line; end lines with LF",
+    b'id,"text\n1,we\n': "broken CSV: unexpected end of data; close every quote",
+    b'id,"text\n1,"we"\n': "broken CSV: .*; close every quote",
+    b"id,t\xe9xt,text\n1,we,we\n": "not UTF-8: got 0xe9 at character 4 of the row; save the file as UTF-8",
+}
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+@pytest.mark.parametrize("content", BAD_HEADERS)
+def test_a_csv_header_that_cannot_be_used_is_an_error(tmp_path, content, policy):
+    (tmp_path / "c.csv").write_bytes(content)
+    with pytest.raises(CorpusError, match=r"c\.csv:1: the header cannot be used: " + BAD_HEADERS[content]):
+        Corpus.read(tmp_path / "c.csv", TOKENIZER, on_bad_record=policy)
+
+
+def test_the_rows_after_a_broken_one_are_kept(tmp_path):
+    lines = [
+        b"text,n", b"we,2", b'"we" the,3', b"the people,4", b'"of', b'the",5', b"the\runion,7", b"", b"united,9", b'x"x",y',
+        b'"a""b",11', b'"the', b'end" of,12', b"states,14", b'"never closed,15', b"war,16",
+    ]  # fmt: skip
+    (tmp_path / "c.csv").write_bytes(b"\n".join(lines))
+    corpus = Corpus.read(tmp_path / "c.csv", TOKENIZER, on_bad_record="skip")
+    found = {corpus.document_id(d): corpus.document_text(d) for d in range(corpus.n_documents)}
+    good = {2: "we", 4: "the people", 5: "of\nthe", 9: "united", 10: 'x"x"', 11: 'a"b', 14: "states"}
+    assert found == {f"c.csv:{line}": text for line, text in good.items()}
+    where = [int(bad["where"].rpartition(":")[2]) for bad in corpus.info["skipped"]["first"]]
+    assert where == [3, 7, 12, 15]
+
+
+LARGE = 16 << 20
+LARGE_FILES = {
+    "c.txt": lambda: (b"we the people " * 100 + b"\n") * (LARGE // 1400),
+    "c.jsonl": lambda: json.dumps({"text": "we the people " * (LARGE // 14 + 1)}).encode(),
+    "half.jsonl": lambda: json.dumps({"prompt": "we " * (LARGE // 6), "completion": " we" * (LARGE // 6 + 2)}).encode(),
+    "wide.jsonl": lambda: json.dumps({"text": "日" * (LARGE // 3 + 1)}, ensure_ascii=False).encode(),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_FILES)
+def test_a_document_that_is_too_large_to_tokenise(tmp_path, name):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / name).write_bytes(LARGE_FILES[name]())
+    message = rf"{name}:1: the document is too large: got more than 16 MB of text; give it in several records"
+    with pytest.raises(CorpusError, match=message.replace(".", r"\.")):
+        Corpus.read(folder, TOKENIZER)
+    (folder / "z.txt").write_text("we the people")
+    corpus = Corpus.read(folder, TOKENIZER, on_bad_record="skip")
+    assert [corpus.document_id(d) for d in range(corpus.n_documents)] == ["z.txt"]
+    assert corpus.info["skipped"]["count"] == 1
 
 
 def test_a_csv_cell_of_several_lines_is_one_document(tmp_path):

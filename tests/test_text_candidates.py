@@ -96,11 +96,36 @@ def test_the_best_of_a_stream_are_the_first_of_a_stable_sort(k):
     np.testing.assert_array_equal(best.values, values[expected])
 
 
+@pytest.mark.parametrize("k", [1, 7, 60, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_with_ties_broken_the_best_do_not_depend_on_the_order_of_the_stream(k, seed):
+    rng = np.random.default_rng(seed)
+    values, ties = rng.integers(0, 4, 60).astype(np.float32), rng.permutation(60).astype(np.uint64) << np.uint64(58)
+    expected = np.lexsort((ties, -values))[:k]
+    for order in (np.arange(60), rng.permutation(60)):
+        best = Best(k)
+        for places in np.split(order, np.sort(rng.integers(0, 61, 7))):
+            best.add(values[places], places, ties[places])
+        np.testing.assert_array_equal(best.places, expected)
+        np.testing.assert_array_equal(best.values, values[expected])
+
+
+@pytest.mark.parametrize("per_query", [1, 3, 8])
+def test_the_same_sequences_are_candidates_of_a_permuted_corpus(tmp_path, per_query):
+    texts = [f"the {letter} of" for letter in "abcdefghij"] + ["people", "union", "we"]
+    queries, rng, found = Queries.of(QUERIES, TOKENIZER), np.random.default_rng(0), []
+    for order in (np.arange(len(texts)), np.arange(len(texts))[::-1], *(rng.permutation(len(texts)) for _ in range(3))):
+        path = write_jsonl(tmp_path / "c.jsonl", [{"text": texts[i]} for i in order])
+        corpus = Corpus.read(path, TOKENIZER, cache=tmp_path)
+        found.append({corpus.text(row) for row in candidates(corpus, queries, per_query)[0]})
+    assert all(chosen == found[0] for chosen in found)
+
+
 def test_candidates_are_the_best_of_each_query(corpus):
     queries = Queries.of([QUERIES[0], QUERIES[2]], TOKENIZER)
     scores = tfidf_scores(corpus, queries)
     rows, info = candidates(corpus, queries, 2)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :2]
-    assert rows.tolist() == sorted(set(best.flatten().tolist()))
+    best = [np.lexsort((corpus.keys_N, -score))[:2] for score in scores]
+    assert rows.tolist() == np.unique(best).tolist()
     assert (info["per_query"], info["kept"]) == (2, len(rows))
     assert len(candidates(corpus, queries, 100)[0]) == len(corpus)

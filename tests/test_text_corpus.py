@@ -6,7 +6,7 @@ import lzma
 import os
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, permutations
 from pathlib import Path
 
 import datasets
@@ -167,6 +167,27 @@ def test_keys_and_samples_do_not_depend_on_order(tmp_path):
         chosen = one.sample(12, seed)
         assert one.lengths_N[chosen].sum() <= 12
         assert set(one.keys_N[chosen].tolist()) == set(other.keys_N[other.sample(12, seed)].tolist())
+
+
+def test_keys_of_equal_tokens_with_other_losses_do_not_depend_on_order(tmp_path):
+    records = [
+        {"id": "text", "text": "we the people"}, {"id": "answer", "prompt": "we the", "completion": " people"},
+        {"id": "other", "text": "states"},
+    ]  # fmt: skip
+    found = []
+    for order in permutations(records):
+        corpus = read(order, tmp_path)
+        assert len({tuple(corpus.token_ids(row)) for row in range(3)}) == 2
+        found.append({corpus.document_id(int(corpus.document_of_N[row])): int(corpus.keys_N[row]) for row in range(3)})
+    assert all(keys == found[0] for keys in found)
+    assert len(set(found[0].values())) == 3
+
+
+def test_what_never_carries_loss_does_not_enter_a_key(tmp_path):
+    """The first token is predicted from nothing: a text, and an answer without a prompt, are learned alike."""
+    corpus = read([{"text": "we the people"}, {"prompt": "", "completion": "we the people"}], tmp_path, "bos")
+    again = read([{"text": "we the people"}, {"text": "we the people"}], tmp_path, "bos")
+    assert corpus.keys_N.tolist() == again.keys_N.tolist()
 
 
 def test_ids_and_metadata_are_kept(tmp_path):

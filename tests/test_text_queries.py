@@ -118,10 +118,13 @@ BAD = {
     "is empty; give a second completion": [{**PLAIN, "contrast": ""}],
     "1: the field 'prompt' is not a text: got 3": [{**PLAIN, "prompt": 3}],
     "1: the field 'completion' is not a text: got ['x']": [{**PLAIN, "completion": ["x"]}],
-    "surrogate": [{**PLAIN, "completion": "\ud800"}],
+    "the field 'completion' holds half of a surrogate pair: got '\\ud800'; write both": [
+        {**PLAIN, "completion": "\ud800"}
+    ],
     "1: a query has no such field: got 'completions'; did you mean 'completion'?": [{"id": "c", "completions": "we"}],
     "1: a query has no such field: got 'zzz'; a query has id, prompt": [{**PLAIN, "zzz": 1}],
     "1: a query needs an id: got None": [{"prompt": "we", "completion": " the"}],
+    "1: a query needs an id: got 1.5; give a text or a whole number": [{**PLAIN, "id": 1.5}],
     "1: a query needs an id: got True": [{**PLAIN, "id": True}],
     "the id 'start' is the name of a column": [{**PLAIN, "id": "start"}],
     "is too long: got 8 tokens with its prompt, at most 6": [PLAIN, {**PLAIN, "id": "c", "prompt": "x" * 7}],

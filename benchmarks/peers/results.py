@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FIT = ("covariance", "eigendecomposition", "correction")
-ALIKE = 0.9999  # Pearson correlation asked of Kronfluence at full rank in float32
+ALIKE = 0.9999  # Pearson correlation asked at full rank in float32
 
 
 class Asked(NamedTuple):

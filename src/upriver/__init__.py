@@ -12,9 +12,8 @@ Example:
 
 import os
 
-# Threads that wait spin for a while by default, in the way of those that work: those of NumPy and SciPy in torch's (a covariance
-# pass takes a sixth longer then), and torch's in the way of other programs'.  Read when their libraries are
-# loaded; without effect if that is done already.
+# Idle worker threads spin for a while by default and slow down the busy ones: NumPy's and SciPy's those of torch (a covariance
+# pass takes a sixth longer), torch's those of other programs.  The libraries read these when they are loaded.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

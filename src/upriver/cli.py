@@ -2,12 +2,10 @@
 
 import os
 import sys
-import time
 import tomllib
+import traceback
 import warnings
 import webbrowser
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -15,17 +13,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, QueryError, UpriverError
@@ -38,7 +25,8 @@ from upriver.runtime.hardware import parse_memory
 from upriver.runtime.passes import Request, request_for
 from upriver.runtime.plan import describe, parse_sizes
 from upriver.runtime.store import write_json
-from upriver.show.report import write_report
+from upriver.show.bars import bars, running_bar, say
+from upriver.show.report import report_files, write_report
 from upriver.show.terminal import terminal_summary
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
@@ -46,8 +34,7 @@ from upriver.text.queries import Queries
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 UsageError: Any = typer.BadParameter.__base__  # typer may bring its own copy of click
 INTERRUPTED = 130  # what typer makes of Ctrl-C
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+stdout = Console(highlight=False, soft_wrap=True)
 
 ModelArg = Annotated[str, typer.Argument(help="A Hugging Face folder or name, or a .gguf file.", metavar="MODEL")]
 CorpusArg = Annotated[
@@ -59,10 +46,18 @@ QueriesArg = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
 Memory = Annotated[
-    str | None, typer.Option(help="A promise, as 8GB: the work is divided to stay below it; 80 % of what is free.")
+    str | None,
+    typer.Option(
+        help="Memory limit, such as 8GB: the work is divided to stay below it. Default: 80 % of what is free."
+    ),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to fit on, from random sequences.", min=1)]
 BatchTokens = Annotated[int, typer.Option(help="Tokens of a batch, padding counted.", min=1)]
+Layers = Annotated[str, typer.Option(help="mlp, attention, all, or globs separated by commas.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence; longer documents are cut into windows.", min=2)]
+Rank = Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")]
+Top = Annotated[int, typer.Option(help="Passages per side that are rescored at full rank and shown.", min=1)]
+Dtype = Annotated[str, typer.Option(help="Compute type: float32, bfloat16 or mixed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the folder.")]
 
 
@@ -76,20 +71,19 @@ def fit_command(
     model: ModelArg,
     corpus: CorpusArg,
     out: Annotated[Path, typer.Option(help="Folder for the factors.")],
-    layers: Annotated[str, typer.Option(help="mlp, attention, all, or globs separated by commas.")] = "mlp",
-    seq_len: Annotated[
-        int, typer.Option(help="Tokens of a sequence; longer documents are cut into windows.", min=2)
-    ] = 512,
+    layers: Layers = "mlp",
+    seq_len: SeqLen = 512,
     pack: Annotated[bool, typer.Option("--pack", help="Join documents with the end token before cutting.")] = False,
     fisher: Annotated[str, typer.Option(help="sampled or empirical labels.")] = "sampled",
     max_tokens: MaxTokens = 1_000_000,
     until: Annotated[
-        float | None, typer.Option(help="Stop when the scores by either half of the sample correlate so well, as 0.99.")
+        float | None,
+        typer.Option(help="Stop once scores from the two halves of the sample correlate this well, such as 0.99."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or mixed.")] = "float32",
+    dtype: Dtype = "float32",
     batch_tokens: BatchTokens = BATCH_TOKENS,
     memory: Memory = None,
-    seed: Annotated[int, typer.Option(help="Of the sampled labels and sequences.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled labels and of the choice of sequences.", min=0)] = 0,
     device: Device = "auto",
     on_bad_record: Annotated[str, typer.Option(help="error, or skip and list.")] = "error",
     overwrite: Overwrite = False,
@@ -103,10 +97,8 @@ def fit_command(
     parse_memory(memory)  # a mistake in it is known before a model is loaded
     loaded = _load_model(model, device)
     read = _read_corpus(corpus, loaded, seq_len, pack, on_bad_record)
-    factors = fit(loaded, read, out, overwrite=overwrite, progress=_bars, say=_say, **given)
-    _say(
-        f"factors written to {factors.path}; next: upriver trace {model} {corpus} QUERIES --factors {out} --out SCORES"
-    )
+    factors = fit(loaded, read, out, overwrite=overwrite, progress=bars, say=say, **given)
+    say(f"factors written to {factors.path}; next: upriver trace {model} {corpus} QUERIES --factors {out} --out SCORES")
 
 
 @app.command("trace")
@@ -116,16 +108,18 @@ def trace_command(
     queries: QueriesArg,
     factors: Annotated[Path, typer.Option(help="Folder written by upriver fit.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
-    rank: Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")] = "32",
+    rank: Rank = "32",
     damping: Annotated[str, typer.Option(help="0.1x of the mean eigenvalue, or an absolute number.")] = "0.1x",
-    top: Annotated[int, typer.Option(help="Passages a side that are looked at again and shown.", min=1)] = 100,
+    top: Top = 100,
     candidates: Annotated[int | None, typer.Option(help="Score only the best N by TF-IDF, per query.", min=1)] = None,
     curvature: Annotated[str, typer.Option(help="ekfac, kfac, diagonal or identity.")] = "ekfac",
     layer_scores: Annotated[bool, typer.Option("--layer-scores", help="Write layers.npy as well.")] = False,
     complete: Annotated[
         int | None, typer.Option(help="Let the model answer queries without completion, in N tokens.", min=1)
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the scan, as for fit; that of the factors.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Compute type of the scan, as for fit. Default: that of the factors.")
+    ] = None,
     memory: Memory = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -145,15 +139,18 @@ def trace_command(
     read = _read_corpus(corpus, loaded, **how)
     asked = _read_queries(queries, loaded, complete)
     given["batch_tokens"] = fitted.options.batch_tokens
-    result = trace(loaded, read, asked, fitted, out, overwrite=overwrite, progress=_bars, say=_say, **given)
-    terminal_summary(result.path, console=globals()["out"])
-    _say(f"next: upriver report {out} --open")
+    result = trace(loaded, read, asked, fitted, out, overwrite=overwrite, progress=bars, say=say, **given)
+    terminal_summary(result.path, console=stdout)
+    say(f"next: upriver report {out} --open")
 
 
 @app.command("report")
 def report_command(
     scores: Annotated[Path, typer.Argument(help="Folder written by upriver trace.", metavar="SCORES")],
-    out: Annotated[Path | None, typer.Option(help="Folder or .html file; the results' own folder by default.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder, or .html file whose name the others take. Default: the results' own folder."),
+    ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """Write the report of SCORES: one self-contained HTML file, and the same as JSON, JSONL and CSV."""
@@ -167,23 +164,27 @@ def plan_command(
     model: Annotated[
         str, typer.Argument(help="As for fit; or a config.json of a model that is not there.", metavar="MODEL")
     ],
-    corpus: Annotated[str, typer.Argument(help="As for fit; or its size, as 1000000x512.", metavar="CORPUS")],
+    corpus: Annotated[str, typer.Argument(help="As for fit; or its size, such as 1000000x512.", metavar="CORPUS")],
     queries: Annotated[str, typer.Option(help="A file of queries, or their number; 0 plans the fit alone.")] = "100",
-    layers: Annotated[str, typer.Option(help="mlp, attention, all, or globs separated by commas.")] = "mlp",
-    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 512,
+    layers: Layers = "mlp",
+    seq_len: SeqLen = 512,
     max_tokens: MaxTokens = 1_000_000,
-    rank: Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")] = "32",
-    top: Annotated[int, typer.Option(help="Passages a side that are looked at again.", min=1)] = 100,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or mixed.")] = "float32",
+    rank: Rank = "32",
+    top: Top = 100,
+    dtype: Dtype = "float32",
     batch_tokens: BatchTokens = BATCH_TOKENS,
     memory: Memory = None,
     hardware: Annotated[
-        str | None, typer.Option(help="A machine that is not here, as h100x8; without it, this one is measured.")
+        str | None, typer.Option(help="Plan for another machine, such as h100x8. Default: this one, measured.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File for the plan as JSON.")] = None,
 ) -> None:
     """Passes, operations, time, memory and disk of a fit and a trace, before anything starts."""
     traced = options(TraceOptions, {"rank": rank, "top": top})
+    if out and not out.parent.is_dir():
+        raise ConfigError(
+            f"bad value for --out: got {str(out)!r}; there is no folder {str(out.parent)!r}, make it first"
+        )
     options(FitOptions, {"max_tokens": max_tokens, "dtype": dtype, "batch_tokens": batch_tokens})
     alone, size = config_only(model), parse_sizes(corpus)
     what = alone or _load_model(model, "auto")
@@ -192,6 +193,8 @@ def plan_command(
             f"a configuration has no tokenizer to read a corpus with: got {corpus!r}; give its size, as 1000000x512"
         )
     if size is not None:
+        if isinstance(what, Model):
+            _check_length(what, size[1])
         data = Blank(*size)
     else:
         assert isinstance(what, Model)
@@ -204,7 +207,7 @@ def plan_command(
     request = Request(size[0], size[1], **asked) if size else request_for(data.lengths_N, **asked)
     plan = plan_model(what, data, layers, request, hardware)
     for line in describe(plan):
-        globals()["out"].print(line, markup=False)
+        stdout.print(line, markup=False)
     if out:
         write_json(out, plan.as_dict())
 
@@ -240,20 +243,21 @@ def demo_command(
         values = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
         places = {name: str(folder / values[name]) for name in ("model", "corpus", "queries")}
         page = _run(options(RunOptions, {**values, **places, "out": str(out)}, "demo: "), overwrite)
-    _say(f"done: open {page.resolve()}")
+    say(f"done: open {page.resolve()}")
 
 
 def _run(opts: RunOptions, overwrite: bool) -> Path:
     folder = Path(opts.out)
     parse_memory(opts.memory)
     _check_queries(opts.queries, opts.complete)
+    report_files(folder / "report.html")
     model = _load_model(opts.model, opts.device)
     corpus = _read_corpus(opts.corpus, model, opts.seq_len, opts.pack, opts.on_bad_record)
     queries = _read_queries(opts.queries, model, opts.complete)
-    common: dict[str, Any] = {"overwrite": overwrite, "progress": _bars, "say": _say}
+    common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
     factors = fit(model, corpus, folder / "factors", **common, **_subset(opts, FitOptions))
     result = trace(model, corpus, queries, factors, folder / "scores", **common, **_subset(opts, TraceOptions))
-    terminal_summary(result.path, console=out)
+    terminal_summary(result.path, console=stdout)
     return _write_report(result.path, folder / "report.html")
 
 
@@ -262,8 +266,8 @@ def _write_report(scores: Path, out: Path | None) -> Path:
         warnings.simplefilter("always")
         page = write_report(scores, out)
     for warning in caught:
-        _say(f"note: {warning.message}")
-    _say(f"report: {page}")
+        say(f"note: {warning.message}")
+    say(f"report: {page}")
     return page
 
 
@@ -283,28 +287,33 @@ def _read_run_file(file: Path) -> RunOptions:
 
 def _load_model(name: str, device: str) -> Model:
     model = load_model(name, device=device)
-    parameters = sum(p.numel() for p in model.module.parameters())
-    _say(f"model: {name}, {model.info['architecture']}, {parameters:,} parameters, {model.info['attention']} attention")
+    say(
+        f"model: {name}, {model.info['architecture']}, {model.n_parameters:,} parameters, {model.info['attention']} attention"
+    )
     return model
 
 
 def _read_corpus(path: str, model: Model, seq_len: int, pack: bool, on_bad_record: str) -> Corpus:
     if on_bad_record not in ("error", "skip"):
         raise ConfigError(f"bad value for --on-bad-record: got {on_bad_record!r}; error or skip")
+    _check_length(model, seq_len)
+    with running_bar("corpus (bytes)") as progress:
+        corpus = Corpus.read(path, model.tokenizer, seq_len, pack, on_bad_record, progress=progress)
+    say(f"corpus: {path}, {corpus.n_documents:,} documents, {len(corpus):,} sequences, {corpus.n_tokens:,} tokens")
+    skipped = corpus.info["skipped"]
+    if skipped["count"]:
+        say(f"skipped {skipped['count']:,} bad records; the first:")
+        for bad in skipped["first"]:
+            say(f"  {bad['where']}: {bad['reason']}")
+    return corpus
+
+
+def _check_length(model: Model, seq_len: int) -> None:
     positions = model.info.get("positions")
     if positions and seq_len > positions:
         raise ConfigError(
             f"bad value for --seq-len: got {seq_len}; the model takes at most {positions} tokens, give that or less"
         )
-    with _running_bar("corpus (bytes)") as progress:
-        corpus = Corpus.read(path, model.tokenizer, seq_len, pack, on_bad_record, progress=progress)
-    _say(f"corpus: {path}, {corpus.n_documents:,} documents, {len(corpus):,} sequences, {corpus.n_tokens:,} tokens")
-    skipped = corpus.info["skipped"]
-    if skipped["count"]:
-        _say(f"skipped {skipped['count']:,} bad records; the first:")
-        for bad in skipped["first"]:
-            _say(f"  {bad['where']}: {bad['reason']}")
-    return corpus
 
 
 def _check_queries(path: str, most: int | None) -> None:
@@ -319,43 +328,6 @@ def _read_queries(path: str, model: Model, most: int | None) -> Queries:
     if most is None:
         raise QueryError(f"{path}: a query has no completion; add --complete N")
     return complete(model, queries, most)
-
-
-def _say(line: str) -> None:
-    err.print(line, markup=False)
-
-
-@contextmanager
-def _bars(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error with rate and remaining time, and one line at the end."""
-    start = time.perf_counter()
-    with _bar() as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda done: progress.advance(task, done)
-    seconds = time.perf_counter() - start
-    _say(f"{name}: {total:,} in {seconds:.1f} s ({total / max(seconds, 1e-9):,.0f}/s)")
-
-
-@contextmanager
-def _running_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """The same for work that tells how far it is and how much there is."""
-    with _bar() as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _bar() -> Progress:
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(),
-    )  # fmt: skip
-    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
-
-
-class Rate(ProgressColumn):
-    """How much is done in a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
 
 def main() -> None:
@@ -389,8 +361,8 @@ def _usage(error: Any, args: list[str]) -> str:
 
 def _fail(error: BaseException, text: str, status: int, debug: bool) -> None:
     if debug:
-        raise error
-    err.print(f"error: {' '.join(text.split())}", markup=False)
+        traceback.print_exception(error)
+    say(f"error: {' '.join(text.split())}")
     raise SystemExit(status)
 
 

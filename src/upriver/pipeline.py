@@ -12,13 +12,13 @@ from upriver.curvature.factors import Factors
 from upriver.curvature.fit import fit_diagonal
 from upriver.errors import ModelError, QueryError
 from upriver.influence.gradients import Measured
-from upriver.influence.passages import answers, rank_correlation, top_rows
+from upriver.influence.passages import Ranked, answers, ranked, top_rows
 from upriver.influence.results import write_scores, write_top
 from upriver.influence.scanned import Scanned, extremes, random_rows
-from upriver.influence.stages import Job, divide, rescore_stage, scan_stage, solve_stage
-from upriver.influence.tokens import Rescored
+from upriver.influence.stages import Job, Part, divide, rescore_stage, scan_stage, solve_stage
 from upriver.model.calibrate import plan_here
 from upriver.model.generate import greedy
+from upriver.model.layers import Coverage
 from upriver.model.load import Model
 from upriver.model.memory import DIVISION
 from upriver.model.sweep import tracked_layers
@@ -103,7 +103,11 @@ def _run(
 ) -> None:
     times = Times()
     fitted = factors.options
+    say(f"layers: {Coverage.of(factors.manifest['coverage']).line()}")
     if opts.curvature == "diagonal":
+        say(
+            f"diagonal: measured once, on the {factors.manifest['fit']['tokens']:,} tokens that the factors were fitted on"
+        )
         fit_diagonal(model, corpus, factors, opts.memory, progress)
     rows, kept = _candidates(corpus, queries, opts.candidates)
     with model.computing_in("float64" if fitted.dtype == "float64" else "float32") as exact:
@@ -126,15 +130,20 @@ def _run(
         ends, sample = extremes(scanned, opts.top), random_rows(scanned, fitted.seed)
         wanted = [np.union1d(rows_q, sample) for rows_q in ends]
         with times("rescore"):
-            found = rescore_stage(job, wanted)
-        if dist.rank() == 0:
-            agreement = rank_correlation(scanned, found, sample)
-            write_scores(stage.path, corpus, queries.ids, scanned)
-            write_top(stage.path, top_rows(job, scanned, ends, found))
-            write_json(stage.path / "queries.json", answers(exact, queries, agreement))
-            stage.finish(_manifest(job, scanned, found, agreement, kept, times))
-            _tidy(stage.path)
-    dist.barrier()
+            parts = rescore_stage(job, wanted)
+        dist.lead(lambda: _publish(job, scanned, ranked(job, scanned, ends, sample, parts), parts, kept, times))
+
+
+def _publish(
+    job: Job, scanned: Scanned, found: Ranked, parts: list[Part], kept: dict[str, Any] | None, times: Times
+) -> None:
+    """Write the results; the manifest last."""
+    folder = job.stage.path
+    write_scores(folder, job.data, job.queries.ids, scanned)
+    write_top(folder, top_rows(job, found.shown, parts))
+    write_json(folder / "queries.json", answers(job.model, job.queries, found.agreement))
+    job.stage.finish(_manifest(job, found, kept, times))
+    _tidy(folder)
 
 
 def _announce(job: Job, dtype: str, say: Say) -> None:
@@ -143,6 +152,7 @@ def _announce(job: Job, dtype: str, say: Say) -> None:
     request = request_for(
         job.data.lengths_N[job.rows], fit=False, queries=len(job.queries), rank=job.rank, top=opts.top, scan_dtype=dtype,
         query_tokens=max(1, round(float(np.mean(job.queries.lengths)))), batch_tokens=opts.batch_tokens,
+        layer_scores=opts.layer_scores,
     )  # fmt: skip
     for line in describe(plan_here(job.model, job.layers, job.data, request, job.split.made_for)):
         say(line)
@@ -191,17 +201,9 @@ def complete(model: Model, queries: Queries, most: int) -> Queries:
     return queries.completed(answers)
 
 
-def _manifest(
-    job: Job,
-    scanned: Scanned,
-    found: Rescored,
-    agreement: list[float | None],
-    kept: dict[str, Any] | None,
-    times: Times,
-) -> dict[str, Any]:
+def _manifest(job: Job, found: Ranked, kept: dict[str, Any] | None, times: Times) -> dict[str, Any]:
     factors, opts, model = job.factors.manifest, job.opts, job.model
-    fitted, known = job.factors.options, [x for x in agreement if x is not None]
-    by_layer, by_token = found.layers_PL.double().sum(1), found.tokens_PT.double().sum(1)
+    fitted, known = job.factors.options, [x for x in found.agreement if x is not None]
     tokens = int(job.data.lengths_N[job.rows].sum())
     return {
         "upriver": version("upriver"),
@@ -233,7 +235,7 @@ def _manifest(
         },
         "top": opts.top,
         "kernel": model.info.get("attention"),
-        "checks": {"token_sum": float((by_layer - by_token).abs().max() / by_layer.abs().max().clamp(min=1e-30))},
+        "checks": {"token_sum": found.token_sum},
         "conventions": CONVENTIONS,
         "sign": POSITIVE,
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")}

@@ -107,12 +107,13 @@ def gains(dtype: torch.dtype, bias: bool) -> bool:
 
 
 def _for_onednn(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> bool:
+    """Whether oneDNN pays for the factors as they lie in memory."""
     return x_MI.stride(1) == 1 and _suits(x_MI, y_IK, bias_K)
 
 
 def _suits(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> bool:
-    """Large enough, and a second factor of which a copy fits and which has no gaps between its rows: it would take a thousand
-    times longer."""
+    """Whether oneDNN pays whatever the first factor's layout: the product is large, and the second factor is small enough to be
+    copied and has no gaps between its rows (with gaps oneDNN takes a thousand times longer)."""
     like = x_MI.dtype
     alike = all(t is None or (t.dtype == like and on_cpu(t)) for t in (x_MI, y_IK, bias_K))
     if not alike or not gains(like, bias_K is not None):
@@ -251,6 +252,8 @@ def eigh(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
             values, vectors = torch.linalg.eigh(matrix)
         else:
             values, vectors = map(torch.from_numpy, np.linalg.eigh(matrix.numpy()))
+    except torch.OutOfMemoryError:
+        raise
     except (np.linalg.LinAlgError, RuntimeError) as error:
         raise NumericalError(f"an eigendecomposition did not converge: {error}") from error
     largest = float(values[-1].clamp(min=torch.finfo(torch.float64).tiny))

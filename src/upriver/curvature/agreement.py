@@ -1,6 +1,6 @@
 """How far a fit has converged: a few sequences scored on each other by the eigenvalues of either half of the sample.
 
-Axes: N sequences, P pairs of them, L layers, I inputs of a layer (+1 with a bias), O outputs.
+Axes: N sequences, P pairs of them, L layers, I inputs of a layer (+1 with a bias), O outputs, W = O I.
 """
 
 from pathlib import Path
@@ -15,14 +15,14 @@ from upriver.curvature.blocks import Moments
 from upriver.model.layers import Layer
 from upriver.runtime.passes import compared
 from upriver.runtime.store import Tensors, read_tensor
-from upriver.tensors import rotated_gradients
+from upriver.tensors import even_parts, rotated_gradients
 from upriver.text.batch import Batch
 
 
 def probes(total: int, fitted: int, at_once: int) -> list[np.ndarray]:
     """Random ones of ``total`` sequences, in batches of about ``at_once``, for a sample of ``fitted``."""
     rows = np.sort(np.random.default_rng(0).permutation(total)[: compared(fitted, at_once)])
-    return [part for part in np.array_split(rows, max(1, len(rows) // at_once)) if len(part) > 1]
+    return [rows[at] for at in even_parts(len(rows), at_once) if len(rows[at]) > 1]
 
 
 def probed(batches: list[np.ndarray], fitted: int, at_once: int) -> list[np.ndarray]:
@@ -66,9 +66,9 @@ class Agreement:
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         m = self.moments[layer.name]
-        G_NP = rotated_gradients(a_NTI[: self.at_once], g_NTO[: self.at_once], m.Q_A_II, m.Q_S_OO).flatten(1)
+        G_NW = rotated_gradients(a_NTI[: self.at_once], g_NTO[: self.at_once], m.Q_A_II, m.Q_S_OO).flatten(1)
         for half, denominator_OI in enumerate(self.denominators[layer.name]):
-            scores_NN = (G_NP / denominator_OI.flatten().to(G_NP)) @ G_NP.T
+            scores_NN = (G_NW / denominator_OI.flatten().to(G_NW)) @ G_NW.T
             self.parts[-1][half, self.place[layer.name]] = scores_NN[self.upper[0], self.upper[1]].float().cpu()
 
     def result(self) -> Tensor:

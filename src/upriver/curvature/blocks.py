@@ -101,7 +101,7 @@ class Eigenblock(NamedTuple):
         Raises:
             NumericalError: ``lam + lambda`` is zero somewhere, so there is no inverse.
         """
-        return self._back(self._divide(q_QOI, damping))
+        return self._back(self._rotate(q_QOI) / self._denominator(damping))
 
     def solve_tokens(self, queries: list[TokenGradient], damping: Damping) -> Tensor:
         """The solutions ``[Q, O, I]`` of queries given by their tokens, which are rotated instead of the dense gradients."""
@@ -130,9 +130,6 @@ class Eigenblock(NamedTuple):
             found.append(truncated_svd(w_OI, rank, (q.a_MI * start_I).T))
         U_QOR, V_QRI = (torch.stack(x) for x in zip(*found, strict=True))
         return metric.back_factors(LowRank(U_QOR.div_(s_O[:, None]), V_QRI.div_(a_I)))
-
-    def _divide(self, q_QOI: Tensor, damping: Damping) -> Tensor:
-        return self._rotate(q_QOI) / self._denominator(damping)
 
     def _denominator(self, damping: Damping) -> Tensor:
         denominator_OI = self.lam_OI + damping.of(self.lam_OI)

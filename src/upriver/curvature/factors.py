@@ -1,7 +1,8 @@
 """The fitted factors of a folder: what :func:`upriver.fit` writes, and everything after it reads.
 
 FACTORS/key.json, manifest.json
-FACTORS/eigen/unit-K.safetensors      layer K: Q_A, eig_A (when it leads its input's group), Q_S, eig_S
+FACTORS/eigen/unit-K.safetensors      layer K: Q_A, eig_A (when it leads its input's group), Q_S, eig_S;
+                                      T_mean, clamped (the most negative eigenvalue over the largest)
 FACTORS/correction/lam.safetensors    lam of every layer
 FACTORS/diagonal/lam.safetensors      eigenvalues in the weights' own basis; made when first asked for
 """
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
-from upriver.errors import InputError, MismatchError, NumericalError
+from upriver.errors import ConfigError, InputError, MismatchError, NumericalError
 from upriver.model.layers import Layer
 from upriver.model.load import Model
-from upriver.runtime.config import CONVENTIONS, FitOptions
+from upriver.runtime.config import CONVENTIONS, CURVATURES, FitOptions
 from upriver.runtime.store import Tensors, opened, read_json
 from upriver.tensors import eigh
 from upriver.text.batch import Sequences
@@ -68,6 +69,8 @@ def _read_unit(path: Path, unit: int, names: tuple[str, ...], like: Tensor | Non
 
 
 class FactorLayer(NamedTuple):
+    """What the manifest tells of a layer: see :class:`upriver.model.layers.Layer`."""
+
     name: str
     shape: tuple[int, int]
     block: int | None
@@ -134,19 +137,34 @@ class Factors:
         return read_moments(self.path, self.layers, [self._layer(name)])[name]
 
     def block(self, name: str, kind: str = "ekfac") -> Eigenblock:
-        """One layer's curvature of a kind: ``ekfac``, ``kfac``, ``diagonal`` or ``identity``."""
-        if kind == "identity":
-            return Eigenblock.identity(*self._layer(name).shape)
-        if kind == "diagonal":
-            return Eigenblock.diagonal(self._read("diagonal", name))
-        moments = self.moments(name)
-        return Eigenblock.kfac(moments) if kind == "kfac" else Eigenblock.ekfac(moments, self._read("correction", name))
+        """One layer's curvature of a kind.
+
+        Raises:
+            ConfigError: ``kind`` is none of ``ekfac``, ``kfac``, ``diagonal``, ``identity``.
+            InputError: there is no such layer.
+        """
+        match kind:
+            case "identity":
+                return Eigenblock.identity(*self._layer(name).shape)
+            case "diagonal":
+                return Eigenblock.diagonal(self._read("diagonal", name))
+            case "kfac":
+                return Eigenblock.kfac(self.moments(name))
+            case "ekfac":
+                return Eigenblock.ekfac(self.moments(name), self._read("correction", name))
+        raise ConfigError(f"no such curvature: got {kind!r}; give one of {', '.join(CURVATURES)}")
 
     def curvature(self, kind: str = "ekfac") -> BlockCurvature:
+        """The curvature of all layers, of a kind as in :meth:`block`, each read when it is needed."""
         return BlockCurvature([x.name for x in self.layers], lambda name: self.block(name, kind))
 
     def _layer(self, name: str) -> FactorLayer:
-        return next(x for x in self.layers if x.name == name)
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise InputError(
+            f"no such layer: got {name!r}; these factors hold {len(self.layers)}, such as {self.layers[0].name!r}"
+        )
 
     def _read(self, stage: str, name: str) -> Tensor:
         with opened(self.path / stage / "lam.safetensors", "fit again with --overwrite") as file:

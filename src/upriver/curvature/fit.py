@@ -2,7 +2,7 @@
 
     for each group of layers that fits in memory:  covariance pass, eigendecompositions
     for each group of layers that fits in memory:  correction pass
-    with ``until``: the same on twice the sequences, until the scores of the two halves of the sample agree
+    with ``until``: the same on twice the tokens, until the scores of the two halves of the sample agree
 
 FACTORS/covariance/layers-A-B/    sums of A and S of a group; removed when the fit is done
 FACTORS/correction/layers-A-B/    sums of squared rotated gradients; likewise
@@ -26,11 +26,11 @@ from upriver.curvature.factors import Factors, decomposed, read_moments
 from upriver.curvature.passes import Correction, Covariance
 from upriver.model.calibrate import plan_here
 from upriver.model.kept import Kept
-from upriver.model.layers import Layer, coverage
+from upriver.model.layers import Coverage, Layer, coverage
 from upriver.model.load import Model
 from upriver.model.memory import DIVISION, memory_job, settle, settled_split
 from upriver.model.shape import model_shape
-from upriver.model.sweep import Labels, split_units, sweep, tokens_of, tracked_layers
+from upriver.model.sweep import Labels, doubled, split_units, sweep, tokens_of, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.counts import Shape
@@ -39,7 +39,7 @@ from upriver.runtime.passes import request_for
 from upriver.runtime.plan import describe
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.split import FitSplit, covariance_size, keeping, split_fit
-from upriver.runtime.store import Stage, Tensors, locked, opened, read_tensor, write_stream
+from upriver.runtime.store import Stage, Tensors, locked, opened, read_json, read_tensor, write_stream
 from upriver.runtime.sums import accumulate, remaining
 from upriver.runtime.threads import one_core_each
 from upriver.tensors import accumulator_dtype
@@ -57,6 +57,7 @@ class Work(NamedTuple):
     layers: list[Layer]
     shape: Shape
     units: list[list[np.ndarray]]
+    rounds: list[int]  # how many of the units each round goes over
     labels: tuple[Labels, Labels]
     progress: Progress
     split: FitSplit
@@ -78,11 +79,11 @@ class Work(NamedTuple):
         return [[self.layers[i] for i in part] for part in parts]
 
     def key(self, top: Stage) -> dict[str, Any]:
-        """Of a stage inside: a run that goes on with other batches must not add to its sums."""
+        """The key of an inner stage; with the size of its batches, as sums of other batches must not be added to it."""
         return top.key | {"split": self.split.batch_tokens}
 
     def whole_key(self, top: Stage) -> dict[str, Any]:
-        """Of what is made from all the units."""
+        """The key of what is made from all the units."""
         return self.key(top) | {"units": len(self.units)}
 
 
@@ -122,6 +123,7 @@ def fit(
         if stage.done:
             dist.lead(lambda: _tidy(out))  # a kill may have come between the two
             say(f"factors: {out} is complete and was made from the same inputs; used as it is")
+            say(f"layers: {Coverage.of(stage.manifest['coverage']).line()}")
         else:
             with model.computing_in(opts.dtype) as computing, ExitStack() as files:
                 work = _work(out, computing, data, opts, progress, say)
@@ -138,20 +140,14 @@ def _work(folder: Path, model: Model, data: Sequences, opts: FitOptions, progres
     job = memory_job(model, data, opts.batch_tokens, opts.memory)
     split = settled_split(folder, FitSplit, lambda: split_fit(shape, job), job, say)
     settle(split.peak, job, model.device)
-    batches = _batches(data, opts, split.batch_tokens)
     drawn = opts.fisher == "sampled"
     labels = [Labels(opts.seed, stream) if drawn else Labels() for stream in (COVARIANCE_STREAM, CORRECTION_STREAM)]
-    units = split_units(batches, data.lengths_N)
-    return Work(model, data, layers, shape, units, (labels[0], labels[1]), progress, split)
-
-
-def _batches(data: Sequences, opts: FitOptions, batch_tokens: int) -> list[np.ndarray]:
-    rows = data.sample(opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64)), opts.seed)
-    batches = data.plan(batch_tokens, rows)
-    if opts.until is None:
-        return batches
-    order = np.random.default_rng(opts.seed).permutation(len(batches))  # any first part of them is then a fair sample
-    return [batches[i] for i in order]
+    most = opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64))
+    segments = [data.sample(most, opts.seed)] if opts.until is None else doubled(data, most, opts.seed)
+    parts = [split_units(data.plan(split.batch_tokens, rows), data.lengths_N) for rows in segments]
+    rounds = np.cumsum([len(part) for part in parts]).tolist()
+    units = [unit for part in parts for unit in part]
+    return Work(model, data, layers, shape, units, rounds, (labels[0], labels[1]), progress, split)
 
 
 def _asked_again(work: Work, opts: FitOptions, out: Path) -> set[Labels]:
@@ -181,7 +177,7 @@ def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
         for line in describe(plan_here(work.model, work.layers, work.data, request, work.split.made_for)):
             say(line)
     clamped, halves = 0.0, {}
-    for part in _rounds(stage, work, opts.until):
+    for part in _rounds(stage, work):
         clamped = _bases(stage, part, times, keep=opts.until is not None)
         halves = _eigenvalues(stage, part, times)
         say(
@@ -192,22 +188,21 @@ def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
             break
     if opts.until is not None and (halves["mean"] or -1.0) < opts.until:
         say(f"the agreement asked for, {opts.until}, was not reached: there are no more tokens (see --max-tokens)")
-    if dist.rank() == 0:
-        if clamped < -1e-6:
-            say(
-                f"rank-deficient covariance: negative eigenvalues down to {clamped:.1e} of the largest were set to zero"
-            )
-        stage.finish(
-            {
-                "layers": [_describe(x) for x in part.layers],
-                "coverage": cover._asdict() | {"share": cover.share},
-                "fit": {"sequences": part.sequences, "tokens": part.tokens, "halves": halves, "clamped": clamped},
-                "data": getattr(part.data, "info", {}),
-                "timings": times | {"passes": _passes(part.split), "total": time.perf_counter() - started},
-            }
-        )
+    if clamped < -1e-6:
+        say(f"rank-deficient covariance: negative eigenvalues down to {clamped:.1e} of the largest were set to zero")
+    manifest = {
+        "layers": [_describe(x) for x in part.layers],
+        "coverage": cover._asdict() | {"share": cover.share},
+        "fit": {"sequences": part.sequences, "tokens": part.tokens, "halves": halves, "clamped": clamped},
+        "data": getattr(part.data, "info", {}),
+        "timings": times | {"passes": _passes(part.split), "total": time.perf_counter() - started},
+    }
+
+    def finish() -> None:
+        stage.finish(manifest)
         _tidy(stage.path)
-    dist.barrier()
+
+    dist.lead(finish)
 
 
 def _passes(split: FitSplit) -> dict[str, int]:
@@ -216,17 +211,19 @@ def _passes(split: FitSplit) -> dict[str, int]:
     return parts | {"batch_tokens": split.batch_tokens}
 
 
-def _rounds(top: Stage, work: Work, until: float | None) -> Iterator[Work]:
-    """The whole sample, or more and more of it: every round twice as many units, from where an earlier run had come to."""
-    count = len(work.units)
-    if until is not None:
-        summed = [int(p.stem.removeprefix("sum-")) for p in (top.path / "covariance").glob("layers-*/sum-*")]
-        count = min(count, 1 << (max(summed, default=1) - 1).bit_length())
-    while True:
-        yield work._replace(units=work.units[:count])
-        if count == len(work.units):
-            return
-        count = min(2 * count, len(work.units))
+def _rounds(top: Stage, work: Work) -> Iterator[Work]:
+    """The sample in each round, from the one that an earlier run had come to."""
+    eigen = top.path / "eigen" / "key.json"
+    summed = [int(p.stem.removeprefix("sum-")) for p in (top.path / "covariance").glob("layers-*/sum-*")]
+    first = max(summed, default=0)
+    if eigen.exists():
+        first = max(first, read_json(eigen).get("units", 0))
+    elif summed:  # stopped where the next round begins
+        first += 1
+    dist.barrier()  # all have read it before one goes on
+    for count in work.rounds:
+        if count >= min(first, work.rounds[-1]):
+            yield work._replace(units=work.units[:count])
 
 
 def _tidy(folder: Path) -> None:
@@ -310,10 +307,10 @@ def _decompose(stage: Stage, work: Work, group: list[Layer], sums: Path) -> None
         if not stage.has(unit):
             stage.commit(unit, decomposed(x, sums, work.sequences, work.model.device))
 
-    with work.progress("eigendecomposition", len(group)) as advance, one_core_each(at_once) as pool:
+    shown = work.progress("eigendecomposition", len(group))
+    with dist.together(), shown as advance, one_core_each(at_once) as pool:
         for _ in pool.map(decompose, mine):
             advance(1)
-    dist.barrier()
 
 
 def _eigenvalues(top: Stage, work: Work, times: Times) -> dict[str, Any]:
@@ -394,7 +391,4 @@ def fit_diagonal(
 
 def _fitted(data: Sequences, factors: Factors) -> np.ndarray:
     """The sequences that a fit had come to when it was done (``until``)."""
-    fitted = factors.manifest
-    batches = _batches(data, factors.options, fitted["timings"]["passes"]["batch_tokens"])
-    ends = np.cumsum([data.lengths_N[rows].sum() for rows in batches])
-    return np.concatenate(batches[: 1 + int(np.searchsorted(ends, fitted["fit"]["tokens"]))])
+    return data.sample(factors.manifest["fit"]["tokens"], factors.options.seed)

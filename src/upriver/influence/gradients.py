@@ -1,4 +1,7 @@
-"""The query side: each measurement's gradient, solved and compressed once; the corpus only streams past it."""
+"""The query side: each measurement's gradient, solved and compressed once; the corpus only streams past it.
+
+Axes: N sequences of a batch, T positions, Q queries, R rank, O outputs, I inputs of a layer.
+"""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -200,14 +203,24 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
 
 
 def read_solved(paths: list[Path], layer: str, queries: slice = slice(None)) -> LowRank | Tensor:
-    """One layer's solved queries over all chunks: low-rank factors, or ``v_QOI`` at full rank."""
+    """One layer's solved ``queries`` from the files of all chunks: low-rank factors, or ``v_QOI`` at full rank."""
     with ExitStack() as stack:
         files = [stack.enter_context(opened(path)) for path in paths]
 
-        def whole(part: str) -> Tensor:
-            held = [file.get_tensor(f"{part}:{layer}") for file in files]
-            return held[0][queries] if len(held) == 1 else torch.cat(held)[queries]
+        def wanted(part: str) -> Tensor:
+            found = [_rows(file, f"{part}:{layer}", *at) for file, *at in zip(files, starts, ends, strict=True)]
+            held = [rows for rows in found if len(rows)]
+            return held[0] if len(held) == 1 else torch.cat(held)
 
-        if f"v:{layer}" in files[0].keys():  # noqa: SIM118 - not a mapping
-            return whole("v")
-        return LowRank(whole("U"), whole("V"))
+        full = f"v:{layer}" in files[0].keys()  # noqa: SIM118 - not a mapping
+        sizes = [file.get_slice(f"{'v' if full else 'U'}:{layer}").get_shape()[0] for file in files]
+        first, last, _ = queries.indices(sum(sizes))
+        before = np.cumsum([0, *sizes])[:-1]
+        starts, ends = np.clip(first - before, 0, sizes).tolist(), np.clip(last - before, 0, sizes).tolist()
+        return wanted("v") if full else LowRank(wanted("U"), wanted("V"))
+
+
+def _rows(file: Any, name: str, start: int, end: int) -> Tensor:
+    """Some rows of a tensor in an open file: only they are read."""
+    rows = file.get_slice(name)
+    return file.get_tensor(name) if end - start == rows.get_shape()[0] else rows[start:end]

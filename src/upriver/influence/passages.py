@@ -1,19 +1,21 @@
 """From rescored pairs to what is shown: passages with text, tokens and lexical comparison; answers with log-probabilities."""
 
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from upriver.influence.gradients import Measured, measurements
-from upriver.influence.results import Sides, TopRow, is_spurious, sides, token_scores
+from upriver.influence.results import Sides, TopRow, sides
 from upriver.influence.scanned import Scanned, scores_of
-from upriver.influence.stages import Job
-from upriver.influence.tokens import Rescored
+from upriver.influence.stages import Job, Part
+from upriver.influence.tokens import Rescored, spurious
 from upriver.model.capture import frozen
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel
+from upriver.text.batch import Sequences
 from upriver.text.candidates import tfidf_ranks
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
@@ -31,50 +33,87 @@ class Shown(NamedTuple):
     scan_score: float
 
 
-def top_rows(job: Job, scanned: Scanned, extremes: list[np.ndarray], found: Rescored) -> list[TopRow]:
-    """The rows of ``top.parquet``: for each query its most positive and its most negative sequences."""
-    shown = [x for q, rows in enumerate(extremes) for x in _shown(job, scanned, rows, found, q)]
+class Ranked(NamedTuple):
+    """What rescoring found of all queries, without the tokens of each passage."""
+
+    shown: list[list[Shown]]  # for each query
+    agreement: list[float | None]  # for each query: of the scan's scores with those at full rank, on random sequences
+    token_sum: (
+        float  # the largest difference of a sum over tokens from that over layers, as a share of the largest score
+    )
+
+
+def ranked(job: Job, scanned: Scanned, extremes: list[np.ndarray], sample: np.ndarray, parts: list[Part]) -> Ranked:
+    """Rank each query's ``extremes``, and compare its scan with full rank on ``sample``; one part is read at a time."""
+    shown, agreement, difference, largest = [], [], 0.0, 1e-30
+    for part in parts:
+        found = part.read()
+        by_layer_P, by_token_P = found.layers_PL.double().sum(1), found.tokens_PT.double().sum(1)
+        difference = max(difference, float((by_layer_P - by_token_P).abs().max()))
+        largest = max(largest, float(by_layer_P.abs().max()))
+        shown += [_shown(job, scanned, extremes[q], found, q) for q in part.queries]
+        agreement += [_rank_correlation(scanned, found, sample, q) for q in part.queries]
+    return Ranked(shown, agreement, difference / largest)
+
+
+def top_rows(job: Job, shown: list[list[Shown]], parts: list[Part]) -> Iterator[list[TopRow]]:
+    """The rows of ``top.parquet``, a query at a time: its most positive and its most negative sequences."""
     lexical = Lexical(job, shown)
-    return [_row(job, lexical, found, x) for x in shown]
+    for part in parts:
+        found = part.read()
+        for q in part.queries:
+            yield [_row(job, lexical, found, x) for x in shown[q]]
 
 
 def _shown(job: Job, scanned: Scanned, rows: np.ndarray, found: Rescored, q: int) -> list[Shown]:
     out: list[Shown] = []
-    ranked: Sides = sides(found, q, np.isin(found.rows_P, rows), job.opts.top)
-    for side, pairs in zip(Sides._fields, ranked, strict=True):
+    best: Sides = sides(found, q, np.isin(found.rows_P, rows), job.opts.top)
+    for side, pairs in zip(Sides._fields, best, strict=True):
         scan_P = scores_of(scanned, found.rows_P[pairs])[:, q]
         for rank, (pair, scan) in enumerate(zip(pairs, scan_P, strict=True), 1):
             out.append(Shown(q, side, rank, int(pair), int(found.rows_P[pair]), float(scan)))
     return out
 
 
+class Passage(NamedTuple):
+    """A sequence to a reader; an example of a task without text is a document of its own."""
+
+    document: str
+    start: int
+    end: int
+    text: str
+    tokens: list[str]
+    metadata: str
+
+    @classmethod
+    def of(cls, data: Sequences, row: int) -> "Passage":
+        if not isinstance(data, Corpus):
+            return cls(str(row), 0, 0, "", [], "{}")
+        document, (start, end) = int(data.document_of_N[row]), (int(i) for i in data.span_N2[row])
+        metadata = whole(json.dumps(data.metadata(document), ensure_ascii=False))
+        return cls(data.document_id(document), start, end, data.text(row), data.pieces(row), metadata)
+
+
 def _row(job: Job, lexical: "Lexical", found: Rescored, x: Shown) -> TopRow:
-    data, row, pair = job.data, x.row, x.pair
-    score = float(found.layers_PL[pair].double().sum())
-    text = isinstance(data, Corpus)
-    start, end = (int(i) for i in data.span_N2[row]) if isinstance(data, Corpus) else (0, 0)
-    document = int(data.document_of_N[row]) if isinstance(data, Corpus) else row
+    passage, layers_L = Passage.of(job.data, x.row), found.layers_PL[x.pair]
+    tokens_T = found.tokens_PT[x.pair, : len(passage.tokens)].numpy()
+    score = float(layers_L.double().sum())
+    nats = None if job.opts.curvature == "identity" else score / len(job.data)
     return TopRow(
-        query=job.queries.ids[x.query], side=x.side, rank=x.rank, sequence=row, start=start, end=end,
-        document=data.document_id(document) if isinstance(data, Corpus) else str(row),
-        score=score, score_nats=None if job.opts.curvature == "identity" else score / len(data), scan_score=x.scan_score,
-        rescored=True, spurious=text and is_spurious(found, pair), layers=found.layers_PL[pair].numpy(),
-        tokens=data.pieces(row) if isinstance(data, Corpus) else [],
-        token_scores=token_scores(found, pair, int(data.lengths_N[row])) if text else np.empty(0, np.float32),
-        text=data.text(row) if isinstance(data, Corpus) else "",
-        metadata=whole(json.dumps(data.metadata(document), ensure_ascii=False)) if isinstance(data, Corpus) else "{}",
-        **lexical.compare(x.query, row),
+        query=job.queries.ids[x.query], side=x.side, rank=x.rank, sequence=x.row,
+        score=score, score_nats=nats, scan_score=x.scan_score, rescored=True, spurious=spurious(tokens_T),
+        layers=layers_L.numpy(), token_scores=tokens_T, **passage._asdict(), **lexical.compare(x.query, x.row),
     )  # fmt: skip
 
 
 class Lexical:
     """What words alone would have found: the TF-IDF rank of a shown passage, and the query tokens that it holds."""
 
-    def __init__(self, job: Job, shown: list[Shown]):
+    def __init__(self, job: Job, shown: list[list[Shown]]):
         self.data, self.queries = job.data, job.queries
         self.tfidf: dict[tuple[int, int], tuple[int, float]] = {}
         if isinstance(job.data, Corpus) and isinstance(job.queries, Queries):
-            rows_Q = [np.array([x.row for x in shown if x.query == q], np.int64) for q in range(len(job.queries))]
+            rows_Q = [np.array([x.row for x in some], np.int64) for some in shown]
             for q, (rows, ranked) in enumerate(zip(rows_Q, tfidf_ranks(job.data, job.queries, rows_Q), strict=True)):
                 pairs = zip(ranked.rank_R.tolist(), ranked.score_R.tolist(), strict=True)
                 self.tfidf |= {(q, row): pair for row, pair in zip(rows.tolist(), pairs, strict=True)}
@@ -120,14 +159,9 @@ def _answer(model: Model, queries: Queries, q: int) -> dict[str, Any]:
     return asked | {"log_prob": log_prob, "completion_tokens": tokens[0], "contrast_tokens": contrast}
 
 
-def rank_correlation(scanned: Scanned, found: Rescored, sample: np.ndarray) -> list[float | None]:
-    """Per query, the correlation of scan scores with full-rank scores over the random sample."""
-    full_P, sample = found.layers_PL.sum(1).double().numpy(), np.sort(sample)
-    scan_SQ = scores_of(scanned, sample)
-    out: list[float | None] = []
-    for q in range(scan_SQ.shape[1]):
-        pairs = np.flatnonzero((found.queries_P == q) & np.isin(found.rows_P, sample))
-        scan = scan_SQ[np.searchsorted(sample, found.rows_P[pairs]), q]
-        ok = len(pairs) > 2 and scan.std() > 0 and full_P[pairs].std() > 0
-        out.append(float(np.corrcoef(scan, full_P[pairs])[0, 1]) if ok else None)
-    return out
+def _rank_correlation(scanned: Scanned, found: Rescored, sample: np.ndarray, q: int) -> float | None:
+    """The correlation of a query's scan scores with its full-rank scores over the random sample."""
+    pairs = np.flatnonzero((found.queries_P == q) & np.isin(found.rows_P, sample))
+    full = found.layers_PL[pairs].sum(1).double().numpy()
+    scan = scores_of(scanned, found.rows_P[pairs])[:, q]
+    return float(np.corrcoef(scan, full)[0, 1]) if len(pairs) > 2 and scan.std() > 0 and full.std() > 0 else None

@@ -3,7 +3,7 @@
 Axes: N scanned sequences, C of them in a chunk, Q queries, D documents of a chunk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from upriver.influence.scanned import Scanned, chunk_rows, chunks, publish
-from upriver.influence.tokens import Rescored, spurious
+from upriver.influence.tokens import Rescored
 from upriver.runtime.store import atomic
 from upriver.text.batch import Sequences
 from upriver.text.corpus import Corpus
@@ -22,14 +22,8 @@ from upriver.text.corpus import Corpus
 ROW_GROUP = 100_000  # rows at most
 
 
-def write_frame(path: Path, frame: pd.DataFrame, schema: pa.Schema | None = None) -> None:
-    table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
-    with atomic(path) as temporary:
-        pq.write_table(table, temporary, row_group_size=ROW_GROUP)
-
-
 @contextmanager
-def parquet(path: Path, size: int) -> Iterator[Callable[[pd.DataFrame], None]]:
+def parquet(path: Path, size: int, schema: pa.Schema | None = None) -> Iterator[Callable[[pd.DataFrame], None]]:
     """A table that is written frame by frame, in groups of about ``size`` rows, and appears when it is complete."""
     held: list[pd.DataFrame] = []
     with atomic(path) as temporary, ExitStack() as files:
@@ -38,7 +32,7 @@ def parquet(path: Path, size: int) -> Iterator[Callable[[pd.DataFrame], None]]:
         def write() -> None:
             frame = held[0] if len(held) == 1 else pd.concat(held, ignore_index=True)
             held.clear()
-            table = pa.Table.from_pandas(frame, preserve_index=False)
+            table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
             if not writers:
                 writers.append(files.enter_context(pq.ParquetWriter(temporary, table.schema)))
             writers[0].write_table(table)
@@ -165,15 +159,10 @@ def sides(found: Rescored, query: int, keep: np.ndarray, top: int) -> Sides:
     return Sides(ranked[values > 0][:top], ranked[values < 0][::-1][:top])
 
 
-def write_top(folder: Path, rows: list[TopRow]) -> None:
-    frame = pd.DataFrame(rows, columns=pd.Index(TopRow._fields))
-    frame["tfidf_rank"] = frame["tfidf_rank"].astype("Int64")
-    write_frame(folder / "top.parquet", frame, TOP_SCHEMA)
-
-
-def token_scores(found: Rescored, pair: int, length: int) -> np.ndarray:
-    return found.tokens_PT[pair, :length].numpy()
-
-
-def is_spurious(found: Rescored, pair: int) -> bool:
-    return spurious(found.tokens_PT[pair].numpy())
+def write_top(folder: Path, rows: Iterable[list[TopRow]]) -> None:
+    """``top.parquet``, from the rows of one query after the other."""
+    with parquet(folder / "top.parquet", 1, TOP_SCHEMA) as add:
+        for some in rows:
+            frame = pd.DataFrame(some, columns=pd.Index(TopRow._fields))
+            frame["tfidf_rank"] = frame["tfidf_rank"].astype("Int64")
+            add(frame)

@@ -92,12 +92,6 @@ class Scanned(NamedTuple):
     scores_NQ: Table
     layers_NQL: Table | None
 
-    def discard(self) -> None:
-        """Remove the tables, once the results are written: the units of the scan hold the same."""
-        for table in (self.scores_NQ, self.layers_NQL):
-            if table is not None:
-                table.path.unlink(missing_ok=True)
-
 
 def chunk_rows(scanned: Scanned, most: int) -> int:
     """How many rows of scores are in memory at once: at most ``most``, and as many as fit in `CHUNK_BYTES`."""

@@ -11,6 +11,9 @@ decided before the pass, by counting multiplications and bytes (:func:`upriver.r
 
 Queries that are rebuilt are read again each time, so a scan holds those of one layer, however many there are; on an accelerator
 they stay where they are multiplied.
+
+Axes: N sequences, M tokens of a batch, Q queries, R rank, O outputs, I inputs; P = Q R columns; o and p some of the O rows at a
+time; C parts of O.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The resumable stages of a trace: solved queries, the scan of the corpus, and the full-rank second look at the top."""
+"""The resumable stages of a trace: solved queries, the scan of the corpus, and the rescoring of the top at full rank."""
 
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from upriver.runtime import dist
 from upriver.runtime.config import TraceOptions
 from upriver.runtime.counts import contraction
 from upriver.runtime.progress import Progress, Say, mute
-from upriver.runtime.split import Asked, TraceSplit, split_trace
-from upriver.runtime.store import Stage, Tensors
+from upriver.runtime.split import LAYER_SCORES_BYTES, SUM, Asked, TraceSplit, split_trace
+from upriver.runtime.store import Stage, Tensors, read_tensors
 from upriver.tensors import Scratch, on_cpu
 from upriver.text.batch import Sequences
 
@@ -48,7 +48,7 @@ class Job(NamedTuple):
 
     @property
     def rank(self) -> int | None:
-        return None if self.opts.rank == "full" else self.opts.rank
+        return rank_within(self.layers, self.opts)
 
     @property
     def solver(self) -> Solver:
@@ -56,8 +56,13 @@ class Job(NamedTuple):
         return Solver(*asked, self.opts.curvature, self.damping, self.split.batch_tokens)
 
     def open(self, name: str, **how: Any) -> Stage:
-        """A stage inside; begun with another division of the work, it is begun again."""
+        """Open an inner stage; one that was begun with another division of the work is begun again."""
         return Stage.open(self.stage.path / name, name.split("/")[0], self.stage.key | {"split": how}, overwrite=True)
+
+
+def rank_within(layers: list[Layer], opts: TraceOptions) -> int | None:
+    """The rank asked for, or the highest that a layer can have; None: full."""
+    return None if opts.rank == "full" else min(opts.rank, max(min(x.O, x.I) for x in layers))
 
 
 def divide(
@@ -76,7 +81,7 @@ def divide(
         dtype: of the scan.
         folder: of the trace, which may have begun with a division; None: a new one.
     """
-    asked = Asked(len(queries), int(np.max(queries.lengths)), None if opts.rank == "full" else opts.rank)
+    asked = Asked(len(queries), int(np.max(queries.lengths)), rank_within(layers, opts), opts.layer_scores)
     memory = memory_job(model, data, opts.batch_tokens, opts.memory, dtype)
     shape = model_shape(model, layers, data)
 
@@ -92,12 +97,11 @@ def solve_stage(job: Job) -> list[Path]:
     """Solve and compress every query, a chunk at a time; returns the files of the chunks."""
     stage = job.open("solved", bytes=job.split.solve_bytes)
     chunks = query_chunks(job.layers, job.queries, job.rank, job.split.solve_bytes)
-    with job.progress("queries", len(job.queries)) as advance:
+    with dist.together(), job.progress("queries", len(job.queries)) as advance:
         for unit in dist.share(len(chunks)):
             if not stage.has(unit):
                 stage.commit(unit, _solved(job, chunks[unit]))
             advance(len(chunks[unit]))
-    dist.barrier()
     return [stage.unit_path(unit) for unit in range(len(chunks))]
 
 
@@ -115,9 +119,8 @@ def plan_routes(
     N = float(np.mean([len(rows) for rows in batches]))
     Q = len(range(len(job.queries))[queries])
     like = job.model.like
-    chosen = contraction(
-        job.layers, M, N, Q, job.rank, job.split.dense_bytes, like.element_size(), at_hand=not on_cpu(like)
-    )
+    asked = (Q, job.rank, job.split.dense_bytes, like.element_size(), not on_cpu(like), job.split.token_bytes)
+    chosen = contraction(job.layers, M, N, *asked)
     routes = {
         x.name: route(chosen.orders[x.name], partial(read_solved, solved, x.name, queries), Q, like) for x in job.layers
     }
@@ -127,11 +130,11 @@ def plan_routes(
 def scan_stage(job: Job, solved: list[Path], note: Say) -> Scanned:
     """Score every wanted sequence against all queries, in as few passes as memory allows, committed unit by unit."""
     batches = job.data.plan(job.split.batch_tokens, job.rows)
-    units = split_units(batches, job.data.lengths_N)
     Q, at_once = len(job.queries), job.split.scan_queries
+    most = LAYER_SCORES_BYTES // (SUM * at_once * len(job.layers)) if job.opts.layer_scores else None
+    units = split_units(batches, job.data.lengths_N, most)
     parts = [slice(q, min(q + at_once, Q)) for q in range(0, Q, at_once)]
     passes = [Pass(_scan(job, solved, batches, units, part, note), len(units), part) for part in parts]
-    dist.barrier()
     return gather(passes, np.sort(job.rows), len(job.layers) if job.opts.layer_scores else None)
 
 
@@ -154,7 +157,7 @@ def _scan(
     name = "scan" if len(job.queries) == Q else f"scan, queries {queries.start + 1} to {queries.stop}"
     scratch = Scratch()
     left = [unit for unit in dist.share(len(units)) if not stage.has(unit)]
-    with job.progress(name, tokens_of(job.data, [units[unit] for unit in left])) as advance:
+    with dist.together(), job.progress(name, tokens_of(job.data, [units[unit] for unit in left])) as advance:
         for unit in left:
             consumer = Score(routes, Q, job.opts.layer_scores, hold, job.split.rebuild_bytes, scratch)
             sweep(job.model, job.layers, job.data, units[unit], consumer, Labels(), advance)
@@ -167,18 +170,29 @@ def evenly(hold: int, batches: int) -> int:
     return -(-batches // -(-batches // hold))
 
 
-def rescore_stage(job: Job, wanted: list[np.ndarray]) -> Rescored:
+class Part(NamedTuple):
+    """Some queries whose pairs have been rescored, and the file that holds them."""
+
+    queries: list[int]
+    path: Path
+
+    def read(self) -> Rescored:
+        found = read_tensors(self.path)
+        rows_P, queries_P = found["rows_P"].numpy(), found["queries_P"].numpy()
+        return Rescored(rows_P, queries_P, found["tokens_PT"], found["layers_PL"])
+
+
+def rescore_stage(job: Job, wanted: list[np.ndarray]) -> list[Part]:
     """Full-rank scores of the wanted pairs, computed in the model's dtype, kept in float32; a chunk of queries at a time."""
     stage = job.open("rescored", bytes=job.split.rescore_bytes, batch_tokens=job.split.batch_tokens)
     chunks = _rescore_chunks(job, wanted)
-    with job.progress("rescore", sum(len(rows) for rows in wanted)) as advance:
+    with dist.together(), job.progress("rescore", sum(len(rows) for rows in wanted)) as advance:
         for unit in dist.share(len(chunks)):
             if not stage.has(unit):
                 found = _rescored(job, chunks[unit], wanted)
                 stage.commit(unit, {k: torch.as_tensor(v) for k, v in found._asdict().items()})
             advance(sum(len(wanted[q]) for q in chunks[unit]))
-    dist.barrier()
-    return _merge([stage.read(unit) for unit in range(len(chunks))])
+    return [Part(queries, stage.unit_path(unit)) for unit, queries in enumerate(chunks)]
 
 
 def _rescore_chunks(job: Job, wanted: list[np.ndarray]) -> list[list[int]]:
@@ -204,10 +218,3 @@ def _rescored(job: Job, chunk: list[int], wanted: list[np.ndarray]) -> Rescored:
             pairs.setdefault(int(row), []).append(slot)
     found = rescore(job.model, job.layers, job.data, solved, pairs, job.split.batch_tokens)
     return found._replace(queries_P=np.array(chunk)[found.queries_P])
-
-
-def _merge(parts: list[dict[str, Any]]) -> Rescored:
-    width = max(p["tokens_PT"].shape[1] for p in parts)
-    tokens = [torch.nn.functional.pad(p["tokens_PT"], (0, width - p["tokens_PT"].shape[1])) for p in parts]
-    rows, queries = (torch.cat([p[name] for p in parts]).numpy() for name in ("rows_P", "queries_P"))
-    return Rescored(rows, queries, torch.cat(tokens), torch.cat([p["layers_PL"] for p in parts]))

@@ -1,6 +1,9 @@
-"""Full-rank scores of chosen sequences, token by token and layer by layer, and the counterfactual forms of the appendix."""
+"""Full-rank scores of chosen sequences, token by token and layer by layer, and the counterfactual forms of the appendix.
 
-from collections.abc import Callable
+Axes: P pairs of a sequence and a query, L layers, N sequences, T positions, M tokens of a batch, Q queries; O outputs and I
+inputs of a layer.
+"""
+
 from typing import NamedTuple
 
 import numpy as np
@@ -87,12 +90,11 @@ def rescore(
     solved: Grads,
     wanted: dict[int, list[int]],
     batch_tokens: int,
-    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Rescored:
     """Score the pairs ``wanted`` (corpus row -> slots of ``solved``) at full rank, in the dtype of ``model``."""
     batches = data.plan(batch_tokens, np.array(sorted(wanted)))
     consumer = TokenScores(layers, solved, wanted)
-    sweep(model, layers, data, batches, consumer, Labels(), advance)
+    sweep(model, layers, data, batches, consumer, Labels())
     return consumer.result()
 
 

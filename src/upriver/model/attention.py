@@ -82,7 +82,8 @@ class Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
         q, k, v = (x.contiguous() for x in (q, k, v))
         (N, H, T), wide_q, wide_k = q.shape[:3], q.float() * scale, k.float()
-        out = q.new_empty(N, T, H, v.shape[3]).transpose(1, 2)  # as torch's kernel lays it out
+        D = v.shape[3]
+        out = q.new_empty_strided((N, H, T, D), (T * H * D, D, H * D, 1))  # as torch's kernel lays it out; no view
         hidden_RR = torch.full((ROWS, ROWS), float("-inf")).triu_(1)
         kept = []
         for first, end, seen in _blocks(T, causal):

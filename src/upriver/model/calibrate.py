@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from upriver.errors import ConfigError
 from upriver.model.capture import capture
-from upriver.model.layers import Layer, find_layers
+from upriver.model.layers import Layer
 from upriver.model.load import Model, dtype_named
 from upriver.model.shape import config_shape, model_shape
 from upriver.model.sweep import tracked_layers
+from upriver.runtime import dist
 from upriver.runtime.config import weights_in
 from upriver.runtime.counts import LayerSize, Shape
 from upriver.runtime.hardware import (
@@ -47,6 +48,7 @@ EIGEN_SIDE = 768  # of the matrix that is decomposed to measure
 LONG = 60.0  # seconds of a run for which it is worth measuring whether bfloat16 pays
 MOVED = 32 << 20  # bytes copied to measure bandwidth
 WRITTEN = 32 << 20
+ASSUMED_DISK = 5e8  # bytes/s
 
 _MEASURED: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Rates]] = WeakKeyDictionary()  # once per process
 
@@ -147,7 +149,8 @@ def _measured(
     for dtype in dtypes:
         if (dtype, tokens) not in known:
             with model.computing_in(dtype) as computing:
-                same = layers if computing is model else _same(computing, layers)
+                names = ",".join(x.name for x in layers)
+                same = layers if computing is model else tracked_layers(computing, data, names)
                 known[dtype, tokens] = _rates(computing, same, data, shape, tokens)
     return {dtype: known[dtype, tokens] for dtype in dtypes}
 
@@ -187,7 +190,9 @@ def _machine(shape: Shape, loaded: str, to_come: int, device: torch.device) -> M
     if device.type == "cuda":
         memory = resident + int(DEFAULT_SHARE * torch.cuda.mem_get_info(device)[0])
     own = device.type != "cpu"
-    return Machine("this machine", 1, memory, cores, 0.0, 1.0, free_space(Path()), 0.0, {}, resident, loaded, 0, own)
+    return Machine(
+        "this machine", dist.world(), memory, cores, 0.0, 1.0, free_space(Path()), 0.0, {}, resident, loaded, 0, own
+    )
 
 
 def _timed(machine: Machine, shape: Shape, device: torch.device) -> Machine:
@@ -198,12 +203,6 @@ def _timed(machine: Machine, shape: Shape, device: torch.device) -> Machine:
         peak=0 if device.type == "cuda" else peak_memory() or 0,
         start=start_seconds(),  # with the measuring, which every run begins with
     )
-
-
-def _same(model: Model, layers: list[Layer]) -> list[Layer]:
-    """The layers of another copy of the model."""
-    found = {x.name: x for x in find_layers(model.module, ",".join(x.name for x in layers))}
-    return [found[x.name]._replace(A_of=x.A_of) for x in layers]
 
 
 def _rates(model: Model, layers: list[Layer], data: Sequences, shape: Shape, batch_tokens: int) -> Rates:
@@ -276,13 +275,17 @@ def _bandwidth(device: torch.device) -> float:
 
 @cache
 def _disk_rate() -> float:
+    """Bytes a second, where temporary files go; assumed where none can be written."""
     block = np.ones(WRITTEN, np.uint8).tobytes()
-    with tempfile.TemporaryFile() as file:
-        start = time.perf_counter()
-        file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        return WRITTEN / (time.perf_counter() - start)
+    try:
+        with tempfile.TemporaryFile() as file:
+            start = time.perf_counter()
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            return WRITTEN / (time.perf_counter() - start)
+    except OSError:
+        return ASSUMED_DISK
 
 
 def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3, warm: float = 0.2) -> float:

@@ -45,6 +45,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         dist.reshard(module)
         for m, mode in modes.items():
+            if m.training != mode:
+                m.train(mode)  # some do more than set the attribute; parents come first
             m.training = mode
         for p, flag in flags.items():
             p.requires_grad_(flag)
@@ -65,7 +67,7 @@ def capture(
     """
     run = Run(consume, dtype)
     hooks = [
-        m.register_forward_hook(partial(run.on_call, layer), with_kwargs=True)
+        m.register_forward_hook(partial(run.on_call, layer), with_kwargs=True, prepend=True)  # what the weight gave
         for layer in layers
         for m in layer.modules
     ]
@@ -123,6 +125,8 @@ class Run:
             )
         if not output.requires_grad:  # the lowest tracked layer: the graph begins here
             output = output.requires_grad_().clone()
+        elif output._is_view():  # written over in place, a view would leave the graph, and its hook with it
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         if not self._backward:  # a recomputation under activation checkpointing only rebuilds the graph
             self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
             a = args[0] if args else next(iter(kwargs.values()))

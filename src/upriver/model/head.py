@@ -1,10 +1,10 @@
 """Next-token losses without ever holding all the logits: the end of a language model a chunk of tokens at a time.
 
 The head of most models is one linear layer, and what it gives is what the model returns.  Others cap or scale it afterwards:
-their own code is then run on what their body made of some tokens, with the body standing still.  Which of the two a model is,
-its first pass shows, which is run whole.  Later passes run it up to where it ends, and head, softmax, sampling and their gradient
-are done for a chunk of loss tokens: memory is a chunk times the vocabulary instead of the batch times the vocabulary, and
-positions without loss cost nothing.  A model that is neither is run as it is.
+their own code is then run on what their body made of some tokens, with the body standing still.  The first pass runs the
+model whole and shows which of the two it is.  Later passes run it up to where it ends, and head, softmax, sampling and their
+gradient are done for a chunk of loss tokens: memory is a chunk times the vocabulary instead of the batch times the vocabulary,
+and positions without loss cost nothing.  A model that is neither is run as it is.
 """
 
 from abc import ABC, abstractmethod
@@ -42,7 +42,7 @@ class Ending(ABC):
 
     @abstractmethod
     def logits(self, hidden_MH: Tensor, differentiable: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Logits ``[M, V]``, which may be written over, and what makes of a gradient to them one to the hidden states."""
+        """Logits ``[M, V]``, which may be written over, and a function from their gradient to that of the hidden states."""
 
 
 class LinearHead(Ending):
@@ -133,7 +133,7 @@ class Heads:
         def note(body: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             calls.append(Call(args, kwargs, output))
 
-        hooks = [head.register_forward_hook(lambda m, args, output: ends.append(output))]
+        hooks = [head.register_forward_hook(lambda m, args, output: ends.append((output, output._version)))]
         if body is not None:
             hooks.append(body.register_forward_hook(note, with_kwargs=True))
         try:
@@ -141,7 +141,7 @@ class Heads:
         finally:
             for hook in hooks:
                 hook.remove()
-        if len(ends) == 1 and ends[0] is logits_NTV:
+        if len(ends) == 1 and ends[0][0] is logits_NTV and ends[0][1] == logits_NTV._version:  # not written over
             ending = LinearHead(head)
         else:
             tail = _tail(head, module, body, tokens_NT, calls[0]) if body is not None and len(calls) == 1 else None

@@ -50,7 +50,10 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_IO: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(W_IO)
-        return matmul(x.reshape(-1, x.shape[-1]), W_IO, bias_O).view(*x.shape[:-1], W_IO.shape[1])
+        out = matmul(x.reshape(-1, x.shape[-1]), W_IO, bias_O)
+        return torch.ops.aten._unsafe_view(
+            out, [*x.shape[:-1], W_IO.shape[1]]
+        )  # a view could not be written over afterwards
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:

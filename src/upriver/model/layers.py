@@ -48,6 +48,11 @@ class Coverage(NamedTuple):
     total: int
     untracked: list[dict[str, Any]]  # name, parameters, share, why
 
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> "Coverage":
+        """What a manifest tells of it."""
+        return cls(stored["tracked"], stored["total"], stored["untracked"])
+
     @property
     def share(self) -> float:
         return self.tracked / self.total

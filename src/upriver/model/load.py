@@ -1,7 +1,6 @@
 """Load a causal language model of ``transformers`` with its tokenizer, and refuse what would give wrong numbers."""
 
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import inspect
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from upriver.errors import ConfigError, ModelError
+from upriver.model.convert import converted, in_dtype
 from upriver.model.losses import LanguageModel, Task
 from upriver.runtime import dist
 from upriver.runtime.config import MIXED, weights_in
@@ -40,7 +40,7 @@ class Model:
     task: Task = field(default_factory=LanguageModel)
     name: str = "module"
     info: dict[str, Any] = field(default_factory=dict)  # attention kernel, vocabulary, ...
-    handed: torch.dtype | None = None  # in which passes give what layers saw; None: as the weights
+    handed: torch.dtype | None = None  # dtype of what passes hand on of the layers; None: that of the weights
     _hashed: tuple[list[float], list[str]] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -50,6 +50,10 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
 
     @property
     def like(self) -> Tensor:
@@ -101,7 +105,7 @@ class Model:
         ``mixed``: the model in float32, and what its layers saw handed on in bfloat16.
         """
         wanted, handed = dtype_named(weights_in(dtype)), torch.bfloat16 if dtype == MIXED else None
-        module = self.module if wanted == self.dtype else copy.deepcopy(self.module).to(wanted)
+        module = self.module if in_dtype(self.module, wanted) else converted(self.module, wanted)
         same = module is self.module and handed == self.handed
         yield self if same else dataclasses.replace(self, module=module, handed=handed)
 
@@ -134,9 +138,11 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
     Args:
         path: a folder that ``save_pretrained`` wrote, a ``.gguf`` file or a folder with one, or a hub name.
         dtype: of the weights in memory: float32 or bfloat16 (float64 for tests).
+        device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
         attention: the kernel asked for; what the model really uses is recorded in ``info``.
 
     Raises:
+        ConfigError: no such device here, or no such dtype.
         ModelError: no model there, weights missing or NaN, no fast tokenizer, or a vocabulary that does not fit.
     """
     on, wanted = pick_device(device), dtype_named(dtype)

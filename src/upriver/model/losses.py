@@ -135,16 +135,16 @@ class Classification(Task):
     name = "classification"
 
     def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
-        logits_NC, y_N = module(batch.inputs["x"]), batch.inputs["y"]
+        logits_NC, y_N = module(_given(module, batch)), batch.inputs["y"]
         if sampler is not None:
             y_N = sample(logits_NC.detach(), sampler.uniform(1)[:, 0, 0].to(logits_NC.device))
         return F.cross_entropy(_wide(logits_NC), y_N, reduction="sum")
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
-        return -F.cross_entropy(_wide(module(batch.inputs["x"])), batch.inputs["y"], reduction="none")
+        return -F.cross_entropy(_wide(module(_given(module, batch))), batch.inputs["y"], reduction="none")
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
-        return _wide(module(batch.inputs["x"]))
+        return _wide(module(_given(module, batch)))
 
     def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs_MC, batch.inputs["y"], reduction="sum")
@@ -169,7 +169,7 @@ class Regression(Task):
         return -self._error(self.outputs(module, batch), batch).square().sum(1) / 2
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
-        return module(batch.inputs["x"]).reshape(len(batch.inputs["x"]), -1)
+        return module(_given(module, batch)).reshape(len(batch.inputs["x"]), -1)
 
     def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
         return self._error(outputs_MC, batch).square().sum() / 2
@@ -182,6 +182,13 @@ class Regression(Task):
                 f"{y_NK.shape[1]} in 'y'; give as many labels as the model has outputs"
             )
         return prediction_NK - y_NK
+
+
+def _given(module: nn.Module, batch: Batch) -> Tensor:
+    """``x`` of the examples, in the type that the model computes in."""
+    x = batch.inputs["x"]
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
+    return x.to(own) if x.is_floating_point() else x
 
 
 def next_tokens(batch: Batch) -> Tensor:

@@ -19,7 +19,7 @@ from upriver.runtime.hardware import (
     show_bytes,
 )
 from upriver.runtime.progress import Say
-from upriver.runtime.split import FitSplit, Job, TraceSplit, fits
+from upriver.runtime.split import SEQUENCE_BYTES, FitSplit, Job, TraceSplit, fits
 from upriver.runtime.store import read_json, write_json
 from upriver.text.batch import Sequences
 
@@ -46,11 +46,11 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
     else:
         settle_memory()
         give_back()
-        fixed = resident_memory() or 0
+        fixed = (resident_memory() or 0) + SEQUENCE_BYTES * len(data)
         limit = asked or default_limit(fixed)
     own = str(model.dtype).removeprefix("torch.")
     weights = weights_in(dtype or own)
-    parameters = sum(p.numel() for p in model.module.parameters())
+    parameters = model.n_parameters
     copy = parameters * dtype_named(weights).itemsize if weights != own else 0
     cores = 1 if model.device.type == "cuda" else torch.get_num_threads()
     most = max(map(len, data.plan(batch_tokens)))
@@ -68,10 +68,10 @@ def settle(peak: Mapping[str, int], job: Job, device: torch.device) -> None:
 
 
 def settled_split(folder: Path, kind: type[Split], make: Callable[[], Split], job: Job, say: Say) -> Split:
-    """The division that an interrupted run in ``folder`` began with, if it still fits: what it finished counts in that one only.
+    """The division that an interrupted run in ``folder`` began with, if it still fits; otherwise the one that ``make`` gives.
 
-    Else the one that ``make`` gives.  How much memory is free differs from run to run, and from process to process: the first one
-    decides for all.
+    Finished units are of use in their own division only.  How much memory is free differs from run to run, and from process to
+    process: the first process decides for all.
 
     Raises:
         ConfigError: of ``make``: the memory is too small.

@@ -22,7 +22,7 @@ from upriver.model.capture import capture, frozen
 from upriver.model.head import hidden_states
 from upriver.model.layers import Layer, find_layers, layer_kind, probe, weight_shape
 from upriver.model.load import Model
-from upriver.runtime.counts import Block, LayerSize, Shape
+from upriver.runtime.counts import Block, LayerSize, Shape, lowest_block
 from upriver.text.batch import Sequences
 
 PROBE_TOKENS = 8  # of a module without weights
@@ -33,7 +33,6 @@ _SEEN: WeakKeyDictionary[nn.Module, dict[tuple, Shape]] = WeakKeyDictionary()
 class Seen(NamedTuple):
     """What one forward pass showed."""
 
-    tokens: int
     inputs: dict[str, tuple[float, bool]]  # linear module -> multiplications, and whether a gradient goes on below it
     held: int  # bytes kept for the backward pass
     widest: int  # numbers a token
@@ -52,7 +51,7 @@ def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: C
             blocks[block] += multiplications
     for name, multiplications in _experts(module):
         blocks[_block_number(name) or 0] += multiplications
-    low = min((x.block for x in layers if x.block is not None), default=0)
+    low = lowest_block(layers)
     passed = [(n, m) for n, (m, back) in seen.inputs.items() if back and _block_number(n) == low]
     return Shape(
         layers=tuple(LayerSize(x.name, x.O, x.I, x.A_of, x.block) for x in layers),
@@ -69,19 +68,20 @@ def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: C
 
 
 def model_shape(model: Model, layers: list[Layer], data: Sequences) -> Shape:
-    """The shape of a loaded model, seen on one sequence: the longest whose attention keeps its probabilities, if there is one.
+    """The shape of a loaded model, seen on the sequence that takes the most memory for a token.
 
-    Each is looked at once in a process: a fit, a trace and their plans all ask.
+    This is the longest; with fused kernels the longest whose attention goes by blocks and keeps its probabilities, if there
+    is one.  Each is looked at once in a process: a fit, a trace and their plans all ask.
     """
-    ascending = np.argsort(data.lengths_N, kind="stable")
-    few = int((data.lengths_N <= LONGEST).sum())
-    batch = data.batch(ascending[[few - 1 if few else 0]]).to(model.device)
-    form = tuple((name, tuple(x.shape)) for name, x in batch.inputs.items())
-    parameters = sum(p.numel() for p in model.module.parameters())
     config = getattr(model.module, "config", None)  # what decides how much a pass keeps may be switched meanwhile
+    kernel = getattr(config, "_attn_implementation", None)
+    ascending = np.argsort(data.lengths_N, kind="stable")
+    fused, few = kernel not in (None, "eager"), int((data.lengths_N <= LONGEST).sum())
+    batch = data.batch(ascending[[max(0, few - 1) if fused else -1]]).to(model.device)
+    form = tuple((name, tuple(x.shape)) for name, x in batch.inputs.items())
     checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.module.modules())
-    how = model.dtype, getattr(config, "_attn_implementation", None), checkpointing
-    key = (tuple((x.name, x.A_of) for x in layers), form, parameters, *how)
+    how = model.dtype, kernel, checkpointing
+    key = (tuple((x.name, x.A_of) for x in layers), form, model.n_parameters, *how)
     known = _SEEN.setdefault(model.module, {})
     if key not in known:
         with torch.no_grad(), frozen(model.module):
@@ -202,7 +202,7 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
     finally:
         for hook in hooks:
             hook.remove()
-    return Seen(tokens, inputs, sum(sizes.values()), widest)
+    return Seen(inputs, sum(sizes.values()), widest)
 
 
 def _block_number(name: str) -> int | None:

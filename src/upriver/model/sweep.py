@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from upriver.model.kept import Kept
 from upriver.model.layers import Layer, find_layers, probe
 from upriver.model.load import Model
 from upriver.model.losses import Sampler
-from upriver.runtime.passes import UNIT_TOKENS
+from upriver.runtime.passes import UNIT_TOKENS, doublings
 from upriver.text.batch import Batch, Sequences
 
 
@@ -95,17 +96,25 @@ def tokens_of(data: Sequences, units: list[list[np.ndarray]]) -> int:
     return sum(int(data.lengths_N[rows].sum()) for unit in units for rows in unit)
 
 
-def split_units(
-    batches: list[np.ndarray], lengths_N: np.ndarray, unit_tokens: int | None = None
-) -> list[list[np.ndarray]]:
-    """Consecutive batches in units of about ``unit_tokens`` tokens (default: ``UNIT_TOKENS``)."""
+def doubled(data: Sequences, max_tokens: int, seed: int) -> list[np.ndarray]:
+    """What each round adds to a sample of ``UNIT_TOKENS`` tokens that doubles up to ``max_tokens``: sorted rows.
+
+    They are drawn by the sequences' keys, so they depend neither on the batches nor on where a sequence stands.
+    """
+    nested = [data.sample(int(size), seed) for size in doublings(max_tokens, UNIT_TOKENS)]
+    added = [np.setdiff1d(rows, before) for before, rows in pairwise([nested[0][:0], *nested])]
+    return [rows for rows in added if len(rows)]
+
+
+def split_units(batches: list[np.ndarray], lengths_N: np.ndarray, most: int | None = None) -> list[list[np.ndarray]]:
+    """Consecutive batches in units of about ``UNIT_TOKENS`` tokens, and at most ``most`` sequences where that is given."""
     units: list[list[np.ndarray]] = []
-    room = 0
+    tokens_left, rows_left = 0, 0
     for rows in batches:
         tokens = int(lengths_N[rows].sum())
-        if tokens > room or not units:
+        if tokens > tokens_left or len(rows) > rows_left:
             units.append([])
-            room = unit_tokens or UNIT_TOKENS
+            tokens_left, rows_left = UNIT_TOKENS, most or len(lengths_N)
         units[-1].append(rows)
-        room -= tokens
+        tokens_left, rows_left = tokens_left - tokens, rows_left - len(rows)
     return units

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -20,10 +20,11 @@ CONVENTIONS = {
     "accumulation": "float32 or wider",
 }
 BATCH_TOKENS = 2048  # two cores are as fast with 1,024 as with 4,096, and activations take memory; a GPU may want more
-CURVATURES = ("ekfac", "kfac", "diagonal", "identity")
 POSITIVE = "Positive means: training on this passage raises the probability of the answer."
 MIXED = "mixed"  # the model in float32, and products over what its layers saw in bfloat16
 Dtype = Literal["float32", "bfloat16", "mixed", "float64"]
+CurvatureKind = Literal["ekfac", "kfac", "diagonal", "identity"]
+CURVATURES: tuple[str, ...] = get_args(CurvatureKind)
 PLAIN = {
     "Input should be": "allowed is", "a valid integer": "a whole number", "a valid string": "a text",
     "a valid boolean": "true or false",
@@ -61,7 +62,7 @@ class TraceOptions(Options):
     damping: str = "0.1x"
     top: int = Field(100, ge=1)
     candidates: int | None = Field(None, ge=1)
-    curvature: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
+    curvature: CurvatureKind = "ekfac"
     layer_scores: bool = False
     dtype: Dtype | None = None  # of the scan; None: that of the factors
     batch_tokens: int = Field(BATCH_TOKENS, ge=1)

@@ -12,6 +12,7 @@ Axes: ``I`` inputs and ``O`` outputs of a layer, ``T`` tokens of a sequence, ``M
     scores                        see :func:`orders`
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -71,16 +72,13 @@ class Shape(NamedTuple):
     widest: int  # numbers a token of the widest layer
     vocabulary: int
 
-    def lowest_block(self, layers: Sequence[Sized]) -> int:
-        return min((x.block for x in layers if x.block is not None), default=0)
-
     def forward(self, T: float) -> float:
         """Multiplications a token."""
         return self.below + self.head + sum(b.linear + 2 * T * b.attention for b in self.blocks)
 
     def backward(self, T: float, layers: Sequence[Sized] | None = None) -> float:
         """Multiplications a token of the backward pass to activations, down to the lowest of ``layers`` (default: tracked)."""
-        low = self.lowest_block(self.layers if layers is None else layers)
+        low = lowest_block(self.layers if layers is None else layers)
         above = sum(b.linear + 4 * T * b.attention for b in self.blocks[low + 1 :])
         if not self.blocks:
             return self.head + self.lowest * self.below
@@ -91,6 +89,10 @@ class Shape(NamedTuple):
         """Multiplications a token of a plain training step: forward, and backward to activations and weights."""
         linear = self.below + self.head + sum(b.linear for b in self.blocks)
         return 3 * linear + 6 * T * sum(b.attention for b in self.blocks)
+
+
+def lowest_block(layers: Sequence[Sized]) -> int:
+    return min((x.block for x in layers if x.block is not None), default=0)
 
 
 def leads(layer: Sized) -> bool:
@@ -195,8 +197,8 @@ def per_token(layer: Sized, T: float, M: float, Q: int, R: int) -> dict[str, Cos
 class Contraction(NamedTuple):
     """How each layer is contracted with the queries, and how many batches wait for queries that are multiplied out.
 
-    ``held`` bytes stay through a scan: queries as they are laid out (one layer's, twice, where they are read again), and what
-    waits.
+    ``held``: bytes kept through a scan, of the queries as they are laid out (two copies of the largest layer's where they are
+    read again) and of the batches that wait.
     """
 
     orders: dict[str, Order]
@@ -213,6 +215,7 @@ def contraction(
     room: float = DENSE_BYTES,
     number: int = NUMBER,
     at_hand: bool = False,
+    most: float = math.inf,
 ) -> Contraction:
     """The cheapest order of each layer, by operations and memory, in numbers of ``number`` bytes.
 
@@ -222,6 +225,8 @@ def contraction(
 
     Args:
         at_hand: compressed queries that are multiplied out stay in memory, instead of being read each time.
+        most: bytes of compressed queries that may stay for layers that go by tokens; where they take more, some of these are
+            rebuilt instead.
     """
 
     def dense(some: Sequence[Sized]) -> float:
@@ -237,17 +242,26 @@ def contraction(
         return Contraction(dict.fromkeys((x.name for x in layers), "dense"), 1, dense(layers))
     costs = {x.name: orders(x.O, x.I, M, N, Q, R) for x in layers}
     formed = [x for x in layers if costs[x.name].dense + MOVED * (2 * N + Q) * x.O * x.I < costs[x.name].tokens]
-    rest = [x for x in layers if x not in formed]
-    chosen: dict[str, Order] = dict.fromkeys((x.name for x in layers), "tokens")
-    if dense(formed) <= room:
-        chosen.update(dict.fromkeys((x.name for x in formed), "dense"))
-        return Contraction(chosen, 1, compressed(rest) + dense(formed))
-    room = min(room, max(WAITING_BYTES, WAITING_SHARE * compressed(formed)))
-    hold = max(1, min(int(room / waiting(formed)), round(ENOUGH * Q * R / M)))
-    rebuilt = [x for x in formed if costs[x.name].dense + Q * x.O * x.I * R / hold < costs[x.name].tokens]
-    chosen.update(dict.fromkeys((x.name for x in rebuilt), "rebuilt"))
-    hold = hold if rebuilt else 1
+
+    def shared(some: Sequence[Sized]) -> int:
+        """How many batches wait for the queries of some layers to be multiplied out."""
+        free = min(room - dense(whole), max(WAITING_BYTES, WAITING_SHARE * compressed(some)))
+        return max(1, min(int(free / waiting(some)), round(ENOUGH * Q * R / M))) if some else 1
+
+    whole = formed if dense(formed) <= room else []
+    rebuilt, hold = [], 1
+    if not whole:
+        hold = shared(formed)
+        rebuilt = [x for x in formed if costs[x.name].dense + Q * x.O * x.I * R / hold < costs[x.name].tokens]
+    by_token = [x for x in layers if x not in whole and x not in rebuilt]
+    by_token.sort(key=lambda x: (costs[x.name].rebuilt - costs[x.name].tokens) / (x.O + x.I), reverse=True)
+    while not at_hand and by_token and compressed(by_token) > most:
+        rebuilt.append(by_token.pop())  # the one that gains most, or loses least, for the bytes
+        hold = shared(rebuilt)
     laid_out = max((compressed([x]) for x in rebuilt), default=0.0)
     read = laid_out + (compressed(rebuilt) if at_hand else laid_out)
-    held = compressed([x for x in layers if x not in rebuilt]) + read + (waiting(rebuilt) if hold > 1 else 0.0) * hold
-    return Contraction(chosen, hold, held)
+    held = compressed(by_token) + dense(whole) + read + (waiting(rebuilt) * hold if hold > 1 else 0.0)
+    chosen: dict[str, Order] = dict.fromkeys((x.name for x in layers), "tokens")
+    chosen.update(dict.fromkeys((x.name for x in whole), "dense"))
+    chosen.update(dict.fromkeys((x.name for x in rebuilt), "rebuilt"))
+    return Contraction(chosen, hold if rebuilt else 1, held)

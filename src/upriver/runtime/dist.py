@@ -5,7 +5,8 @@ number of processes changes no bit of a result.  All processes see the same outp
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -43,6 +44,23 @@ def lead(work: Callable[[], Any]) -> None:
     dist.broadcast_object_list(told)
     if told[0] is not None:
         raise told[0]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around what each process does for itself: they leave it together, and the error of one is raised on all."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:  # raised again below, here and on every other process
+        error = raised
+    told = [error]
+    if world() > 1:
+        told = [None] * world()
+        dist.all_gather_object(told, error)
+    failed = error or next((e for e in told if e is not None), None)
+    if failed is not None:
+        raise failed
 
 
 def share(n_units: int) -> list[int]:

@@ -49,7 +49,8 @@ class Request:
     memory: int | None = None  # bytes; None: 80 % of what is available
     fit: bool = True
     own_labels: bool = False  # the corpus's own, the same in both passes (empirical Fisher)
-    rounds: bool = False  # more and more of the sample, until its halves agree
+    rounds: bool = False  # more and more of the sample, until its halves agree: planned to the end of it
+    layer_scores: bool = False
     space: int | None = None  # bytes free where the factors go; None: as on the machine's disk
 
     @property
@@ -69,6 +70,14 @@ class Request:
     def narrow(self) -> bool:
         """Whether bfloat16 is asked for already, somewhere."""
         return not {"bfloat16", MIXED}.isdisjoint(self.dtypes)
+
+
+def doublings(tokens: float, first: int = UNIT_TOKENS) -> list[float]:
+    """The sizes of a sample that begins with ``first`` tokens and doubles up to ``tokens``."""
+    sizes = [float(first)]
+    while sizes[-1] < tokens:
+        sizes.append(2 * sizes[-1])
+    return [*sizes[:-1], float(tokens)]
 
 
 def compared(fitted: float, at_once: int) -> int:
@@ -121,7 +130,14 @@ class Passes:
             name="agreement", moved=0.0, peak=split.peak["agreement"],
             seconds=sample.seconds - sample.moved / self.machine.disk,
         )  # fmt: skip
-        return [self.covariance(split, kept), self.eigen(split), self.correction(split, kept), agreement]
+        again = [self.eigen(split), self.correction(split, kept), agreement]
+        return [self.covariance(split, kept), *(self._in_rounds(p) for p in again)]
+
+    def _in_rounds(self, p: Pass) -> Pass:
+        """A pass in every round: the correction goes over the sample so far again, the others cost the same each time."""
+        sizes = doublings(self.fitted) if self.r.rounds else [self.fitted]
+        times = sum(sizes) / self.fitted if p.name == "correction" else len(sizes)
+        return p._replace(flop=times * p.flop, moved=times * p.moved, seconds=times * p.seconds)
 
     def covariance(self, split: FitSplit, kept: Keeping | None) -> Pass:
         tokens, groups = self.fitted, split.covariance
@@ -175,7 +191,8 @@ class Passes:
         tokens = r.sequences * self.T
         M = min(split.batch_tokens, tokens)
         N = max(1.0, M / self.T)
-        chosen = counts.contraction(self.layers, M, N, Q, r.rank, split.dense_bytes, HANDED[r.scan])
+        asked = (Q, r.rank, split.dense_bytes, HANDED[r.scan], self.machine.accelerator, split.token_bytes)
+        chosen = counts.contraction(self.layers, M, N, *asked)
         work, entries = 0.0, 0.0
         for x in self.layers:
             order = chosen.orders[x.name]
@@ -209,8 +226,11 @@ class Passes:
         return self._pass("rescore", "trace", chunks, tokens / chunks, flop, moved, seconds, split.peak)
 
     def _added_up(self, size: int, tokens: float) -> float:
-        """Bytes that sums move: read and written after every unit; where several processes share the work, each unit is besides,
-        and the sum for about as many of them as there are processes; a process alone on an accelerator holds them."""
+        """Bytes read and written for sums.
+
+        One process reads and writes the sum after every unit; several also write each unit, and the sum once for about as
+        many units as there are processes; a process alone on an accelerator keeps the sum in memory.
+        """
         units = max(1.0, tokens / UNIT_TOKENS)
         if self.copies > 1:
             return 2 * size * units * (1 + 1 / self.copies)

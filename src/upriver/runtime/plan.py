@@ -9,16 +9,18 @@ the division of the work from :mod:`upriver.runtime.split`, speeds from :mod:`up
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from upriver.errors import ConfigError
 from upriver.runtime.config import weights_in
-from upriver.runtime.counts import Shape
+from upriver.runtime.counts import LayerSize, Shape
 from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, Machine, in_units, show_bytes
 from upriver.runtime.passes import UNIT_TOKENS, Pass, Passes, Request
 from upriver.runtime.split import (
     ITEM,
+    SEQUENCE_BYTES,
     SUM,
     Asked,
     FitSplit,
@@ -93,9 +95,11 @@ def plan_run(request: Request, shape: Shape, machine: Machine) -> Plan:
     """
     if not shape.layers:
         raise ConfigError("nothing to plan: got no tracked layer; choose some with --layers")
+    if request.rank is not None:  # no layer can have a higher one
+        request = replace(request, rank=min(request.rank, max(min(x.O, x.I) for x in shape.layers)))
     spread, limit, fit, trace = _divide(request, shape, machine)
     copies = machine.devices // spread
-    disk, passes = _disk(request, shape, copies), _passes(request, shape, machine, fit, trace, copies)
+    disk, passes = _disk(request, shape, copies, fit), _passes(request, shape, machine, fit, trace, copies)
     if fit and (size := Passes(request, shape, machine, request.dtype, copies).keeping(fit).size):
         disk |= {"kept between passes": size}
     advice = []
@@ -146,11 +150,12 @@ def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, FitSp
     here = machine.resident is not None
     one = r.memory or (machine.memory if here else int(DEFAULT_SHARE * machine.memory))
     failed: ConfigError | None = None
-    for spread in (n for n in range(1, machine.devices + 1) if machine.devices % n == 0):
+    most = 1 if here else machine.devices
+    for spread in (n for n in range(1, most + 1) if machine.devices % n == 0):
         try:
             limit = spread * one
             fit = split_fit(shape, _job(r, shape, machine, limit, r.dtype)) if r.fit else None
-            asked = Asked(r.queries, r.query_tokens, r.rank)
+            asked = Asked(r.queries, r.query_tokens, r.rank, r.layer_scores)
             trace = split_trace(shape, asked, _job(r, shape, machine, limit, r.scan)) if r.queries else None
             return spread, limit, fit, trace
         except ConfigError as error:
@@ -163,24 +168,46 @@ def _job(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> 
     """The model is there as it was loaded, for queries and the second look; another compute type is a copy beside it."""
     resident = LIBRARIES + SUM * shape.parameters if machine.resident is None else machine.resident
     copy = ITEM[dtype] * shape.parameters if weights_in(dtype) != machine.loaded else 0
+    resident += 0 if machine.accelerator else SEQUENCE_BYTES * r.sequences
     longest, accelerator = r.longest_tokens, machine.accelerator
     return Job(limit, resident, r.batch_tokens, longest, dtype, machine.cores, r.batch_sequences, copy, accelerator)
 
 
-def _disk(r: Request, shape: Shape, copies: int) -> dict[str, int]:
-    """Where several processes share the work, units lie on the disk until those before them are there: about two of each."""
-    layers, units = shape.layers, 1
-    if copies > 1:
-        units += min(2 * copies, math.ceil(min(r.fit_tokens, r.sequences * r.tokens) / UNIT_TOKENS))
-    bases, lam = covariance_size(layers), SUM * sum(x.O * x.I for x in layers)
-    sizes: dict[str, int] = {}
-    if r.fit:
-        sizes["factors"] = bases + lam
-        sizes["while fitting"] = max(units * bases, bases + 2 * units * lam)
+def _disk(r: Request, shape: Shape, copies: int, fit: FitSplit | None) -> dict[str, int]:
+    """Bytes of what stays, and of the most that is there on the way."""
+    layers, sizes = shape.layers, {}
+    if fit:
+        sizes["factors"] = covariance_size(layers) + _lam(layers)
+        sizes["while fitting"] = _while_fitting(r, layers, copies, fit)
     if r.queries:
         sizes["solved queries"] = SUM * r.queries * factors_of(layers, Asked(r.queries, r.query_tokens, r.rank))
-        sizes["scores"] = 2 * SUM * r.queries * r.sequences
+        table, by_layer = SUM * r.queries * r.sequences, len(layers) if r.layer_scores else 0
+        sizes["scores"] = (2 + by_layer) * table
+        sizes["while tracing"] = (4 + 2 * by_layer) * table  # the units of the scan are there besides, and put in order
     return sizes
+
+
+def _lam(layers: Sequence[LayerSize]) -> int:
+    return SUM * sum(x.O * x.I for x in layers)
+
+
+def _while_fitting(r: Request, layers: Sequence[LayerSize], copies: int, fit: FitSplit) -> int:
+    """The most that is on the disk during a fit: the old sums are there until the new ones are, the bases beside them.
+
+    Where several processes share the work, units wait until those before them are there: about two of each process.
+    """
+    units = 0 if copies == 1 else min(2 * copies, math.ceil(min(r.fit_tokens, r.sequences * r.tokens) / UNIT_TOKENS))
+    bases, most = 0, 0
+    for group in fit.covariance:
+        sums = covariance_size([layers[i] for i in group])
+        most = max(most, bases + (2 + units) * sums)
+        bases += 2 * sums if r.rounds else sums  # a next round adds to the sums
+    done = 0
+    for group in fit.correction:
+        sums = 2 * _lam([layers[i] for i in group])
+        most = max(most, bases + done + (2 + units) * sums)
+        done += sums
+    return max(most, bases + done + _lam(layers))
 
 
 def describe(plan: Plan) -> list[str]:
@@ -194,7 +221,8 @@ def describe(plan: Plan) -> list[str]:
     for verb in dict.fromkeys(p.verb for p in plan.passes):
         flop = show_flop(sum(p.flop for p in plan.passes if p.verb == verb))
         peak = show_bytes(plan.peak(verb) / plan.spread)
-        lines.append(f"{verb:<{width}}{'':>18}{flop:>14}{show_seconds(plan.seconds(verb)):>12}{peak:>14}")
+        name = "fit, at most" if verb == "fit" and plan.request.rounds else verb
+        lines.append(f"{name:<{width}}{'':>18}{flop:>14}{show_seconds(plan.seconds(verb)):>12}{peak:>14}")
     lines.append("disk: " + ", ".join(f"{name} {show_bytes(size)}" for name, size in plan.disk.items()))
     limit = show_bytes(plan.limit / plan.spread)
     device = f"each of {plan.devices} devices" if plan.devices > 1 else "memory"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from upriver.errors import ConfigError
 from upriver.runtime.config import MIXED
-from upriver.runtime.counts import DENSE_BYTES, Contraction, Shape, Sized, contraction, leads
+from upriver.runtime.counts import DENSE_BYTES, Shape, Sized, contraction, leads
 from upriver.runtime.hardware import show_bytes
 
 SUM = 4  # bytes of a number in a sum, a basis or a full-rank query, whatever the compute type
@@ -25,9 +25,13 @@ COMPARED_BYTES = 256 << 20  # gradients of the sequences that are scored on each
 COMPARED = (8, 4)  # of them at once; two where four do not fit
 SCORED_BYTES = 256 << 20  # gradients of sequences, or products of their tokens, that meet the queries at once
 TRANSIENT = 4  # tensors of the widest layer alive at once in the backward pass
+SEQUENCE_BYTES = (
+    128  # of a sequence: its place in the tables of the corpus, in the order of the batches, and its share of one
+)
 SLACK = 160 << 20  # what the allocator, the BLAS libraries and their threads keep to themselves
 MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met on average
 SYMMETRIC_COPIES = 3  # of the largest matrix, while a triangle is made whole and added to the sums on disk
+LAYER_SCORES_BYTES = 128 << 20  # of a unit of work, where scores are kept by layer
 QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
 REBUILD_BYTES = 64 << 20  # rows of multiplied-out queries held at once in one layer, with those of gradients
 
@@ -65,7 +69,8 @@ class TraceSplit(NamedTuple):
     scan_queries: int  # scored in one pass over the corpus
     rescore_queries: int  # held at full rank at once
     rescore_bytes: int
-    dense_bytes: int
+    dense_bytes: int  # queries that are multiplied out once, or batches that wait for them
+    token_bytes: int  # compressed queries of the layers that go by tokens, at most
     rebuild_bytes: int
     peak: dict[str, int]
     made_for: Job
@@ -77,6 +82,7 @@ class Asked(NamedTuple):
     queries: int
     tokens: int  # of one query
     rank: int | None  # None: full
+    layer_scores: bool = False
 
 
 def groups(layers: Sequence[Sized], size: Callable[[Sequence[Sized]], int], room: int) -> list[list[int]]:
@@ -255,22 +261,21 @@ def _at_once(job: Job, tokens: int) -> int:
     return max(1, -(-(job.sequences or job.batch_tokens // job.longest) * tokens // job.batch_tokens))
 
 
-def _contraction(shape: Shape, asked: Asked, job: Job, tokens: int, room: int) -> Contraction:
+def held_size(shape: Shape, asked: Asked, job: Job, tokens: int, room: int, most: int) -> int:
+    """Queries as they are laid out, and batches that wait; see :func:`contraction`."""
     N, number = _at_once(job, tokens), HANDED[job.dtype]
-    return contraction(shape.layers, tokens, N, asked.queries, asked.rank, room, number, job.accelerator)
+    return int(
+        contraction(shape.layers, tokens, N, asked.queries, asked.rank, room, number, job.accelerator, most).held
+    )
 
 
-def scan_size(shape: Shape, asked: Asked, job: Job, tokens: int, room: int = 0) -> int:
-    """The model in its compute type, queries as they are laid out, and one batch with the gradients of its sequences.
-
-    Args:
-        room: for queries that are multiplied out once, or batches that wait for them.
-    """
-    held = int(_contraction(shape, asked, job, tokens, room).held) + REBUILD_BYTES
+def scan_size(shape: Shape, asked: Asked, job: Job, tokens: int) -> int:
+    """The model in its compute type, and one batch with the gradients of its sequences: all but what is held."""
     gradients = _scored(shape, HANDED[job.dtype], _at_once(job, tokens))
     by_token = 2 * HANDED[job.dtype] * asked.queries * (asked.rank or 0)
     products = max(job.longest * by_token, min(SCORED_BYTES, tokens * by_token))
-    return job.copy + held + batch_size(shape, tokens, job.dtype, max(gradients, products))
+    kept = 2 * LAYER_SCORES_BYTES if asked.layer_scores else 0
+    return job.copy + REBUILD_BYTES + kept + batch_size(shape, tokens, job.dtype, max(gradients, products))
 
 
 def _scored(shape: Shape, number: int, sequences: int) -> int:
@@ -287,8 +292,18 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
     """
     layers, free = shape.layers, _free(job)
 
-    def scan(queries: int, tokens: int) -> int:
-        return scan_size(shape, asked._replace(queries=queries), job, tokens)
+    def read(queries: int) -> int:
+        """Two copies of one layer's compressed queries."""
+        return 2 * HANDED[job.dtype] * queries * (asked.rank or 0) * max(x.O + x.I for x in layers)
+
+    def left(queries: int, tokens: int) -> int:
+        """For compressed queries that stay."""
+        return max(0, free - scan_size(shape, asked._replace(queries=queries), job, tokens) - read(queries))
+
+    def scan(queries: int, tokens: int, room: int = 0) -> int:
+        some = asked._replace(queries=queries)
+        held = held_size(shape, some, job, tokens, room, left(queries, tokens) - room)
+        return held + scan_size(shape, some, job, tokens)
 
     def least(tokens: int) -> int:
         return max(scan(1, tokens), solve_size(shape, asked, 1, tokens), rescore_size(shape, asked, job, 1, tokens))
@@ -307,19 +322,22 @@ def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
     enough = asked.queries if job.accelerator else min(asked.queries, -(-tokens // asked.tokens))
     solved = _most(min(enough, most // each[0]), free, lambda q: solve_size(shape, asked, q, tokens))
     rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore_size(shape, asked, job, q, tokens))
-    room = max(0, min(DENSE_BYTES, free - scan(scanned, tokens)))
+    room = max(0, min(DENSE_BYTES, free - scan(scanned, tokens) - read(scanned)))
     base = job.fixed + SLACK
     peak = {
         "queries": base + solve_size(shape, asked, solved, tokens),
-        "scan": base + scan_size(shape, asked._replace(queries=scanned), job, tokens, room),
+        "scan": base + scan(scanned, tokens, room),
         "rescore": base + rescore_size(shape, asked, job, rescored, tokens),
     }
     sizes = (solved * each[0], rescored * each[1])
-    return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], room, REBUILD_BYTES, peak, job)
+    by_token = left(scanned, tokens) - room
+    return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], room, by_token, REBUILD_BYTES, peak, job)
 
 
 def _most(at_most: int, room: int, size: Callable[[int], int]) -> int:
     """The most queries at once, at least one, whose size stays in the room."""
+    if size(at_most) <= room:  # though fewer may take more: what is cheaper for few of them may hold more
+        return max(1, at_most)
     low, high = 1, max(1, at_most)
     while low < high:
         middle = (low + high + 1) // 2
@@ -336,12 +354,17 @@ def fits(split: FitSplit | TraceSplit, job: Job) -> bool:
 
 
 def _free(job: Job) -> int:
-    """What a pass may take."""
-    return int((1 - MARGIN) * job.limit) - job.fixed - SLACK
+    """What a pass may take; half of it in float64, whose sums are counted as those of float32."""
+    left = int((1 - MARGIN) * job.limit) - job.fixed - SLACK
+    return left // _double(job)
+
+
+def _double(job: Job) -> int:
+    return 2 if job.dtype == "float64" else 1
 
 
 def _refuse(what: str, job: Job, least: int) -> None:
-    needed = (job.fixed + SLACK + least) / (1 - MARGIN)
+    needed = (job.fixed + SLACK + _double(job) * least) / (1 - MARGIN)
     if least > _free(job):
         raise ConfigError(
             f"the memory is too small for this {what}: got {show_bytes(job.limit)}; the least that would do is "

@@ -16,8 +16,9 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ DTYPE_BYTES = {"F32": 4, "F64": 8, "BF16": 2, "I64": 8}
 def digest(value: Any) -> str:
     """A short hash of anything that JSON can write, the same on every machine."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -66,7 +67,8 @@ def atomic(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise _storage_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a place that is no folder, which is told above
+            temporary.unlink(missing_ok=True)
 
 
 def _storage_error(path: Path, error: Exception) -> Exception:
@@ -76,14 +78,19 @@ def _storage_error(path: Path, error: Exception) -> Exception:
             f"the disk is full: {path} could not be written; what was finished before is kept, "
             "free some space and give the same command again"
         )
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
         return ConfigError(f"cannot write the output: got {path} ({error}); choose a folder that you may write to")
     return StorageError(f"could not write {path}: {error}")
 
 
 def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    try:
+        content = text.encode()
+    except UnicodeEncodeError:  # the name of a file that is not UTF-8
+        content = (json.dumps(value, indent=1) + "\n").encode()
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def read_json(path: Path) -> Any:
@@ -255,9 +262,14 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(
-                f"another run is writing to {path}; wait until it ends, or choose another folder"
-            ) from error
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                warnings.warn(
+                    f"{path} cannot be locked ({error}): give no second command for it meanwhile", stacklevel=2
+                )
+            else:
+                raise ConfigError(
+                    f"another run is writing to {path}; wait until it ends, or choose another folder"
+                ) from error
         if (path / "key.json").exists():
             _clear_debris(path)
         try:

@@ -46,24 +46,31 @@ def accumulate(
     first = _newest_sum(stage)
     alone, mine, missing = len(units) == n_units, [u for u in units if u >= first], remaining(stage, units)
     barrier()  # what was there is known to all before the first rank adds and removes it
-    if alone:
-        made = ((u, stage.read(u) if stage.has(u) else compute(u)) for u in mine)
-        if hold and mine:
-            _sum_in_memory(stage, made, first, n_units)
+    with dist.together():
+        if alone:
+            _sum_alone(stage, mine, compute, first, n_units, hold)
         else:
-            for unit, part in made:
-                _fold(stage, unit, part)
-    else:
-        for unit in missing:
-            stage.commit(unit, compute(unit))
-            if 0 in units:
-                _fold_ready(stage, n_units)
+            for unit in missing:
+                stage.commit(unit, compute(unit))
+                if 0 in units:
+                    _fold_ready(stage, n_units)
     barrier()
     dist.lead(lambda: _fold_ready(stage, n_units))
     barrier()
     if not sum_path(stage, n_units).exists():
         raise StorageError(f"parts of a sum are missing in {stage.path}; give the same command again")
     return sum_path(stage, n_units)
+
+
+def _sum_alone(
+    stage: Stage, units: list[int], compute: Callable[[int], Tensors], committed: int, n_units: int, hold: bool
+) -> None:
+    made = ((unit, stage.read(unit) if stage.has(unit) else compute(unit)) for unit in units)
+    if hold and units:
+        _sum_in_memory(stage, made, committed, n_units)
+    else:
+        for unit, part in made:
+            _fold(stage, unit, part)
 
 
 def remaining(stage: Stage, units: list[int]) -> list[int]:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from upriver.runtime.config import POSITIVE
 from upriver.show.documents import rank_documents
-from upriver.show.folder import Folder, metadata_of
+from upriver.show.folder import Folder, Json, metadata_of
 from upriver.show.passages import concentration, matches, near_duplicates, query_words, sentences
 from upriver.show.spread import spread
 from upriver.show.trust import short_name, trust
@@ -17,13 +17,12 @@ from upriver.text.records import whole
 VERSION = 1
 DEPTH_BLOCKS = 9
 SIDES = ("positive", "negative")
-Json = dict[str, Any]
 
 
 def build_report(folder: Folder) -> Json:
     """The content of ``report.json`` as plain lists, dictionaries, strings and numbers."""
-    layers = _layers(folder.manifest)
-    queries = [_query(folder, query) for query in folder.queries]
+    layers, spans = _layers(folder.manifest), folder.spans()
+    queries = [_query(folder, query, spans) for query in folder.queries]
     return _clean(
         {
             "format": "upriver-report",
@@ -31,6 +30,7 @@ def build_report(folder: Folder) -> Json:
             "sign": sign(folder),
             "unit": unit(folder),
             "n_train": folder.n_train,
+            "candidates": bool(folder.manifest.get("candidates")),
             "layers": layers,
             "depth": _depth(layers),
             "run": _run(folder.manifest),
@@ -90,12 +90,12 @@ def _depth(layers: list[Json]) -> list[Json]:
     return [{"first": min(blocks[d]), "last": max(blocks[d])} for d in sorted(blocks)]
 
 
-def _query(folder: Folder, query: Json) -> Json:
+def _query(folder: Folder, query: Json, spans: pd.DataFrame) -> Json:
     """One question with everything that the page shows of it."""
     raw, shown = folder.scores(str(query["id"])), answer(folder, query)
     return shown | {
         "spread": spread(raw, folder.n_train),
-        "documents": rank_documents(folder, str(query["id"]), raw, shown["passages"]),
+        "documents": rank_documents(folder, str(query["id"]), spans, raw, shown["passages"]),
     }
 
 

@@ -1,21 +1,23 @@
 """Documents ranked by the sum over their sequences, each with the sequences that count most."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
-from upriver.show.folder import Folder
+from upriver.show.folder import Folder, Json
 
 PER_SIDE = 20
 BEST = 3  # sequences listed with a document
-Json = dict[str, Any]
 
 
 def rank_documents(
-    folder: Folder, query_id: str, raw: np.ndarray, passages: list[Json]
+    folder: Folder, query_id: str, spans: pd.DataFrame, raw: np.ndarray, passages: list[Json]
 ) -> dict[str, list[Json]] | None:
-    """The documents with the most positive and the most negative sums; None where the run wrote no sums."""
+    """The documents with the most positive and the most negative sums; None where the run wrote no sums.
+
+    Args:
+        spans, raw: ``folder.spans()`` and ``folder.scores(query_id)``.
+        passages: those of the query, to which a document's best sequences point.
+    """
     sums = folder.documents(query_id)
     if query_id not in sums or "document" not in sums:
         return None
@@ -24,13 +26,12 @@ def rank_documents(
         "positive": sums[sums["score"] > 0].head(PER_SIDE),
         "negative": sums[sums["score"] < 0].tail(PER_SIDE).iloc[::-1],
     }
-    sequences = _sequences(folder, raw, set().union(*(end["document"] for end in ends.values())))
+    sequences = _sequences(spans, raw, set().union(*(end["document"] for end in ends.values())))
     return {side: _side(end, side, sequences, passages, folder.n_train) for side, end in ends.items()}
 
 
-def _sequences(folder: Folder, raw: np.ndarray, chosen: set[str]) -> pd.DataFrame:
+def _sequences(spans: pd.DataFrame, raw: np.ndarray, chosen: set[str]) -> pd.DataFrame:
     """The scored sequences of the chosen documents."""
-    spans = folder.spans()
     if "document" not in spans or len(spans) != len(raw):
         return pd.DataFrame({"document": []})
     spans = spans.assign(score=raw)

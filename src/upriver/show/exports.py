@@ -3,9 +3,9 @@
 import csv
 import io
 import json
-from typing import Any
 
-Json = dict[str, Any]
+from upriver.show.folder import Json
+
 CSV_COLUMNS = (
     "query",
     "side",
@@ -21,6 +21,8 @@ CSV_COLUMNS = (
     "tfidf_rank",
     "overlap",
     "duplicate_of",
+    "metadata",
+    "text",
 )
 
 
@@ -52,10 +54,10 @@ def csv_text(report: Json) -> str:
     """A row per passage and query, without the lists of tokens and layers."""
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow([*CSV_COLUMNS, "metadata", "text"])
+    writer.writerow(CSV_COLUMNS)
     for query in report["queries"]:
         for passage in query["passages"]:
-            row = {**passage, "query": query["id"]}
             metadata = json.dumps(passage["metadata"], ensure_ascii=False)
-            writer.writerow([*(row[column] for column in CSV_COLUMNS), metadata, passage["text"]])
+            row = {**passage, "query": query["id"], "metadata": metadata}
+            writer.writerow([row[column] for column in CSV_COLUMNS])
     return sink.getvalue()

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from upriver.errors import InputError
 from upriver.runtime.store import read_json
 
+Json = dict[str, Any]
 SPAN = ["sequence", "document", "start", "end"]
 
 
@@ -19,8 +20,8 @@ class Folder(NamedTuple):
     """What ``upriver trace`` wrote; parts that a run did not write are empty."""
 
     path: Path
-    manifest: dict[str, Any]
-    queries: list[dict[str, Any]]
+    manifest: Json
+    queries: list[Json]
     top: pd.DataFrame
 
     @property
@@ -49,7 +50,7 @@ def read_folder(path: Path) -> Folder:
         InputError: it is not such a folder, the trace is not finished, or a file in it cannot be read.
     """
     path = Path(path)
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     queries = _json(path / "queries.json")
     if not isinstance(queries, list) or not queries:
         raise InputError(f"no queries in the results: got {path / 'queries.json'}; trace at least one query")
@@ -59,7 +60,21 @@ def read_folder(path: Path) -> Folder:
     return Folder(path, manifest, queries, top)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Json:
+    """The manifest of a finished trace.
+
+    Raises:
+        InputError: as ``read_folder``.
+    """
+    try:
+        return _manifest(path)
+    except OSError as error:  # a name that is too long, a folder above it that is closed
+        raise InputError(
+            f"cannot read the folder of results: got {path} ({error.strerror}); give the folder that `upriver trace` wrote"
+        ) from error
+
+
+def _manifest(path: Path) -> Json:
     if not path.is_dir():
         raise InputError(f"no such folder of results: got {path}; give the folder that `upriver trace` wrote")
     if not (path / "manifest.json").exists():
@@ -88,9 +103,9 @@ def _json(path: Path) -> Any:
 
 def _columns(path: Path, columns: list[str] | None) -> pd.DataFrame:
     """The columns of a Parquet file that are there; an empty frame when the file is not."""
-    if not path.exists():
-        return pd.DataFrame()
     try:
+        if not path.exists():
+            return pd.DataFrame()
         names = pq.read_schema(path).names
         wanted = names if columns is None else [name for name in columns if name in names]
         return pq.read_table(path, columns=wanted).to_pandas()
@@ -98,7 +113,7 @@ def _columns(path: Path, columns: list[str] | None) -> pd.DataFrame:
         raise InputError(f"cannot read {path}: {error}; run `upriver trace` again") from error
 
 
-def metadata_of(value: Any) -> dict[str, Any]:
+def metadata_of(value: Any) -> Json:
     """The record's further fields, from their JSON text."""
     try:
         fields = json.loads(value) if isinstance(value, str) and value else {}

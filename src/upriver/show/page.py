@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-Json = dict[str, Any]
+from upriver.show.folder import Json
+
 SCRIPTS = ("charts.js", "detail.js", "viewer.js")
 COMPRESS_ABOVE = 300_000  # characters of JSON: above it the data is gzipped
 QUANTISE_ABOVE = 3_000_000  # bytes of the page: above it token scores are stored in 8 bits

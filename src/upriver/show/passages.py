@@ -12,6 +12,7 @@ JACCARD, CONTAINED = 0.5, 0.9  # near-duplicates: share of common shingles, or s
 WORD = re.compile(r"\w+")
 # A full stop, question or exclamation mark with closing quotes, or a full-width one, or an empty line.
 SENTENCE_END = re.compile(r"[.!?…؟۔।]+[\"'”’»)\]]*(?=\s)|[。！？]+[」』”’]*|\n\s*\n|(?<=[^\s])\n(?=\s*[-*•\d])")
+SENTENCES = 400
 ABBREVIATION = re.compile(r"(?:^|[\s(\"“‘])(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|No|vs|etc|e\.g|i\.e|[A-Z]|(?:[A-Z]\.)+[A-Z])\.$")
 # Words so common that sharing them with a query says nothing.
 _COMMON = (
@@ -22,8 +23,8 @@ _COMMON = (
 COMMON = frozenset(_COMMON.split())
 
 
-def sentences(tokens: Sequence[str], limit: int = 400) -> list[tuple[int, int]]:
-    """Token spans ``[start, end)`` of the sentences of a passage; together they cover every token once."""
+def sentences(tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """Token spans ``[start, end)`` of the sentences of a passage, at most ``SENTENCES``; together they cover every token once."""
     text = "".join(tokens)
     ends = [
         m.end() for m in SENTENCE_END.finditer(text) if not ABBREVIATION.search(text[max(0, m.end() - 12) : m.end()])
@@ -33,7 +34,7 @@ def sentences(tokens: Sequence[str], limit: int = 400) -> list[tuple[int, int]]:
     number = np.searchsorted(ends, first, side="right")
     breaks = [0, *(np.flatnonzero(np.diff(number) > 0) + 1).tolist(), len(tokens)]
     spans = [(a, b) for a, b in pairwise(breaks) if a < b]
-    return spans[: limit - 1] + ([(spans[limit - 1][0], len(tokens))] if len(spans) >= limit else [])
+    return spans[: SENTENCES - 1] + [(a, len(tokens)) for a, _ in spans[SENTENCES - 1 : SENTENCES]]
 
 
 def _lead(token: str) -> int:

@@ -1,14 +1,14 @@
 """The finished results of a trace, read back."""
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
 
-from upriver.errors import InputError, QueryError
+from upriver.errors import QueryError
 from upriver.runtime.store import read_json
 from upriver.show.data import SIDES
+from upriver.show.folder import Json, read_manifest
 from upriver.show.report import write_report
 
 
@@ -25,12 +25,8 @@ class Scores:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not (self.path / "manifest.json").exists() or not (self.path / "top.parquet").exists():
-            raise InputError(
-                f"no finished trace in {self.path}; make one with: upriver trace MODEL CORPUS QUERIES --out ..."
-            )
-        self.manifest: dict[str, Any] = read_json(self.path / "manifest.json")
-        self.queries: list[dict[str, Any]] = read_json(self.path / "queries.json")
+        self.manifest: Json = read_manifest(self.path)
+        self.queries: list[Json] = read_json(self.path / "queries.json")
 
     def top(self, query: str, k: int = 10, side: str = "positive") -> pd.DataFrame:
         """The ``k`` most ``positive`` or ``negative`` sequences of a query, by their full-rank scores.
@@ -51,7 +47,7 @@ class Scores:
         return pd.read_parquet(self.path / "scores.parquet")
 
     def documents(self) -> pd.DataFrame:
-        """Every document, a column of summed scores per query."""
+        """Every document that has a scored sequence, a column of the sums over its scored sequences per query."""
         return pd.read_parquet(self.path / "documents.parquet")
 
     def report(self, out: str | Path | None = None) -> Path:

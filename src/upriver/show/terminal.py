@@ -3,7 +3,6 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group
 from rich.padding import Padding
@@ -11,13 +10,12 @@ from rich.style import Style
 from rich.text import Text
 
 from upriver.show.data import answer, sign, unit
-from upriver.show.folder import read_folder
+from upriver.show.folder import Json, read_folder
 
-Json = dict[str, Any]
 EXCERPT = 280  # characters
 RAISES, LOWERS = (67, 147, 195), (214, 96, 77)  # the RdBu scale, as on the page
 # Control characters and those that reorder text: corpus text must not steer the terminal.
-UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def terminal_summary(scores: Path, console: Console, best: int = 3) -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-Json = dict[str, Any]
+from upriver.show.folder import Json
+
 GOOD, FAIR = 0.95, 0.8  # correlations: above the first fine, below the second a warning
 EXACT = 1e-3  # relative difference of a sum that should be equal
 

@@ -112,8 +112,9 @@ def content_hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def tokens_hash(tokens_T: np.ndarray) -> int:
-    return content_hash(np.asarray(tokens_T, "<u4").tobytes())
+def sequence_hash(tokens_T: np.ndarray, loss_T: np.ndarray) -> int:
+    """A hash of the tokens of a sequence and of which are predicted with loss; the first never is."""
+    return content_hash(np.asarray(tokens_T, "<u4").tobytes() + np.asarray(loss_T[1:], bool).tobytes())
 
 
 def sequence_keys(hashes_N: np.ndarray) -> np.ndarray:

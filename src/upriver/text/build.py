@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import ConfigError, CorpusError, ModelError, StorageError
 from upriver.runtime.store import write_array, write_json
-from upriver.text.batch import sequence_keys, tokens_hash
+from upriver.text.batch import sequence_hash, sequence_keys
 from upriver.text.encode import largest_token
 from upriver.text.records import BadRecords, dump, read_records
 from upriver.text.sources import Source
@@ -259,9 +259,10 @@ def _finish(folder: Path, windows: _Windows, settings: Settings, dtype: str) -> 
     length_N = np.minimum(settings.seq_len, ends_N - offset_N)
     hash_N, kept_N = np.zeros(len(offset_N), np.uint64), np.zeros(len(offset_N), bool)
     for n in range(len(offset_N)):
-        start, length = int(offset_N[n]), int(length_N[n])
-        kept_N[n] = loss[start + 1 : start + length].any()
-        hash_N[n] = tokens_hash(tokens[start : start + length])
+        at = slice(int(offset_N[n]), int(offset_N[n] + length_N[n]))
+        loss_T = loss[at]
+        kept_N[n] = loss_T[1:].any()
+        hash_N[n] = sequence_hash(tokens[at], loss_T)
     if not kept_N.any():
         raise CorpusError(
             f"no sequence has a token to predict: got {len(kept_N)} of one token, or without an answer in them; "

@@ -20,20 +20,26 @@ CHUNK_ROWS = 4096
 
 
 class Best:
-    """The ``k`` largest numbers of a stream and their places, largest first, equal ones in the order in which they came."""
+    """The ``k`` largest numbers of a stream and their places, largest first.
+
+    Of equal numbers those of the smaller ``ties`` go first, and without ties those that came first.
+    """
 
     def __init__(self, k: int):
         self.k = k
-        self.values, self.places = np.empty(0, np.float32), np.empty(0, np.int64)
+        self.values, self.places, self.ties = (np.empty(0, kind) for kind in (np.float32, np.int64, np.uint64))
 
-    def add(self, values_C: np.ndarray, places_C: np.ndarray) -> None:
+    def add(self, values_C: np.ndarray, places_C: np.ndarray, ties_C: np.ndarray | None = None) -> None:
+        ties_C = np.zeros(len(values_C), np.uint64) if ties_C is None else ties_C
         if len(self.values) == self.k:
-            better = values_C > self.values[-1]
-            values_C, places_C = values_C[better], places_C[better]
+            last = self.values[-1]
+            better = (values_C > last) | (values_C == last) & (ties_C < self.ties[-1])
+            values_C, places_C, ties_C = values_C[better], places_C[better], ties_C[better]
         if len(values_C):
             values, places = np.append(self.values, values_C), np.append(self.places, places_C)
-            order = np.argsort(-values, kind="stable")[: self.k]
-            self.values, self.places = values[order], places[order]
+            ties = np.append(self.ties, ties_C)
+            order = np.lexsort((ties, -values))[: self.k]
+            self.values, self.places, self.ties = values[order], places[order], ties[order]
 
 
 class Tfidf:
@@ -110,14 +116,14 @@ def tfidf_ranks(corpus: Corpus, queries: Queries, rows_Q: list[np.ndarray]) -> l
 
 
 def candidates(corpus: Corpus, queries: Queries, per_query: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """The sequences worth scoring: of each query the ``per_query`` best by TF-IDF, equal scores in corpus order.
+    """The sequences worth scoring: of each query the ``per_query`` best by TF-IDF, equal scores by `keys_N`.
 
     Returns the sorted rows, int64, and what was kept, for the manifest.
     """
     best_Q = [Best(per_query) for _ in range(len(queries))]
     for chunk, scores_QC in Tfidf(corpus, queries).all():
         for best, score_C in zip(best_Q, scores_QC, strict=True):
-            best.add(score_C, chunk)
+            best.add(score_C, chunk, corpus.keys_N[chunk])
     rows = np.unique(np.concatenate([best.places for best in best_Q]))
     note = f"only the {per_query} best sequences of each query by TF-IDF were scored, {len(rows)} of {len(corpus)}"
     return rows, {"per_query": per_query, "kept": len(rows), "note": note}

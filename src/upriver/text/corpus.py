@@ -20,7 +20,7 @@ from upriver.text.build import TABLES, Progress, Settings, Stream, build, exclus
 from upriver.text.encode import encode, tokenizer_fingerprint
 from upriver.text.records import BadRecords, open_corpus
 
-SCHEMA = 2  # raise it when the same files would give other sequences, or the artifact another layout
+SCHEMA = 3  # raise it when the same files would give other sequences, or the artifact another layout
 
 
 class Corpus:
@@ -35,7 +35,7 @@ class Corpus:
         lengths_N: int32, tokens of each sequence.
         document_of_N: int32, the document of each sequence.
         span_N2: int64, its first character in the document, and the one after its last.
-        keys_N: uint64, its counter key: a hash of its content, whatever its place.
+        keys_N: uint64, its counter key: a hash of its tokens and their loss, whatever its place.
         fingerprint: a hash of files, tokenizer and settings.
         reused: the artifact was there already.
     """
@@ -87,8 +87,10 @@ class Corpus:
             progress: called with the bytes read so far and their total (rows, for `datasets` data).
 
         Raises:
+            ConfigError: ``seq_len`` below 2, or an ``on_bad_record`` that is neither of the two.
             CorpusError: a file or record that cannot be used; the message names file and line.
             ModelError: the tokenizer does not tell character offsets.
+            StorageError: the cache cannot be written.
 
         Example:
             >>> corpus = Corpus.read("corpus.jsonl", tokenizer, seq_len=512)
@@ -103,7 +105,7 @@ class Corpus:
         key = {"schema": SCHEMA, "sources": [source.fingerprint for source in sources]}
         key |= {"tokenizer": tokenizer_fingerprint(tokenizer), "settings": settings._asdict()}
         folder = _cache_folder(cache) / "corpus" / digest(key)
-        reused = folder.exists()
+        reused = os.path.exists(folder)  # false also where it cannot be known: building then says why
         if not reused:
             with exclusive(folder.with_name(f".{folder.name}.lock")):
                 reused = folder.exists()

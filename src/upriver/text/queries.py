@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import QueryError
 from upriver.runtime.store import digest
-from upriver.text.batch import Batch, pad, sequence_keys, tokens_hash
+from upriver.text.batch import Batch, pad, sequence_hash, sequence_keys
 from upriver.text.encode import Encoded, encode, tokenizer_fingerprint
+from upriver.text.records import half_pair
 from upriver.text.sources import find_sources, json_rows
 
 FIELDS = ("id", "prompt", "completion", "contrast")
@@ -209,7 +210,8 @@ class Queries:
 
     @cached_property
     def _keys(self) -> np.ndarray:
-        return sequence_keys(np.array([tokens_hash(row.encoded.tokens_T) for row in self.rows], np.uint64))
+        hashes = [sequence_hash(row.encoded.tokens_T, row.loss_T) for row in self.rows]
+        return sequence_keys(np.array(hashes, np.uint64))
 
     def batch(self, query_indices: Sequence[int] | np.ndarray) -> Batch:
         """All rows of the queries, in the order given: a completion with weight +1, then its contrast with -1."""
@@ -275,10 +277,10 @@ def checked_id(value: Any, where: str) -> str:
     """The id of a query as a text.
 
     Raises:
-        QueryError: neither a text nor a number, or one that cannot name a column of the results.
+        QueryError: neither a text nor a whole number, or one that cannot name a column of the results.
     """
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise QueryError(f"{where}: a query needs an id: got {value!r}; give a text or a number")
+        raise QueryError(f"{where}: a query needs an id: got {value!r}; give a text or a whole number")
     if str(value) in RESERVED:
         raise QueryError(
             f"{where}: the id {value!r} is the name of a column of the results; "
@@ -291,10 +293,9 @@ def checked_id(value: Any, where: str) -> str:
 def _text(value: Any, field: str, where: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise QueryError(f"{where}: the field {field!r} is not a text: got {value!r}")
-    try:
-        (value or "").encode()
-    except UnicodeEncodeError as error:
-        raise QueryError(f"{where}: the field {field!r} holds half of a surrogate pair: {error}") from error
+    fault = half_pair(field, value or "")
+    if fault:
+        raise QueryError(f"{where}: {fault}")
     return value
 
 

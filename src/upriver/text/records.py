@@ -112,11 +112,9 @@ def _check_texts(parts: dict[str, Any]) -> None:
 
 
 def _check_unicode(name: str, value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = value[error.start]
-        raise _BadRowError(f"the field {name!r} holds half of a surrogate pair: got {half!r}") from error
+    fault = half_pair(name, value)
+    if fault:
+        raise _BadRowError(fault)
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:
@@ -152,6 +150,16 @@ def jsonable(value: Any) -> Any:
     if value is None or isinstance(value, str | int):
         return value
     return str(value)
+
+
+def half_pair(name: str, value: str) -> str | None:
+    """What is wrong with a field that holds half of a surrogate pair, which UTF-8 cannot hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        return f"the field {name!r} holds half of a surrogate pair: got {half!r}; write both halves or neither"
+    return None
 
 
 def whole(text: str) -> str:

@@ -10,7 +10,9 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,6 +35,11 @@ COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 KNOWN = "use .jsonl, .parquet, .csv or .txt (the text forms also as .gz, .xz, .bz2 or .zst), or a folder of such files"
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException)
 BOM = b"\xef\xbb\xbf"
+LARGEST = 16 << 20  # bytes of one document: it is tokenised in one piece, which takes some 160 times as much memory
+TOO_LARGE = (
+    f"the document is too large: got more than {LARGEST >> 20} MB of text; "
+    "give it in several records, such as one a line in a .jsonl file"
+)
 
 Row = dict[str, Any] | str
 ErrorType = type[InputError]
@@ -77,28 +84,63 @@ class Source:
 
 
 def find_sources(path: Path, error: ErrorType = CorpusError, skip: Callable[[str, str], None] | None = None):
-    """The files at ``path`` in the order in which they are read (sorted by name).
+    """The files at ``path`` in the order in which they are read (sorted by name), links followed.
 
     ``skip(where, reason)`` is told of files in a folder that are of no known type; without it they are an error.
+
+    Raises:
+        error: nothing that can be read, or something of which it cannot be known what it holds.
     """
-    if not path.exists():
+    mode = _mode(path, error)
+    if not mode:
         return [_hub(path, error)]
-    if path.is_file():
+    if stat.S_ISREG(mode):
         return [_source(path, path.name, error)]
-    if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+    if any(_mode(path / name, error) for name in ("dataset_info.json", "dataset_dict.json")):
         return [_saved_dataset(path, error)]
     sources = []
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        name = file.relative_to(path)
-        if any(part.startswith(".") for part in name.parts):
-            continue
+    for file in sorted(_files(path, error)):
         if _kind(file) or skip is None:
-            sources.append(_source(file, name.as_posix(), error))
+            sources.append(_source(file, file.relative_to(path).as_posix(), error))
         else:
             skip(str(file), f"not a known type of file; {KNOWN}")
     if not sources:
         raise error(f"the folder holds no file that can be read: got {path}; {KNOWN}")
     return sources
+
+
+def _mode(path: Path, error: ErrorType) -> int:
+    """What stands at ``path``, as `os.stat` tells it; 0 for nothing."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no file can have such a name
+        return 0
+    except OSError as reason:
+        raise error(
+            f"not a path that can be opened: got {str(path)!r:.200} ({reason.strerror}); "
+            "give the path of a file or folder that you may read"
+        ) from reason
+
+
+def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files below a folder, hidden ones left out; a link to a folder ``above`` it holds nothing new."""
+    above = (*above, os.path.realpath(folder))
+    try:
+        paths = list(folder.iterdir())
+    except OSError as reason:
+        raise error(
+            f"the folder cannot be listed: got {folder} ({reason.strerror}); change its permissions, or move it away"
+        ) from reason
+    for path in paths:
+        if path.name.startswith("."):
+            continue
+        mode = _mode(path, error)
+        if not mode:
+            raise error(f"a link that leads nowhere: got {path}; mend or remove it")
+        if stat.S_ISREG(mode):
+            yield path
+        elif stat.S_ISDIR(mode) and os.path.realpath(path) not in above:
+            yield from _files(path, error, above)
 
 
 def _kind(path: Path) -> tuple[str, str] | None:
@@ -194,33 +236,45 @@ def _csv_rows(source: Source) -> Iterator[tuple[int, Row]]:
     reader = csv.reader(lines, strict=True)
     limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a whole book
     try:
-        header, line = next(reader, []), reader.line_num + 1
-        while True:
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as reason:
-                yield line, f"broken CSV: {reason}; close every quote that is opened"
-                return
+        header = _csv_cells(reader)
+        if isinstance(header, str):
+            raise CorpusError(f"{source.path}:1: the header cannot be used: {header}")
+        line = reader.line_num + 1
+        while (cells := _csv_cells(reader)) is not None:
             if cells:
-                yield line, _csv_row(header, cells)
+                yield line, cells if isinstance(cells, str) else _csv_row(header or [], cells)
             line = reader.line_num + 1
     finally:
         csv.field_size_limit(limit)
 
 
-def _csv_row(header: list[str], cells: list[str]) -> Row:
-    escaped = re.search("[\udc80-\udcff]", "".join(cells))
+def _csv_cells(reader: Iterator[list[str]]) -> list[str] | str | None:
+    """The cells of the next row, or why it has none; after that the reader goes on with the next line."""
+    try:
+        cells = next(reader, None)
+    except csv.Error as reason:
+        if "new-line" in str(reason):
+            return "broken CSV: got a carriage return inside a line; end lines with LF or CRLF, or quote the cell"
+        return f"broken CSV: {reason}; close every quote that is opened"
+    escaped = re.search("[\udc80-\udcff]", "".join(cells or []))
     if escaped:
         return _not_utf8(ord(escaped[0]) - 0xDC00, f"character {escaped.start() + 1} of the row")
+    return cells
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Row:
     if len(cells) != len(header):
         return f"broken CSV: got {len(cells)} cells, the header has {len(header)}; quote cells that hold a comma"
     return dict(zip(header, cells, strict=True))
 
 
 def _text_rows(source: Source) -> Iterator[tuple[int, Row]]:
-    content = b"".join(line for _, line in _lines(source))
+    content = bytearray()
+    for _, line in _lines(source):
+        content += line
+        if len(content) > LARGEST:
+            yield 1, TOO_LARGE
+            return
     try:
         yield 1, {"id": source.name, "text": content.decode()}
     except UnicodeDecodeError as reason:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from upriver.errors import CorpusError
 from upriver.text.encode import Encoded, encode
 from upriver.text.records import BadRecords, Record
+from upriver.text.sources import LARGEST, TOO_LARGE
 
 CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 1_000_000
 
@@ -37,7 +38,7 @@ class _Prepared(NamedTuple):
 def documents(
     records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, bad: BadRecords
 ) -> Iterator[list[Document]]:
-    """The records as tokens, in chunks; a record without a token of its own is a bad one."""
+    """The records as tokens, in chunks; one without a token of its own or of too much text is a bad one."""
     for chunk in _chunks(_prepared(records, tokenizer, bad)):
         encoded = _encode_chunk(chunk, tokenizer)
         good = []
@@ -52,9 +53,14 @@ def documents(
 def _prepared(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, bad: BadRecords) -> Iterator[_Prepared]:
     for record in records:
         try:
-            yield _prepare(record, tokenizer)
+            prepared = _prepare(record, tokenizer)
         except _TemplateError as reason:
             bad.report(record.where, str(reason))
+            continue
+        if len(prepared.text.encode()) > LARGEST:
+            bad.report(record.where, TOO_LARGE)
+        else:
+            yield prepared
 
 
 def _prepare(record: Record, tokenizer: PreTrainedTokenizerBase) -> _Prepared:

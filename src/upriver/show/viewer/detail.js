@@ -33,16 +33,18 @@ function title(item, label) {
 }
 
 function meaning(item) {
-  if (!D.n_train || item.score_nats === null) return null;
-  const copy = `To first order, one more copy of this ${state.by === "documents" ? "document" : "passage"} in the training set would`;
+  const what = state.by === "documents" ? "document" : "passage";
+  // The sum of a document with sequences that were not scored is not its influence.
+  if (!D.n_train || item.score_nats === null || (D.candidates && what === "document")) return null;
+  const copy = `To first order, one more copy of this ${what} in the training set would`;
   if (Q.log_prob === null) return h("p", { class: "muted" }, `${copy} change the measurement by ${signed(item.score_nats)}.`);
-  const what = Q.contrast ? "the odds of the answer against the contrast" : "the probability of the answer";
+  const changed = Q.contrast ? "the odds of the answer against the contrast" : "the probability of the answer";
   const factor = Math.exp(item.score_nats);
   if (!Q.contrast && Q.log_prob + item.score_nats > 0) {
     return h("p", { class: "muted" }, `${copy} raise the log-probability by ${number(item.score_nats)} nats, past a probability of 1: ` +
       "too large for a first-order estimate, so read it as a rank rather than a size.");
   }
-  const change = Math.abs(item.score_nats) < 0.05 ? `change ${what} by ${signed(100 * (factor - 1))} %` : `multiply ${what} by ${number(factor)}`;
+  const change = Math.abs(item.score_nats) < 0.05 ? `change ${changed} by ${signed(100 * (factor - 1))} %` : `multiply ${changed} by ${number(factor)}`;
   return h("p", { class: "muted" }, `${copy} ${change}.`);
 }
 
@@ -175,7 +177,7 @@ function documentDetail(d) {
     p ? h("p", { class: "excerpt", dir: "auto" }, excerpt(p)) : h("p", { class: "muted" }, "Not among the passages kept with their text (raise --top to keep more)."));
   });
   return [title(d, "Document"), meaning(d),
-    h("p", { class: "gap" }, `The sum over ${plural(d.sequences, "sequence")}, ${unit.exact(value(d) / (d.sequences || 1))} each on average. `,
+    h("p", { class: "gap" }, `The sum over ${sequencesOf(d)}, ${unit.exact(value(d) / (d.sequences || 1))} each on average. `,
       h("span", { class: "muted" }, "Long documents have more sequences to add up; passages of both signs cancel.")),
     h("h3", { class: "gap" }, `Its ${d.side === "positive" ? "most positive" : "most negative"} passages`), h("ol", { class: "best" }, rows)];
 }

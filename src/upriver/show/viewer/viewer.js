@@ -23,7 +23,7 @@ async function read() {
   if (block.dataset.encoding === "plain") return JSON.parse(block.textContent);
   if (typeof DecompressionStream === "undefined") {
     throw new Error("This browser cannot unpack the data in the page (DecompressionStream is missing). " +
-      "Use a browser from 2023 or later, or read report.json and top.csv beside this file.");
+      "Use a browser from 2023 or later, or read the .json and .csv files beside this page.");
   }
   const bytes = Uint8Array.from(atob(block.textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -183,7 +183,7 @@ function drawTools() {
     check("fold", "Fold near-duplicates", "Passages that repeat another of the same side: at least half of their five-word runs in common"));
   $("tools").hidden = false;
   $("tools").replaceChildren(
-    Q.documents ? choice("Rank by", "by", [["passages", "Passages"], ["documents", "Documents", "Sums over all sequences of a document"]],
+    Q.documents ? choice("Rank by", "by", [["passages", "Passages"], ["documents", "Documents", `Sums over ${D.candidates ? "only the scored" : "all"} sequences of a document`]],
       () => { state.open = null; drawTools(); relist(); }) : "",
     choice("Side", "side", [["all", "All"], ["positive", `▲ Raise ${n("positive")}`], ["negative", `▼ Lower ${n("negative")}`]], relist),
     h("input", { id: "search", type: "search", placeholder: "Search text, document, metadata  ( / )", "aria-label": "Search", value: state.text,
@@ -279,11 +279,13 @@ function excerpt(p) {
   return i < p.tokens.length ? [...nodes, " …"] : nodes;
 }
 
+const sequencesOf = (d) => plural(d.sequences, D.candidates ? "scored sequence" : "sequence");
+
 function documentCard(d) {
   const best = d.best.map((b) => b.passage !== null && Q.passages[b.passage]).find(Boolean);
   return cardShell(d, [cardHead(d),
     best && h("p", { class: "excerpt", dir: "auto" }, excerpt(best)),
-    h("div", { class: "chips" }, d.sequences !== null && chip(plural(d.sequences, "sequence")),
+    h("div", { class: "chips" }, d.sequences !== null && chip(sequencesOf(d)),
       d.best.map((b) => chip(`best ${unit.fixed(value(b))}`)).slice(0, 1))]);
 }
 
@@ -297,7 +299,7 @@ function drawTrust() {
   $("trust").replaceChildren(h("h2", {}, "How far to trust this"),
     h("p", { class: "muted" }, "Influence scores are first-order estimates about one training run. They name passages worth reading; they do not prove that a passage caused the answer."),
     h("div", { class: "groups" }, D.trust.map((g) => h("section", {}, h("h3", {}, g.title), h("dl", {}, g.facts.map(fact))))),
-    h("p", { class: "muted" }, `Made by upriver ${D.run.upriver ?? ""}. The same data: report.json, report.jsonl, top.csv.`));
+    h("p", { class: "muted" }, `Made by upriver ${D.run.upriver ?? ""}. The same data: the .json, .jsonl and .csv files beside this page.`));
 }
 
 const KEYS = [["j  k", "next, previous card"], ["[  ]", "previous, next question"], ["/", "search"], ["s", "tokens or sentences"],
@@ -353,4 +355,4 @@ document.addEventListener("keydown", (event) => {
 read().then(start).catch((error) => {
   ($("message") ?? $("question")).className = "notice";
   ($("message") ?? $("question")).textContent = error.message;
-});
+}).finally(() => { document.documentElement.dataset.ready = ""; });

@@ -1,0 +1,177 @@
+"""The report in a browser: what it draws, what its keys do, and that nothing of a corpus runs."""
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+
+from report_fixture import Parts, write_scores
+from upriver.show.report import write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "headless no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync no-first-run "
+    "remote-debugging-pipe window-size=1400,1000"
+)
+# The debugging pipe: the browser reads commands from 3 and answers on 4.
+ON_PIPES = 'exec "$0" "$@" 3<&0 4>&1 </dev/null >/dev/null 2>&1'
+DEADLINE = 60  # seconds
+DOM = "document.documentElement.outerHTML"
+WHEN_READY = """new Promise((done) => {
+  const look = () => (document.querySelector("[data-ready]") ? done(%s) : setTimeout(look, 20));
+  look();
+})"""
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")]
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_scores(tmp_path_factory.mktemp("report") / "scores")
+    write_report(path)
+    return path
+
+
+def report_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+class Browser:
+    """Commands of the DevTools protocol, each a JSON message that ends in a zero byte."""
+
+    def __init__(self, commands: BinaryIO, answers: BinaryIO):
+        self.commands, self.answers = commands, answers
+
+    def ask(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
+        message = {"id": 1, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        self.commands.write(json.dumps(message).encode() + b"\0")
+        self.commands.flush()
+        while (answer := self._answer()).get("id") != 1:  # events come in between
+            pass
+        return answer["result"]
+
+    def _answer(self) -> dict[str, Any]:
+        text = bytearray()
+        while (byte := self.answers.read(1)) not in (b"\0", b""):
+            text += byte
+        return json.loads(text)
+
+
+def drawn(page: Path, profile: Path, place: str = "", wanted: str = DOM) -> Any:
+    """The value of ``wanted`` in the page, once it says that it has drawn itself."""
+    command = [
+        "sh",
+        "-c",
+        ON_PIPES,
+        str(CHROMIUM),
+        *(f"--{flag}" for flag in FLAGS.split()),
+        f"--user-data-dir={profile}",
+    ]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env={**os.environ, "HOME": str(profile)}, **pipes) as process:
+        assert process.stdin
+        assert process.stdout
+        deadline = threading.Timer(DEADLINE, process.kill)
+        deadline.start()
+        try:
+            browser = Browser(process.stdin, process.stdout)
+            target = browser.ask("Target.createTarget", url="about:blank")["targetId"]
+            session = browser.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            browser.ask("Page.navigate", session, url=page.resolve().as_uri() + place)
+            expression = {"expression": WHEN_READY % wanted, "awaitPromise": True, "returnByValue": True}
+            found = browser.ask("Runtime.evaluate", session, **expression)
+            browser.ask("Browser.close")
+        finally:
+            deadline.cancel()
+            process.kill()
+    return found["result"]["value"]
+
+
+def test_every_card_is_drawn_and_nothing_else_runs(scores: Path, tmp_path: Path) -> None:
+    dom = drawn(scores / "report.html", tmp_path, "#query=hostile+%3C%2Fscript%3E&side=positive&rank=2")
+    tags = Parts(dom).tags
+    passages = report_in(scores)["queries"][3]["passages"]
+    assert dom.count('class="card ') == sum(p["duplicate_of"] is None for p in passages)
+    assert tags.count("script") == 2
+    assert "img" not in tags
+    assert "iframe" not in tags
+    assert "alert(1)" in dom
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in dom
+    opened = next(p for p in passages if (p["side"], p["rank"]) == ("positive", 2))
+    assert dom.count('"t pos" style') + dom.count('"t neg" style') >= len(opened["tokens"])
+    assert "✓ sum over 18 layers" in dom
+    assert "✓ sum over" in dom
+
+
+def test_documents_and_sentences(tmp_path: Path) -> None:
+    path = write_scores(tmp_path / "scores", queries=1, per_side=4, tokens=44, documents=9, blocks=12)
+    page = write_report(path)
+    report = report_in(path)
+    documents = report["queries"][0]["documents"]
+    dom = drawn(page, tmp_path / "a", "#query=blessing&by=documents")
+    assert dom.count('class="card ') == len(documents["positive"]) + len(documents["negative"])
+    assert f"The sum over {documents['positive'][0]['sequences']} sequences" in dom
+    assert "Sums over all sequences of a document" in dom
+    assert "one more copy of this document" in dom
+    best = report["queries"][0]["passages"][0]
+    dom = drawn(page, tmp_path / "b", "#query=blessing&mode=sentences&side=positive&rank=1")
+    assert dom.count('class="sum ') == len(best["sentences"])
+    assert len(report["depth"]) == 9
+    assert dom.count('class="cell ') == 36
+
+
+def test_sums_of_documents_are_called_partial_where_only_candidates_were_scored(tmp_path: Path) -> None:
+    path = write_scores(tmp_path / "scores", queries=1, per_side=4, tokens=44, documents=9)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["candidates"] = {"per_query": 5, "kept": 5, "note": "only the 5 best sequences were scored"}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    page = write_report(path)
+    dom = drawn(page, tmp_path / "a", "#query=blessing&by=documents")
+    first = report_in(path)["queries"][0]["documents"]["positive"][0]
+    assert f"The sum over {first['sequences']} scored sequences" in dom
+    assert "Sums over only the scored sequences of a document" in dom
+    assert "one more copy of this document" not in dom
+    assert "one more copy of this passage" in drawn(page, tmp_path / "b", "#query=blessing&side=positive&rank=1")
+
+
+ACTIONS = """(() => {
+const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+const cards = () => document.querySelectorAll(".card").length;
+const out = {};
+press("j"); out.second = document.querySelector("[aria-selected=true]").getAttribute("aria-label");
+press("s"); out.sums = document.querySelectorAll(".sum").length;
+press("p"); out.moved = document.querySelectorAll(".sum").length;
+document.querySelector("#filters input[type=checkbox]").click(); out.calm = cards();
+document.querySelectorAll("#filters input[type=checkbox]")[1].click(); out.unfolded = cards();
+const search = document.getElementById("search");
+search.value = "no such words"; search.dispatchEvent(new Event("input")); out.none = cards();
+press("]"); out.question = document.querySelector("#question .label").textContent;
+press("d"); out.documents = cards();
+const overlap = document.querySelectorAll("#filters input[type=range]")[1];
+const chosen = document.querySelector("#filters select");
+overlap.value = 40; overlap.dispatchEvent(new Event("input"));
+chosen.selectedIndex = 1; chosen.dispatchEvent(new Event("change"));
+press("d");
+const drawn = document.querySelector("#filters");
+out.kept = [drawn.querySelectorAll("input[type=range]")[1].value, drawn.querySelectorAll("output")[1].textContent,
+  drawn.querySelector("select").selectedIndex, drawn.querySelector("select") !== chosen];
+return out;
+})()"""
+
+
+def test_keys_and_filters(scores: Path, tmp_path: Path) -> None:
+    out = drawn(scores / "report.html", tmp_path, wanted=ACTIONS)
+    first, second = report_in(scores)["queries"][:2]
+    shown = [p for p in first["passages"] if p["duplicate_of"] is None]
+    assert f"raises, rank {shown[1]['rank']}, " in out["second"]
+    assert out["sums"] == out["moved"] == len(shown[1]["sentences"])
+    assert out["calm"] == sum(not p["spurious"] for p in shown)
+    assert out["unfolded"] == sum(not p["spurious"] for p in first["passages"])
+    assert out["none"] == 0
+    assert out["question"].startswith("Question 2 of 4")
+    assert out["documents"] == sum(len(side) for side in second["documents"].values())
+    assert out["kept"] == ["40", "40 %", 1, True]
