@@ -102,6 +102,7 @@ class GivenNoise(up.Regression):
     def loss(self, module, batch, sampler=None):
         if sampler is None:
             return super().loss(module, batch)
+        sampler.uniform(1)  # drawn for each example beforehand
         outputs_NK = self.outputs(module, batch)
         return ((outputs_NK - outputs_NK.detach() + batch.inputs["noise"]) ** 2).sum() / 2
 

@@ -19,7 +19,7 @@ from upriver.model import kept, sweep
 from upriver.model.kept import Kept
 from upriver.model.layers import Layer
 from upriver.model.shape import model_shape
-from upriver.model.sweep import tracked_layers
+from upriver.model.sweep import check_loss, tracked_layers
 from upriver.runtime.passes import Request
 from upriver.runtime.plan import describe, plan_run
 from upriver.runtime.split import keeping
@@ -41,6 +41,7 @@ def run(model, corpus, out, spec: str = "mlp", **given) -> int:
     """Fit, and count how often the model is run."""
     calls = []
     model_shape(model, tracked_layers(model, corpus, spec), corpus)  # looked at once in a process
+    check_loss(model, corpus, drawn=False)  # which looks at causality once
     hook = model.module.register_forward_hook(lambda *_: calls.append(1))
     try:
         fit(model, corpus, out, layers=spec, **GIVEN, **given)

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from torch import nn
+from transformers.integrations.bitnet import AutoBitLinear
+from transformers.pytorch_utils import Conv1D
 
 import reference
 from cases import Small, Windows, _language, case, close
 from upriver.curvature.fit import fit
 from upriver.errors import ModelError, NumericalError
 from upriver.model import sweep
-from upriver.model.capture import capture
+from upriver.model.capture import capture, frozen
 from upriver.model.layers import coverage, find_layers, probe
 
 
@@ -92,3 +94,101 @@ def test_a_layer_called_in_some_units_only(tmp_path, monkeypatch):
         m, block = factors.moments(name), factors.block(name)
         grads = [reference.gradient(c.model.module, c.names, c.loss(row))[name] for row in range(len(c.data))]
         close(block.lam_OI, reference.eigenvalues(grads, m.Q_S_OO, m.Q_A_II))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, 2 * self.weight, self.bias)
+
+
+class Tupled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Doubled1D(Conv1D):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class WrittenOut(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+class Adapted(nn.Module):
+    """As LoRA has it: a plain layer, and beside it something small that another layer gives."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.base_layer, self.lora = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + 0.1 * self.lora(x)
+
+
+def hooked(hook) -> nn.Module:
+    layer = nn.Linear(6, 5)
+    layer.register_forward_hook(hook)
+    return layer
+
+
+def add_one(module, args, output):
+    output[1:] += 1  # in place, which returns nothing
+
+
+NOT_LINEAR = {
+    "a subclass": (lambda: Doubled(6, 5), "got Doubled"),
+    "a subclass without bias": (lambda: Doubled(6, 5, bias=False), "got Doubled"),
+    "two outputs": (lambda: Tupled(6, 5), "got Tupled"),
+    "a subclass of Conv1D": (lambda: Doubled1D(5, 6), "got Doubled1D"),
+    "quantised as it runs": (lambda: AutoBitLinear(6, 5, online_quant=True), "got AutoBitLinear"),
+    "a hook": (lambda: hooked(lambda m, args, out: out.relu()), "got Linear, with a hook on it"),
+    "a hook in place": (lambda: hooked(add_one), "got Linear, with a hook on it"),
+}
+LINEAR = {
+    "plain": lambda: nn.Linear(6, 5),
+    "Conv1D": lambda: Conv1D(5, 6),
+    "another way to write it": lambda: WrittenOut(6, 5),
+    "without bias": lambda: WrittenOut(6, 5, bias=False),
+    "adapted": lambda: Adapted(6, 5),
+    "a hook that looks on": lambda: hooked(lambda m, args, out: None),
+}
+
+
+def probed(layer: nn.Module, dtype: torch.dtype = torch.float32) -> list[str]:
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"layer": layer}).to(dtype)
+    x_NTI = torch.randn(2, 9, 6, dtype=dtype)
+    with frozen(module):
+        return [x.name for x in probe(find_layers(module, "*"), lambda: module["layer"](x_NTI.clone()))]
+
+
+@pytest.mark.parametrize("case", NOT_LINEAR)
+def test_a_layer_that_gives_another_thing_than_its_weight_and_bias_do_is_refused(case):
+    make, said = NOT_LINEAR[case]
+    layer = make()
+    with pytest.raises(ModelError, match=rf"layer 'layer' cannot be tracked: .*{said}; .* by giving globs to --layers"):
+        probed(layer)
+    assert len(layer._forward_hooks) == ("hook" in case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", LINEAR)
+def test_a_layer_that_gives_the_same_is_tracked_whatever_its_class(case, dtype):
+    assert probed(LINEAR[case](), dtype)
+
+
+def test_a_wide_layer_of_16_bits_is_tracked_under_autocast_too():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4096, 64))
+    x_NI = torch.randn(40, 4096)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(probe(find_layers(module, "*"), lambda: module(x_NI))) == 1
+    module.bfloat16()
+    assert len(probe(find_layers(module, "*"), lambda: module(x_NI.bfloat16()))) == 1
+
+
+def test_an_expert_that_is_given_no_token_is_tracked():
+    module = nn.Sequential(nn.Linear(4, 4))
+    assert len(probe(find_layers(module, "*"), lambda: module(torch.ones(0, 4)))) == 1

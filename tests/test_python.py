@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers import normalizers
 from torch import nn
 
 import cli_cases
@@ -150,6 +151,54 @@ def test_an_answer_needs_room(folder):
         QueryError, match=r"'long' leaves no room for an answer: got .* and 8 of the answer, the model takes 32"
     ):
         complete(model, queries, 8)
+
+
+@pytest.mark.parametrize("prompt", ["Z", "ZZ"])
+def test_a_prompt_without_a_token_is_named(folder, prompt):
+    model = up.load_model("path/or/name")
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("Z", "")
+    queries = up.Queries.of(
+        [{"id": "good", "prompt": "we"}, {"id": "none", "prompt": prompt}], model.tokenizer, complete=2
+    )
+    with pytest.raises(
+        QueryError, match=f"query 2: the prompt of query 'none' has no token .*: got '{prompt}'; write more"
+    ):
+        complete(model, queries, 2)
+
+
+def test_the_type_of_the_scan_may_be_written_out(folder):
+    model = up.load_model("path/or/name")
+    corpus, queries = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=16), up.Queries.read("queries.jsonl")
+    factors, said = up.fit(model, corpus, "factors"), []
+    up.trace(model, corpus, queries, factors, "scores")
+    up.trace(model, corpus, queries, factors, "scores", dtype="float32", say=said.append)
+    assert "was made from the same inputs" in said[-1]
+    with pytest.raises(MismatchError, match=r"another options\.dtype: got 'bfloat16' now, 'float32' then"):
+        up.trace(model, corpus, queries, factors, "scores", dtype="bfloat16")
+
+
+def test_scores_of_factors_that_ended_earlier_are_others(folder):
+    """With ``until`` two fits of one key may have come to different sizes."""
+    model = up.load_model("path/or/name")
+    corpus, queries = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=16), up.Queries.read("queries.jsonl")
+    factors = up.fit(model, corpus, "factors")
+    up.trace(model, corpus, queries, factors, "scores")
+    manifest = json.loads((folder / "factors" / "manifest.json").read_text())
+    manifest["fit"]["tokens"] //= 2
+    (folder / "factors" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MismatchError, match="scores was made with another factors"):
+        up.trace(model, corpus, queries, up.Factors("factors"), "scores")
+
+
+def test_another_body_of_a_measurement_is_another_measurement(tmp_path):
+    train = up.Examples({"x": torch.randn(8, 3), "y": torch.randn(8)})
+    asked, net = up.Measurements(train), mlp(0, 3, 1)
+    factors = up.fit(up.Model(net, task=MeanPrediction()), train, out=tmp_path / "factors", layers="*")
+    up.trace(up.Model(net, task=MeanPrediction()), train, asked, factors, out=tmp_path / "scores", rank="full", top=2)
+    twice = type("MeanPrediction", (up.Regression,), {"measurement": lambda self, m, b: 2 * m(b.inputs["x"]).flatten()})
+    twice.measurement.__qualname__ = "MeanPrediction.measurement"
+    with pytest.raises(MismatchError, match="made with another measurement"):
+        up.trace(up.Model(net, task=twice()), train, asked, factors, out=tmp_path / "scores", rank="full", top=2)
 
 
 def test_a_forward_that_was_put_on_the_head_counts(folder):
@@ -314,7 +363,7 @@ def test_another_loss_or_activation_is_another_model(tmp_path):
     factors = up.fit(model, train, out=tmp_path / "factors", layers="*")
     up.trace(model, train, asked, factors, out=tmp_path / "scores", rank="full", top=2)
     other = up.Model(net, task=MeanPrediction())
-    with pytest.raises(MismatchError, match=r"made with another measurement: got 'MeanPrediction.measurement' now"):
+    with pytest.raises(MismatchError, match=r"made with another measurement: got \['MeanPrediction.measurement', "):
         up.trace(other, train, asked, factors, out=tmp_path / "scores", rank="full", top=2)
     up.trace(other, train, asked, factors, out=tmp_path / "mean", rank="full", top=2)
     for task in (Absolute(), Scaled(2.0)):

@@ -18,7 +18,7 @@ from upriver.curvature.base import Damping
 from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
 from upriver.curvature.fit import fit
 from upriver.curvature.iterative import ConjugateGradient, Neumann
-from upriver.curvature.products import Products, Tracked
+from upriver.curvature.products import Products, Space, Tracked
 from upriver.curvature.spectral import Spectral
 from upriver.errors import ConfigError, ModelError, NumericalError
 from upriver.influence.gradients import Measurements, query_gradients
@@ -338,6 +338,21 @@ def test_what_cannot_be_done_is_refused(monkeypatch):
     monkeypatch.setattr(spectral, "EXACT_PARAMETERS", 10)
     with pytest.raises(ModelError, match="at most 10"):
         Spectral.exact(products("classifier"))
+
+
+def test_relative_damping_of_a_layer_whose_eigenvalues_are_negative_in_the_mean_is_refused():
+    """It would be negative: the step would go the wrong way along small eigenvalues, without a word."""
+    curvature = Spectral(
+        Space({"a": (1, 3)}), torch.eye(3, dtype=torch.float64), torch.tensor([-3.0, 1.0, 0.5]).double()
+    )
+    q = {"a": torch.ones(1, 1, 3, dtype=torch.float64)}
+    for call in (curvature.solve, curvature.matvec):
+        with pytest.raises(
+            NumericalError, match=r"damping of layer 'a' is negative.*: got -5\.0e-02; give an absolute"
+        ):
+            call(q, Damping(0.1))
+    solution = curvature.solve(curvature.matvec(q, Damping(0.1, relative=False)), Damping(0.1, relative=False))
+    close(solution.value["a"], q["a"])
 
 
 def test_a_task_without_outputs_says_what_to_give_it():

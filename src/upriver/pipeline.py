@@ -10,7 +10,7 @@ import numpy as np
 
 from upriver.curvature.factors import Factors
 from upriver.curvature.fit import fit_diagonal
-from upriver.errors import ModelError, QueryError
+from upriver.errors import QueryError
 from upriver.influence.gradients import Measured
 from upriver.influence.passages import Ranked, answers, ranked, top_rows
 from upriver.influence.results import write_scores, write_top
@@ -20,8 +20,9 @@ from upriver.model.calibrate import plan_here
 from upriver.model.generate import greedy
 from upriver.model.layers import Coverage
 from upriver.model.load import Model
+from upriver.model.losses import measured_by
 from upriver.model.memory import DIVISION
-from upriver.model.sweep import tracked_layers
+from upriver.model.sweep import check_length, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, POSITIVE, TraceOptions, options
 from upriver.runtime.hardware import give_back, work_ended
@@ -68,16 +69,18 @@ def trace(
     """
     opts, out = options(TraceOptions, given), Path(out)
     if isinstance(queries, Queries):
-        queries = queries.bound(model.tokenizer, model.info.get("positions"))
+        queries = queries.bound(model.tokenizer, model.longest)
     factors.check(model)
-    _check_lengths(model, corpus)
+    check_length(model, corpus)
     key = {
         "model": model.fingerprint,
         "corpus": corpus.fingerprint,
         "queries": queries.fingerprint,
-        "factors": digest(factors.manifest["key"]),
-        "options": opts.key(),
-        "measurement": type(model.task).measurement.__qualname__,
+        "factors": digest(
+            [factors.manifest["key"], factors.manifest["fit"]["tokens"]]
+        ),  # --until may end earlier or later
+        "options": opts.key() | {"dtype": opts.dtype or factors.options.dtype},
+        "measurement": measured_by(model.task),
         "conventions": CONVENTIONS,
     }
     with locked(out):
@@ -165,14 +168,6 @@ def _tidy(folder: Path) -> None:
     (folder / DIVISION).unlink(missing_ok=True)
 
 
-def _check_lengths(model: Model, corpus: Sequences) -> None:
-    longest, positions = int(np.max(corpus.lengths_N)), model.info.get("positions")
-    if positions and longest > positions:
-        raise ModelError(
-            f"the corpus has sequences of {longest} tokens and the model takes {positions}; read it with --seq-len {positions}"
-        )
-
-
 def _candidates(
     corpus: Sequences, queries: Measured, per_query: int | None
 ) -> tuple[np.ndarray, dict[str, Any] | None]:
@@ -187,17 +182,22 @@ def complete(model: Model, queries: Queries, most: int) -> Queries:
     """Queries without a completion get the model's own greedy answer of at most ``most`` tokens, marked as such.
 
     Raises:
-        QueryError: prompt and answer together could be longer than the model takes.
+        QueryError: a prompt has no token, or prompt and answer together could be longer than the model takes.
     """
-    answers, positions = {}, model.info.get("positions")
+    answers, longest = {}, model.longest
     for i in queries.needs_completion:
-        tokens_T = queries.prompt_tokens(i)
-        if positions and len(tokens_T) + most > positions:
+        tokens_T, query = queries.prompt_tokens(i), queries.records[i]
+        if not len(tokens_T):
             raise QueryError(
-                f"the prompt of query {queries.ids[i]!r} leaves no room for an answer: got {len(tokens_T)} tokens and {most} "
-                f"of the answer, the model takes {positions}; shorten one of them"
+                f"{query.where}: the prompt of query {query.id!r} has no token that the model could go on from: "
+                f"got {query.prompt!r}; write more of it, or give a completion"
             )
-        answers[queries.ids[i]] = greedy(model, tokens_T, most)
+        if longest and len(tokens_T) + most > longest:
+            raise QueryError(
+                f"the prompt of query {query.id!r} leaves no room for an answer: got {len(tokens_T)} tokens and {most} "
+                f"of the answer, the model takes {longest}; shorten one of them"
+            )
+        answers[query.id] = greedy(model, tokens_T, most)
     return queries.completed(answers)
 
 
@@ -214,7 +214,7 @@ def _manifest(job: Job, found: Ranked, kept: dict[str, Any] | None, times: Times
             "parameters": factors["coverage"]["total"],
             "dtype": fitted.dtype,
             "scan_dtype": opts.dtype or fitted.dtype,
-            **model.info,
+            **model.info | {"attention": model.attention, "positions": model.positions},
         },
         "tokenizer": {"fingerprint": tokenizer_fingerprint(model.tokenizer)} if model.tokenizer else None,
         "corpus": getattr(job.data, "info", {"sequences": len(job.data), "fingerprint": job.data.fingerprint}),
@@ -234,7 +234,7 @@ def _manifest(job: Job, found: Ranked, kept: dict[str, Any] | None, times: Times
             "what": "correlation of the scan's scores with full-rank scores on random sequences, over queries",
         },
         "top": opts.top,
-        "kernel": model.info.get("attention"),
+        "kernel": model.attention,
         "checks": {"token_sum": found.token_sum},
         "conventions": CONVENTIONS,
         "sign": POSITIVE,

@@ -88,10 +88,15 @@ class Factors:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         make = "make them with: upriver fit MODEL CORPUS --out FACTORS"
-        if not self.path.is_dir():
+        try:
+            there = self.path.is_dir()
+            done, begun = ((self.path / name).exists() for name in ("manifest.json", "key.json"))
+        except (OSError, ValueError) as error:  # a folder that may not be entered, or what can be no path at all
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"the folder of factors cannot be read: got {self.path} ({reason}); {make}") from error
+        if not there:
             raise InputError(f"no such folder of factors: got {self.path}; {make}")
-        done = (self.path / "manifest.json").exists()
-        if not done and (self.path / "key.json").exists():
+        if begun and not done:
             raise InputError(
                 f"the factors in {self.path} are not finished; give the same `upriver fit` command again, it goes on"
             )
@@ -111,7 +116,7 @@ class Factors:
             MismatchError: with the first entry that differs.
         """
         key = self.manifest["key"]
-        now = {"model": model.fingerprint, "kernel": model.info.get("attention"), "conventions": CONVENTIONS}
+        now = {"model": model.fingerprint, "kernel": model.attention, "conventions": CONVENTIONS}
         if data is not None:
             now["corpus"] = data.fingerprint
         for name, value in now.items():

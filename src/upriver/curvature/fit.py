@@ -30,7 +30,7 @@ from upriver.model.layers import Coverage, Layer, coverage
 from upriver.model.load import Model
 from upriver.model.memory import DIVISION, memory_job, settle, settled_split
 from upriver.model.shape import model_shape
-from upriver.model.sweep import Labels, doubled, split_units, sweep, tokens_of, tracked_layers
+from upriver.model.sweep import Labels, check_length, check_loss, doubled, split_units, sweep, tokens_of, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.counts import Shape
@@ -111,10 +111,11 @@ def fit(
         >>> factors = up.fit(model, corpus, out="factors", layers="mlp", max_tokens=500_000)
     """
     opts, out = options(FitOptions, given), Path(out)
+    check_length(model, data)
     key = {
         "model": model.fingerprint,
         "corpus": data.fingerprint,
-        "kernel": model.info.get("attention"),
+        "kernel": model.attention,
         "options": opts.key(),
         "conventions": CONVENTIONS,
     }
@@ -141,6 +142,7 @@ def _work(folder: Path, model: Model, data: Sequences, opts: FitOptions, progres
     split = settled_split(folder, FitSplit, lambda: split_fit(shape, job), job, say)
     settle(split.peak, job, model.device)
     drawn = opts.fisher == "sampled"
+    check_loss(model, data, drawn)
     labels = [Labels(opts.seed, stream) if drawn else Labels() for stream in (COVARIANCE_STREAM, CORRECTION_STREAM)]
     most = opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64))
     segments = [data.sample(most, opts.seed)] if opts.until is None else doubled(data, most, opts.seed)

@@ -79,7 +79,7 @@ class Spectral(Curvature):
         """``(G + lambda I)^-1 q``; relative damping is per layer, from the mean eigenvalue of the layer's own block.
 
         Raises:
-            NumericalError: an eigenvalue plus the damping is zero, so there is no inverse.
+            NumericalError: an eigenvalue plus the damping is zero, so there is no inverse; or relative damping is negative.
         """
         q_QP, lambda_P = self.space.flatten(q).double(), self._lambda(damping)
         uniform = bool((lambda_P == lambda_P[0]).all())
@@ -119,7 +119,14 @@ class Spectral(Curvature):
     def _lambda(self, damping: Damping) -> Tensor:
         diagonal_P = self.U_PR.square() @ self.lam_R
         blocks = self.space.unflatten(diagonal_P[None])
-        return self.space.spread({name: damping.of(block) for name, block in blocks.items()}, diagonal_P)
+        lambdas = {name: damping.of(block) for name, block in blocks.items()}
+        name = min(lambdas, key=lambda x: lambdas[x])
+        if lambdas[name] < 0:
+            raise NumericalError(
+                f"relative damping of layer {name!r} is negative, as the mean of its eigenvalues is: got {lambdas[name]:.1e}; "
+                "give an absolute damping"
+            )
+        return self.space.spread(lambdas, diagonal_P)
 
     def _like(self, v_QP: Tensor, q: Grads) -> Grads:
         return {name: v.to(q[name]) for name, v in self.space.unflatten(v_QP).items()}

@@ -10,15 +10,22 @@ from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from upriver.errors import ModelError
+from upriver.runtime import dist
 
 ATTENTION = re.compile(r"attn|attention|^wqkv$", re.IGNORECASE)
 MIXER = re.compile(r"mamba|mixer|ssm|recurrent|rglru|conv", re.IGNORECASE)  # of a place in the block
 MIXER_CLASS = re.compile(r"(Mixer|Recurrent\w*Block|RgLru|Conv\w*|DeltaNet)$")  # of a module around the layer
 ROUTER = re.compile(r"^(gate|router|.*_gate)$|router", re.IGNORECASE)
+
+COMPARED = 8  # rows of a layer's output
+ROUNDING = {torch.float64: 1e-6, torch.float32: 5e-3}  # of the largest number; float32 may be multiplied as TF32
+NARROW = 5e-2  # the same in 16 bits
 
 
 class Layer(NamedTuple):
@@ -180,14 +187,24 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
     """Run ``forward`` once and note which layers are given the very same input, so that they share one ``A``.
 
     Raises:
-        ModelError: a layer is never called, as inside a compiled model, whose hooks do not run.
+        ModelError: a layer is never called, as inside a compiled model, whose hooks do not run; or it gives other things than
+            ``W a + b`` of its weight and bias.
     """
     seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
+    checked: set[nn.Module] = set()
 
-    def note(name: str) -> Callable:
-        return lambda module, args, kwargs: seen[name].append(args[0] if args else next(iter(kwargs.values())))
+    def note(layer: Layer) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            a = args[0] if args else next(iter(kwargs.values()))
+            seen[layer.name].append(a)
+            if module not in checked and a.numel():
+                checked.add(module)
+                _check_linear(layer, module, a, output)
 
-    hooks = [m.register_forward_pre_hook(note(x.name), with_kwargs=True) for x in layers for m in x.modules]
+        return hook
+
+    # the last of each module's hooks, so that it sees what those of others make of input and output
+    hooks = [m.register_forward_hook(note(x), with_kwargs=True) for x in layers for m in x.modules]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             forward()
@@ -201,6 +218,34 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
             "them, or is compiled; leave them out by giving globs to --layers, or give the plain model (model._orig_mod)"
         )
     return _share_inputs(layers, seen)
+
+
+def _check_linear(layer: Layer, module: nn.Module, a: torch.Tensor, output: Any) -> None:
+    """Compare some rows of a module's output with ``W a + b``: its class may compute another thing, or a hook change it."""
+    weight = module.get_parameter("weight")
+    if weight.is_meta or isinstance(weight, FakeTensor) or dist.sharded(weight):  # no numbers here to compare
+        return
+    if not _is_linear(module, a, output):
+        hooked = ", with a hook on it" if len(module._forward_hooks) > 1 else ""
+        raise ModelError(
+            f"layer {layer.name!r} cannot be tracked: it does not give W a + b of its own weight and bias: got "
+            f"{type(module).__name__}{hooked}; leave it out by giving globs to --layers"
+        )
+
+
+def _is_linear(module: nn.Module, a: torch.Tensor, output: Any) -> bool:
+    (O, I), weight, bias = weight_shape(module), module.get_parameter("weight"), module._parameters["bias"]
+    scaled = weight.dtype.itemsize == 1  # in 8 bits, by factors of its own
+    if scaled or not isinstance(output, torch.Tensor) or output.shape != (*a.shape[:-1], O):
+        return False
+    step = max(1, a.numel() // I // COMPARED)
+    a_RI, out_RO = a.reshape(-1, I)[::step], output.reshape(-1, O)[::step]
+    W_OI = weight.T if isinstance(module, Conv1D) else weight
+    wanted_RO = F.linear(a_RI.to(weight.dtype), W_OI, bias)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    tolerance = max(ROUNDING.get(x.dtype, NARROW) for x in (a, weight, output))
+    largest, error = (x.to(wide).abs().max() for x in (wanted_RO, out_RO.to(wide) - wanted_RO.to(wide)))
+    return not error > tolerance * largest  # NaN is told of elsewhere
 
 
 def _share_inputs(layers: list[Layer], seen: dict[str, list[torch.Tensor]]) -> list[Layer]:

@@ -2,22 +2,24 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import inspect
 import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from upriver.errors import ConfigError, ModelError
+from upriver.model.capture import frozen
 from upriver.model.convert import converted, in_dtype
-from upriver.model.losses import LanguageModel, Task
+from upriver.model.losses import LanguageModel, Task, module_form, task_form, tensor_hash
 from upriver.runtime import dist
 from upriver.runtime.config import MIXED, weights_in
 from upriver.runtime.store import digest
@@ -25,7 +27,12 @@ from upriver.text.encode import largest_token, require_offsets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function that a module shows
+CHECKED = 1 << 18  # numbers of a weight that are summed at once, in float64
+PLACES = "give a folder written by save_pretrained, a .gguf file"
+MOST = 240  # characters of what another library says, in a sentence
+SWITCHING = re.compile("longrope|dynamic")  # rotary frequencies that follow the length of what is given together
+
+_CAUSAL: WeakSet[nn.Module] = WeakSet()  # found to be so, in this process
 
 
 @dataclass
@@ -39,9 +46,9 @@ class Model:
     tokenizer: Any = None
     task: Task = field(default_factory=LanguageModel)
     name: str = "module"
-    info: dict[str, Any] = field(default_factory=dict)  # attention kernel, vocabulary, ...
+    info: dict[str, Any] = field(default_factory=dict)  # attention kernel, vocabulary, ... as loaded
     handed: torch.dtype | None = None  # dtype of what passes hand on of the layers; None: that of the weights
-    _hashed: tuple[list[float], list[str]] | None = field(default=None, init=False, repr=False, compare=False)
+    _hashed: tuple[list[tuple], list[str]] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -61,6 +68,33 @@ class Model:
         return torch.empty(0, dtype=self.handed or self.dtype, device=self.device)
 
     @property
+    def attention(self) -> str:
+        """The kernel of the module's attention as it is set now."""
+        config = getattr(self.module, "config", None)
+        return getattr(config, "_attn_implementation", None) or self.info.get("attention") or "the model's own"
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the module takes; None where nothing says."""
+        config = _text_config(self.module)
+        return getattr(config, "max_position_embeddings", None) or self.info.get("positions")
+
+    @property
+    def rotary_limit(self) -> int | None:
+        """Tokens beyond which rotary frequencies depend on the longest sequence of a batch, as in Phi-3-128k; None: never."""
+        config = _text_config(self.module)
+        given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        ropes = [given, *(x for x in given.values() if isinstance(x, dict))]  # one for all layers, or one for each kind
+        switching = [x for x in ropes if SWITCHING.search(str(x.get("rope_type", x.get("type"))))]
+        own = getattr(config, "original_max_position_embeddings", None)
+        return min(filter(None, (x.get("original_max_position_embeddings", own) for x in switching)), default=None)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest sequence whose scores do not depend on its batch; None: any."""
+        return min(filter(None, (self.positions, self.rotary_limit)), default=None)
+
+    @property
     def fingerprint(self) -> str:
         """A hash of every weight and buffer with its name, of the architecture, and of a task's loss.
 
@@ -74,29 +108,12 @@ class Model:
                 "the model's weights are divided over processes, as by FSDP; give every process the whole model: "
                 "fit and trace divide the corpus among them"
             )
-        weights = [float(x.detach().sum(dtype=torch.float64)) for x in state.values()]  # training on changes them
-        if self._hashed is None or self._hashed[0] != weights:
+        sums = list(map(_checksum, state.values()))  # training on changes them
+        if self._hashed is None or self._hashed[0] != sums:
             with ThreadPoolExecutor() as pool:
-                self._hashed = weights, list(pool.map(_tensor_hash, state.values()))
-        return digest([*self._described(), *zip(state, self._hashed[1], strict=True)])
-
-    def _described(self) -> list[Any]:
-        """The architecture, without the version of transformers, and what makes the loss of a task: all but its measurement."""
-        config = getattr(self.module, "config", None)
-        if config is None:
-            form: Any = ADDRESS.sub("", repr(self.module))
-        else:
-            form = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
-        if type(self.task) is LanguageModel:
-            return [digest(form)]
-        methods = {
-            n: f.__qualname__ for n, f in inspect.getmembers(type(self.task), inspect.isfunction) if n != "measurement"
-        }
-        public = {n: value for n, value in vars(self.task).items() if not n.startswith("_")}
-        settings = {
-            n: _tensor_hash(x) if isinstance(x, Tensor) else ADDRESS.sub("", repr(x)) for n, x in public.items()
-        }
-        return [digest(form), methods, settings]
+                self._hashed = sums, list(pool.map(tensor_hash, state.values()))
+        form = [digest(module_form(self.module)), *task_form(self.task)]
+        return digest([*form, *zip(state, self._hashed[1], strict=True)])
 
     @contextlib.contextmanager
     def computing_in(self, dtype: str) -> Iterator["Model"]:
@@ -106,6 +123,8 @@ class Model:
         """
         wanted, handed = dtype_named(weights_in(dtype)), torch.bfloat16 if dtype == MIXED else None
         module = self.module if in_dtype(self.module, wanted) else converted(self.module, wanted)
+        if self.module in _CAUSAL:
+            _CAUSAL.add(module)
         same = module is self.module and handed == self.handed
         yield self if same else dataclasses.replace(self, module=module, handed=handed)
 
@@ -139,7 +158,7 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
         path: a folder that ``save_pretrained`` wrote, a ``.gguf`` file or a folder with one, or a hub name.
         dtype: of the weights in memory: float32 or bfloat16 (float64 for tests).
         device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
-        attention: the kernel asked for; what the model really uses is recorded in ``info``.
+        attention: the kernel asked for; ``Model.attention`` is what the model really uses.
 
     Raises:
         ConfigError: no such device here, or no such dtype.
@@ -153,19 +172,29 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
     module = module.to(on).eval()
     _check_weights(module, str(path))
     _check_vocabulary(module, tokenizer)
-    _check_causal(module)
-    config = module.config.get_text_config()
-    info = {
-        "attention": getattr(module.config, "_attn_implementation", None) or "the model's own",
+    check_causal(module)
+    model = Model(module, tokenizer, name=str(path))
+    model.info |= {
+        "attention": model.attention,
         "vocabulary": int(module.get_input_embeddings().weight.shape[0]),
-        "positions": getattr(config, "max_position_embeddings", None),
+        "positions": model.positions,
         "architecture": type(module).__name__,
     }
-    return Model(module, tokenizer, name=str(path), info=info)
+    return model
 
 
 def _locate(path: str) -> tuple[str, dict[str, Any]]:
     """Where ``from_pretrained`` shall look, and the GGUF file's name when the weights are in one."""
+    try:
+        return _place(path)
+    except (OSError, ValueError) as error:  # a folder that may not be entered, or what can be no path at all
+        shown = path if len(path) < MOST else f"{path[:MOST]} ..."
+        raise ModelError(
+            f"no model can be looked up: got {shown!r} ({_reason(error)}); {PLACES} that you may read, or a hub name"
+        ) from error
+
+
+def _place(path: str) -> tuple[str, dict[str, Any]]:
     place = Path(path)
     if place.suffix == ".gguf" and place.is_file():
         return str(place.parent), {"gguf_file": place.name}
@@ -182,22 +211,52 @@ def _locate(path: str) -> tuple[str, dict[str, Any]]:
             raise ModelError(f"{path} holds {len(ggufs)} GGUF files; name one of them, such as {ggufs[0]}")
         return path, {"gguf_file": ggufs[0].name}
     if place.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ModelError(f"no model at {path!r}; give a folder written by save_pretrained, a .gguf file, or a hub name")
+        raise ModelError(f"no model at {path!r}; {PLACES}, or a hub name")
     return path, {}
 
 
 def _load_tokenizer(place: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
+    advice = "put the tokenizer.json that the model was trained with beside it"
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds here, and a wrong file any of them
+        _check_there(place, error)
         raise ModelError(
             f"no tokenizer could be loaded from {_shown(place, options)}: {_reason(error)}; "
-            "put the tokenizer.json that the model was trained with beside it"
+            f"{_advice(options, error, advice)}"
         ) from error
     require_offsets(tokenizer)
+    added = {str(x) for x in tokenizer.added_tokens_decoder.values()}
+    if tokenizer.get_vocab().keys() <= added | set(tokenizer.all_special_tokens):  # made up from the model's type alone
+        raise ModelError(
+            f"no tokenizer could be loaded from {_shown(place, options)}: its vocabulary would be the "
+            f"{len(tokenizer)} special tokens alone; {advice}"
+        )
     return tokenizer
+
+
+def _check_there(place: str, error: Exception) -> None:
+    """A name that is no folder: whether the hub, or what is kept of it here, has a model called so."""
+    from transformers import AutoConfig
+
+    if Path(place).exists():
+        return
+    try:
+        AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except OSError:
+        raise ModelError(
+            f"no such folder, and no such model on the hub here: got {place!r} ({_reason(error)}); {PLACES}, or a hub name"
+        ) from error
+    except Exception:  # there is one, which cannot be read
+        return
+
+
+def _advice(options: dict[str, Any], error: Exception, otherwise: str) -> str:
+    """What to do about a model that cannot be loaded: a GGUF file takes two packages more."""
+    lacking = isinstance(error, ImportError) or not all(map(find_spec, ("gguf", "accelerate")))
+    return "install what reads GGUF files: pip install 'upriver[gguf]'" if options and lacking else otherwise
 
 
 def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attention: str) -> Any:
@@ -217,9 +276,9 @@ def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attent
                 raise
             module, report = load()
     except Exception as error:
+        advice = _advice(options, error, "give a sound and complete copy of a causal language model")
         raise ModelError(
-            f"no causal language model could be loaded from {_shown(place, options)}: {_reason(error)}; "
-            "give a sound and complete copy of a causal language model"
+            f"no causal language model could be loaded from {_shown(place, options)}: {_reason(error)}; {advice}"
         ) from error
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
@@ -247,38 +306,62 @@ def _check_vocabulary(module: Any, tokenizer: Any) -> None:
         )
 
 
-def _check_causal(module: Any, T: int = 8) -> None:
-    """Change the last token: in a causal model nothing before it may move, and padding on the right is then harmless."""
-    rows = module.get_input_embeddings().weight.shape[0]
-    tokens = torch.arange(T, device=module.get_input_embeddings().weight.device)[None] % rows
+def check_causal(module: Any, T: int = 8) -> None:
+    """Change the last token: in a causal model nothing before it may move, and padding on the right is then harmless.
+
+    A module is looked at once; one that does not show its input embeddings is taken at its word.
+
+    Raises:
+        ModelError: it is not causal, or predicts NaN or infinity.
+    """
+    find = getattr(module, "get_input_embeddings", None)
+    embeddings = None if find is None or module in _CAUSAL else find()
+    if embeddings is None:
+        return
+    rows, T = embeddings.weight.shape[0], min(T, getattr(_text_config(module), "max_position_embeddings", None) or T)
+    tokens = torch.arange(T, device=embeddings.weight.device)[None] % rows
     other = tokens.clone()
     other[0, -1] = (other[0, -1] + 1) % rows
-    with torch.no_grad():
+    with frozen(module), torch.no_grad():
         first, second = (module(input_ids=t, use_cache=False).logits[0, :-1].float() for t in (tokens, other))
     if not torch.isfinite(first).all():
         raise ModelError("the model's predictions hold NaN or infinity; try --dtype float32")
-    tolerance = 1e-2 if module.dtype == torch.bfloat16 else 1e-4  # 51 causal architectures stay below 1e-6
-    if (first - second).abs().max() > tolerance * first.abs().max():
+    tolerance = 1e-2 if embeddings.weight.dtype == torch.bfloat16 else 1e-4  # 51 causal architectures stay below 1e-6
+    if T > 1 and (first - second).abs().max() > tolerance * first.abs().max():
         raise ModelError(
             "the model is not causal: a later token changes the prediction before it; give a causal language model"
         )
+    _CAUSAL.add(module)
 
 
-def _tensor_hash(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return hashlib.blake2b(head + flat.numpy().tobytes(), digest_size=16).hexdigest()
+def _text_config(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    find = getattr(config, "get_text_config", None)
+    return config if find is None else find()
+
+
+def _checksum(x: Tensor) -> tuple[torch.dtype, torch.Size, float]:
+    """What differs when an entry does or changes its place; cheap beside a hash."""
+    places = _places(x.device)
+    sums = [part.double() @ places[: len(part)] for part in x.detach().reshape(-1).split(CHECKED)]
+    return x.dtype, x.shape, float(torch.stack(sums) @ places[: len(sums)])
+
+
+@cache
+def _places(device: torch.device) -> Tensor:
+    """A weight for each place, all of them different."""
+    return torch.arange(CHECKED, dtype=torch.float64, device=device).cos()
 
 
 def _shown(place: str, options: dict[str, Any]) -> str:
     return repr(str(Path(place, options["gguf_file"])) if options else place)
 
 
-def _reason(error: Exception, most: int = 240) -> str:
+def _reason(error: Exception) -> str:
     """What another library says, as part of one sentence."""
     text = " ".join(str(error).split()).rstrip(".;") if isinstance(error, OSError | ValueError | ImportError) else ""
     text = text or f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= most else text[:most] + " ..."
+    return text if len(text) <= MOST else text[:MOST] + " ..."
 
 
 @contextlib.contextmanager

@@ -1,0 +1,467 @@
+"""What a model is told apart by, what is read of it as it is now, and what of its files is refused with which advice."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+import upriver as up
+from cases import CASES, Small, Windows
+from text_cases import byte_tokenizer
+from upriver.errors import InputError, MismatchError, ModelError
+from upriver.model.losses import measured_by
+from upriver.model.sweep import check_length, check_loss
+
+# ------------------------------------------------------------------------------------------------- told apart
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def of_task(task: up.Task) -> up.Model:
+    return up.Model(net(), task=task)
+
+
+def written(source: str) -> up.Task:
+    """An instance of the class ``Mine`` of a script."""
+    names = {"up": up, "torch": torch, "__name__": "script"}
+    exec(source, names)
+    return names["Mine"]()
+
+
+def with_attribute(value: object) -> up.Model:
+    task = up.Regression()
+    task.given = value
+    return of_task(task)
+
+
+def holding(make: Callable[[float], object], number: float) -> up.Model:
+    return with_attribute(make(number))
+
+
+def with_private(value: object) -> up.Model:
+    task = up.Regression()
+    task._given = value
+    return of_task(task)
+
+
+BODY = """
+POWER = 2
+SCALES = torch.ones(2000)
+
+
+def away(x):
+    return x.abs()
+
+
+class Base(up.Regression):
+    scale = 1
+
+
+class Mine(Base):
+    margin = 2
+
+    def loss(self, module, batch, sampler=None, weight=1.0):
+        "The error, to some power."
+        error = self.outputs(module, batch) - 0.5
+        parts = [(lambda x: 3 * x)(e) for e in error.exp().split(1)]
+        return weight * SCALES.sum() * away(torch.cat(parts)).pow(POWER).sum() if weight in {"a", "b", 1.0} else error.sum()
+
+    def measurement(self, module, batch):
+        return self.outputs(module, batch).flatten()
+"""
+EDITS = {
+    "a class attribute": ("margin = 2", "margin = 3"),
+    "a class attribute of a base": ("scale = 1", "scale = 2"),
+    "a number in a body": ("- 0.5", "- 0.25"),
+    "a method that is called": (".exp()", ".sin()"),
+    "a function inside": ("3 * x", "4 * x"),
+    "a function beside": ("x.abs()", "x.neg()"),
+    "a number beside": ("POWER = 2", "POWER = 4"),
+    "a tensor beside": ("torch.ones(2000)", "torch.zeros(2000)"),
+    "a default": ("weight=1.0", "weight=2.0"),
+    "what is looked for": ('"a", "b"', '"a", "c"'),
+}
+NOT_THE_LOSS = {
+    "a line of its own": ("POWER = 2", "\n\nPOWER = 2  # as usual"),
+    "a docstring": ("to some power", "to the power of two"),
+    "a name inside": ("parts", "pieces"),
+    "the measurement": ("flatten()", "sum(1)"),
+}
+
+
+def edited(old: str, new: str) -> up.Model:
+    assert old in BODY
+    return of_task(written(BODY.replace(old, new)))
+
+
+def long_array(middle: float) -> np.ndarray:
+    x = np.zeros(5000)
+    x[2500] = middle
+    return x
+
+
+def layer_with(bias: float) -> nn.Module:
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.fill_(bias)
+    return layer
+
+
+class Held(NamedTuple):
+    number: float
+
+
+class Slotted:
+    __slots__ = ("number",)
+
+    def __init__(self, number: float):
+        self.number = number
+
+
+VALUES: dict[str, Callable[[float], object]] = {  # each differs from number to number, and shows too little of it
+    "an array": long_array,
+    "an array of objects": lambda x: np.array([None, "a", x], object),
+    "a list of tensors": lambda x: [torch.ones(3), torch.from_numpy(long_array(x))],
+    "a dictionary of tensors": lambda x: {"a": {"b": torch.from_numpy(long_array(x))}},
+    "a named tuple": Held,
+    "an object of slots": Slotted,
+    "a class": lambda x: type("Inside", (), {"number": x}),
+    "a distribution": lambda x: torch.distributions.Normal(torch.zeros(2000), torch.full((2000,), x)),
+    "a set": lambda x: {"a", "b", "c", str(x)},
+    "a module": layer_with,
+    "a function that closes over it": lambda x: lambda y: x * y,
+    "a bound method": lambda x: written(BODY.replace("- 0.5", f"- {x}")).loss,
+    "some arguments of a function": lambda x: partial(torch.add, alpha=x),
+    "a task inside": lambda x: written(BODY.replace("margin = 2", f"margin = {x}")),
+}
+
+
+class Dilated(nn.Module):
+    """Shows nothing of how it is set."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 3))
+        for name, value in settings.items():
+            setattr(self.layers[0], name, value)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def small(times: int) -> up.Model:
+    torch.manual_seed(0)
+    return up.Model(Small(blocks=1, times=times, bias=True))
+
+
+def dilated(**settings) -> up.Model:
+    torch.manual_seed(0)
+    return up.Model(Dilated(**settings), task=up.Regression())
+
+
+DIFFERENT: dict[str, tuple[Callable[[], up.Model], Callable[[], up.Model]]] = {
+    "a private attribute": (lambda: with_private(2.0), lambda: with_private(3.0)),
+    "a public attribute": (lambda: with_attribute(2.0), lambda: with_attribute(3.0)),
+    "true and one": (lambda: with_attribute(True), lambda: with_attribute(1)),
+    "how often a block runs": (lambda: small(1), lambda: small(2)),
+    "a float of a layer": (lambda: dilated(scale=0.5), lambda: dilated(scale=0.25)),
+    "a tuple of a layer": (lambda: dilated(steps=(1, 2)), lambda: dilated(steps=(1, 3))),
+    "a word of a layer": (lambda: dilated(kind="sum"), lambda: dilated(kind="max")),
+    **{name: (partial(edited, "POWER", "POWER"), partial(edited, *pair)) for name, pair in EDITS.items()},
+    **{name: (partial(holding, make, 1.0), partial(holding, make, 2.0)) for name, make in VALUES.items()},
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_what_the_loss_or_the_module_depends_on_is_in_the_fingerprint(case):
+    first, second = DIFFERENT[case]
+    assert first().fingerprint == first().fingerprint
+    assert first().fingerprint != second().fingerprint
+
+
+@pytest.mark.parametrize("case", NOT_THE_LOSS)
+def test_what_changes_no_loss_is_not(case):
+    assert edited(*NOT_THE_LOSS[case]).fingerprint == edited("POWER", "POWER").fingerprint
+
+
+def test_what_passes_find_out_is_not():
+    c = CASES["llama"]()
+    task = c.model.task
+    c.model.task = type("Own", (up.LanguageModel,), {})()
+    before = c.model.fingerprint
+    with torch.no_grad():
+        c.model.task.loss(c.model.module, c.data.batch(np.arange(2)))
+    assert c.model.task._heads._known
+    assert c.model.fingerprint == before
+    c.model.task = task
+    assert c.model.fingerprint == before, "a class that changes nothing"
+
+
+def test_a_task_that_holds_itself_has_a_fingerprint():
+    task = up.Regression()
+    task.itself = [task]
+    assert of_task(task).fingerprint == of_task(task).fingerprint
+
+
+def test_the_measurement_is_told_apart_by_its_code():
+    plain, again, other = (
+        written(BODY.replace("flatten()", end)) for end in ("flatten()", "flatten()  # of all", "sum(1)")
+    )
+    assert measured_by(plain)[0] == "Mine.measurement"
+    assert measured_by(plain) == measured_by(again) != measured_by(other)
+    assert measured_by(up.Regression()) != measured_by(up.Classification())
+
+
+EDITS_IN_PLACE = {
+    "rows change places": lambda W: W[[1, 0, *range(2, len(W))]],
+    "columns change places": lambda W: W[:, [1, 0, *range(2, W.shape[1])]],
+    "two numbers change places": lambda W: W.flatten()[[1, 0, *range(2, W.numel())]].view_as(W),
+    "another type, the same numbers": lambda W: W.double(),
+    "another shape, the same numbers": lambda W: W.reshape(W.shape[1], -1),
+}
+
+
+@pytest.mark.parametrize("weight", ["random", "identity"])
+@pytest.mark.parametrize("case", EDITS_IN_PLACE)
+def test_an_edit_in_one_process_that_keeps_every_sum_is_seen(case, weight):
+    torch.manual_seed(0)
+    W = torch.eye(600, 700) if weight == "identity" else torch.randn(600, 700)
+    layer = nn.Linear(700, 600, bias=False)
+    layer.weight.data = W
+    model = up.Model(nn.Sequential(layer), task=up.Regression())
+    before = model.fingerprint
+    layer.weight.data = EDITS_IN_PLACE[case](W)
+    after = model.fingerprint
+    assert after != before
+    assert up.Model(model.module, task=up.Regression()).fingerprint == after
+    layer.weight.data = W
+    assert model.fingerprint == before
+
+
+def everything() -> str:
+    """One fingerprint of all the values, and of a script."""
+    found = [with_attribute([make(1.0) for make in VALUES.values()]), edited("POWER", "POWER")]
+    return hashlib.blake2b("".join(x.fingerprint for x in found).encode()).hexdigest()
+
+
+@pytest.mark.slow
+def test_fingerprints_are_the_same_in_every_process():
+    command = [sys.executable, "-c", "import test_load; print(test_load.everything())"]
+    env = {**os.environ, "PYTHONHASHSEED": "1"}  # that of this process is drawn
+    ran = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == [everything()]
+
+
+class Plain:
+    """A configuration as people write it."""
+
+    def __init__(self, width: int):
+        self.width = width
+
+
+def test_a_configuration_of_another_kind_counts():
+    found = []
+    for width in (4, 4, 5):
+        module = net()
+        module.config = Plain(width)
+        found.append(up.Model(module, task=up.Regression()).fingerprint)
+    assert found[0] == found[1] != found[2]
+
+
+# ------------------------------------------------------------------------------------------------- as it is now
+
+
+def test_the_attention_kernel_is_that_of_now(tmp_path):
+    c = CASES["llama"]()
+    module = c.model.module
+    assert (c.model.attention, c.model.positions) == ("sdpa", 16)
+    factors = up.fit(c.model, c.data, tmp_path / "factors", layers=c.spec, dtype="float64")
+    module.set_attn_implementation("eager")
+    assert c.model.attention == "eager"
+    with pytest.raises(MismatchError, match="another kernel: got 'eager' now, 'sdpa' then"):
+        factors.check(c.model)
+    module.set_attn_implementation("sdpa")
+    result = up.trace(c.model, c.data, c.queries, factors, tmp_path / "scores", top=2)
+    assert (result.manifest["kernel"], result.manifest["model"]["attention"]) == ("sdpa", "sdpa")
+
+
+def test_a_module_that_says_nothing_has_its_own_kernel_and_any_length():
+    model = up.Model(net(), task=up.Regression())
+    assert (model.attention, model.positions, model.longest) == ("the model's own", None, None)
+    model.info |= {"attention": "flash", "positions": 7}
+    assert (model.attention, model.positions, model.longest) == ("flash", 7, 7)
+
+
+def bert() -> nn.Module:
+    config = BertConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=6, is_decoder=False
+    )
+    torch.manual_seed(0)
+    return BertLMHeadModel(config)
+
+
+def test_a_model_that_is_given_directly_must_be_causal(tmp_path):
+    data = CASES["llama"]().data
+    module = bert().train()
+    for _ in range(2):
+        with pytest.raises(ModelError, match="the model is not causal: a later token changes the prediction before it"):
+            up.fit(up.Model(module), data, tmp_path / "factors", layers="all")
+    assert module.training
+
+
+def test_causality_is_looked_at_once(monkeypatch):
+    c, calls = CASES["gpt2"](), []
+    c.model.module.register_forward_pre_hook(lambda *args: calls.append(1))
+    check_loss(c.model, c.data, False)
+    first = len(calls)
+    check_loss(c.model, c.data, False)
+    assert len(calls) - first == first - 2
+    with c.model.computing_in("float32") as copied:
+        before = len(calls)
+        check_loss(copied, c.data, False)
+        assert len(calls) - before <= first - 2
+
+
+def phi3() -> up.Model:
+    """As Phi-3-128k: other rotary factors for all that stands in a batch once one sequence is longer than 16 tokens."""
+    scaling = {"type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [4.0, 9.0]}
+    config = Phi3Config(
+        vocab_size=11, hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        num_key_value_heads=1, max_position_embeddings=64, original_max_position_embeddings=16, rope_scaling=scaling,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return up.Model(Phi3ForCausalLM(config).double().eval())
+
+
+def windows(*lengths: int) -> Windows:
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(0, 11, n) for n in lengths]
+    return Windows(tokens, [np.ones(n, bool) for n in lengths])
+
+
+def test_rotary_factors_that_follow_the_longest_of_a_batch_limit_the_length(tmp_path):
+    model, data = phi3(), windows(9, 12, 16, 17)
+    batches = [data.batch(np.array(rows)).inputs["tokens"] for rows in ([0], [0, 2], [0, 3])]
+    alone, with_16, with_17 = (model.module(input_ids=tokens_NT).logits[0, :9] for tokens_NT in batches)
+    torch.testing.assert_close(alone, with_16)
+    assert not torch.allclose(alone, with_17), "or nothing had to be refused"
+    assert (model.positions, model.longest) == (64, 16)
+    with pytest.raises(ModelError, match=r"got sequences of 17 tokens, and beyond 16 .* give --seq-len 16 or less"):
+        check_length(model, data)
+    with pytest.raises(ModelError, match="give --seq-len 16 or less"):
+        up.fit(model, data, tmp_path / "factors")
+    assert not (tmp_path / "factors").exists()
+    check_length(model, windows(9, 16))
+
+
+def test_a_sequence_longer_than_the_model_takes_is_refused_before_a_fit(tmp_path):
+    c = CASES["gpt2"]()
+    with pytest.raises(ModelError, match="sequences of 9 tokens and the model takes 8; read it with --seq-len 8"):
+        up.fit(c.model, windows(5, 9), tmp_path / "factors")
+    assert not (tmp_path / "factors").exists()
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+WIDTHS = {
+    "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "gpt_neox", "llama"])
+def test_a_folder_without_a_tokenizer_is_refused_though_an_empty_one_can_be_made(name, tmp_path):
+    torch.manual_seed(0)
+    widths = {"n_embd": 8, "n_layer": 1, "n_head": 2} if name == "gpt2" else WIDTHS
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=300, **widths)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"no tokenizer could be loaded from .*; put the tokenizer\.json that the model"
+    ):
+        up.load_model(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert up.load_model(tmp_path).tokenizer("we")["input_ids"]
+
+
+@pytest.fixture
+def gguf(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    return tmp_path / "m.gguf"
+
+
+def raises(error: Exception) -> Callable:
+    def call(*args, **kwargs):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("lacking", ["gguf", "accelerate"])
+@pytest.mark.parametrize("loader", [AutoTokenizer, AutoModelForCausalLM])
+def test_a_gguf_file_without_its_readers_says_what_to_install(gguf, monkeypatch, loader, lacking):
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: byte_tokenizer())
+    monkeypatch.setattr("upriver.model.load.find_spec", lambda name: None if name == lacking else name)
+    monkeypatch.setattr(
+        loader, "from_pretrained", raises(ValueError(f"{lacking} is required when loading a GGUF file"))
+    )
+    with pytest.raises(ModelError, match=r"m\.gguf.*: .* is required .*; .*pip install 'upriver\[gguf\]'"):
+        up.load_model(gguf)
+
+
+def test_a_gguf_file_whose_reader_is_too_old_says_what_to_install(gguf, monkeypatch):
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raises(ImportError("Please install torch and gguf>=0.10.0")))
+    with pytest.raises(ModelError, match=r"pip install 'upriver\[gguf\]'"):
+        up.load_model(gguf)
+
+
+def test_a_name_that_is_no_model_is_told_so_and_one_without_tokenizer_what_it_lacks(monkeypatch, tmp_path):
+    with pytest.raises(ModelError, match="no such folder, and no such model on the hub here: got 'no-such-model'"):
+        up.load_model("no-such-model")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    there = AutoConfig.from_pretrained(tmp_path)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **kwargs: there)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raises(OSError("no file of a tokenizer")))
+    with pytest.raises(ModelError, match=r"from 'such-a-model': no file of a tokenizer; put the tokenizer\.json"):
+        up.load_model("such-a-model")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "/" + "x" * 300])
+def test_what_can_be_no_path_is_no_model_and_no_factors(name):
+    with pytest.raises(ModelError, match=r"no model can be looked up: got '/?x+ .*name too long.*; give a folder"):
+        up.load_model(name)
+    with pytest.raises(
+        InputError, match=r"the folder of factors cannot be read: got .*name too long.*; make them with"
+    ):
+        up.Factors(name)
+
+
+def test_a_folder_that_may_not_be_entered_is_no_model_and_no_factors(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_dir", raises(PermissionError(13, "Permission denied")))
+    with pytest.raises(
+        ModelError, match=r"no model can be looked up: .*Permission denied.*; give a folder .* may read"
+    ):
+        up.load_model(tmp_path)
+    with pytest.raises(InputError, match=r"cannot be read: got .*Permission denied"):
+        up.Factors(tmp_path)
