@@ -216,9 +216,18 @@ def test_a_view_written_over_keeps_its_gradient():
             torch.testing.assert_close(grads[name][n], wanted[name], **CLOSE)
 
 
-def test_a_users_hook_on_a_layer_leaves_its_gradient_that_of_the_weight():
+def scaled(m, args, output):
+    return 3 * torch.tanh(output)
+
+
+def scaled_in_place(m, args, output):
+    output.mul_(3)
+
+
+@pytest.mark.parametrize("hook", [scaled, scaled_in_place])
+def test_a_users_hook_on_a_layer_leaves_its_gradient_that_of_the_weight(hook):
     module, grads = InPlaceAbove().double(), {}
-    module.layers[1].register_forward_hook(lambda m, args, output: 3 * torch.tanh(output))
+    module.layers[1].register_forward_hook(hook)
     x_NTI = torch.randn(2, 5, 4, dtype=torch.float64)
 
     def consume(layer, a, g):

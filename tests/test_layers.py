@@ -143,8 +143,6 @@ NOT_LINEAR = {
     "two outputs": (lambda: Tupled(6, 5), "got Tupled"),
     "a subclass of Conv1D": (lambda: Doubled1D(5, 6), "got Doubled1D"),
     "quantised as it runs": (lambda: AutoBitLinear(6, 5, online_quant=True), "got AutoBitLinear"),
-    "a hook": (lambda: hooked(lambda m, args, out: out.relu()), "got Linear, with a hook on it"),
-    "a hook in place": (lambda: hooked(add_one), "got Linear, with a hook on it"),
 }
 LINEAR = {
     "plain": lambda: nn.Linear(6, 5),
@@ -153,6 +151,8 @@ LINEAR = {
     "without bias": lambda: WrittenOut(6, 5, bias=False),
     "adapted": lambda: Adapted(6, 5),
     "a hook that looks on": lambda: hooked(lambda m, args, out: None),
+    "a hook after it": lambda: hooked(lambda m, args, out: out.relu()),
+    "a hook after it, in place": lambda: hooked(add_one),
 }
 
 
@@ -170,7 +170,7 @@ def test_a_layer_that_gives_another_thing_than_its_weight_and_bias_do_is_refused
     layer = make()
     with pytest.raises(ModelError, match=rf"layer 'layer' cannot be tracked: .*{said}; .* by giving globs to --layers"):
         probed(layer)
-    assert len(layer._forward_hooks) == ("hook" in case)
+    assert not layer._forward_hooks
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

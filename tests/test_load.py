@@ -28,7 +28,7 @@ import upriver as up
 from cases import CASES, Small, Windows
 from text_cases import byte_tokenizer
 from upriver.errors import InputError, MismatchError, ModelError
-from upriver.model.losses import measured_by
+from upriver.model.fingerprint import measured_by
 from upriver.model.sweep import check_length, check_loss
 
 # ------------------------------------------------------------------------------------------------- told apart

@@ -287,9 +287,7 @@ def _read_run_file(file: Path) -> RunOptions:
 
 def _load_model(name: str, device: str) -> Model:
     model = load_model(name, device=device)
-    say(
-        f"model: {name}, {model.info['architecture']}, {model.n_parameters:,} parameters, {model.info['attention']} attention"
-    )
+    say(f"model: {name}, {model.info['architecture']}, {model.n_parameters:,} parameters, {model.attention} attention")
     return model
 
 
@@ -309,7 +307,7 @@ def _read_corpus(path: str, model: Model, seq_len: int, pack: bool, on_bad_recor
 
 
 def _check_length(model: Model, seq_len: int) -> None:
-    positions = model.info.get("positions")
+    positions = model.positions
     if positions and seq_len > positions:
         raise ConfigError(
             f"bad value for --seq-len: got {seq_len}; the model takes at most {positions} tokens, give that or less"
@@ -322,7 +320,7 @@ def _check_queries(path: str, most: int | None) -> None:
 
 
 def _read_queries(path: str, model: Model, most: int | None) -> Queries:
-    queries = Queries.read(path, model.tokenizer, seq_len=model.info.get("positions"), complete=most)
+    queries = Queries.read(path, model.tokenizer, seq_len=model.longest, complete=most)
     if not queries.needs_completion:
         return queries
     if most is None:

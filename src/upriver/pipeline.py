@@ -17,10 +17,10 @@ from upriver.influence.results import write_scores, write_top
 from upriver.influence.scanned import Scanned, extremes, random_rows
 from upriver.influence.stages import Job, Part, divide, rescore_stage, scan_stage, solve_stage
 from upriver.model.calibrate import plan_here
+from upriver.model.fingerprint import measured_by
 from upriver.model.generate import greedy
 from upriver.model.layers import Coverage
 from upriver.model.load import Model
-from upriver.model.losses import measured_by
 from upriver.model.memory import DIVISION
 from upriver.model.sweep import check_length, tracked_layers
 from upriver.runtime import dist
@@ -76,9 +76,7 @@ def trace(
         "model": model.fingerprint,
         "corpus": corpus.fingerprint,
         "queries": queries.fingerprint,
-        "factors": digest(
-            [factors.manifest["key"], factors.manifest["fit"]["tokens"]]
-        ),  # --until may end earlier or later
+        "factors": digest([factors.manifest["key"], factors.manifest["fit"]["tokens"]]),  # until may end at any of some
         "options": opts.key() | {"dtype": opts.dtype or factors.options.dtype},
         "measurement": measured_by(model.task),
         "conventions": CONVENTIONS,

@@ -203,8 +203,8 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
 
         return hook
 
-    # the last of each module's hooks, so that it sees what those of others make of input and output
-    hooks = [m.register_forward_hook(note(x), with_kwargs=True) for x in layers for m in x.modules]
+    # before the hooks of others, as in a captured pass: what they make of the output comes after the weight
+    hooks = [m.register_forward_hook(note(x), with_kwargs=True, prepend=True) for x in layers for m in x.modules]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             forward()
@@ -221,15 +221,14 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
 
 
 def _check_linear(layer: Layer, module: nn.Module, a: torch.Tensor, output: Any) -> None:
-    """Compare some rows of a module's output with ``W a + b``: its class may compute another thing, or a hook change it."""
+    """Compare some rows of a module's output with ``W a + b``: its class may compute another thing."""
     weight = module.get_parameter("weight")
     if weight.is_meta or isinstance(weight, FakeTensor) or dist.sharded(weight):  # no numbers here to compare
         return
     if not _is_linear(module, a, output):
-        hooked = ", with a hook on it" if len(module._forward_hooks) > 1 else ""
         raise ModelError(
             f"layer {layer.name!r} cannot be tracked: it does not give W a + b of its own weight and bias: got "
-            f"{type(module).__name__}{hooked}; leave it out by giving globs to --layers"
+            f"{type(module).__name__}; leave it out by giving globs to --layers"
         )
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from upriver.errors import ConfigError, ModelError
 from upriver.model.capture import frozen
 from upriver.model.convert import converted, in_dtype
-from upriver.model.losses import LanguageModel, Task, module_form, task_form, tensor_hash
+from upriver.model.fingerprint import module_form, task_form, tensor_hash
+from upriver.model.losses import LanguageModel, Task
 from upriver.runtime import dist
 from upriver.runtime.config import MIXED, weights_in
 from upriver.runtime.store import digest
@@ -110,7 +111,7 @@ class Model:
             )
         sums = list(map(_checksum, state.values()))  # training on changes them
         if self._hashed is None or self._hashed[0] != sums:
-            with ThreadPoolExecutor() as pool:
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
                 self._hashed = sums, list(pool.map(tensor_hash, state.values()))
         form = [digest(module_form(self.module)), *task_form(self.task)]
         return digest([*form, *zip(state, self._hashed[1], strict=True)])
