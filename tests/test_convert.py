@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import architectures
 from upriver.model.convert import converted, in_dtype
 from upriver.model.load import Model
 from upriver.model.losses import Classification, Regression
@@ -45,6 +46,15 @@ def test_shared_weights_stay_shared_and_the_model_is_left_alone():
     assert copied.lm_head.weight.data_ptr() != module.lm_head.weight.data_ptr()
     assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
     assert {id(p) for p in copied.parameters()}.isdisjoint(id(p) for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["openai-gpt", "xglm"])
+def test_models_that_keep_other_numbers_unsaved(name):
+    module, tokens_NT = architectures.build(name), torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        exact = module(input_ids=tokens_NT).logits
+        found = converted(module, torch.bfloat16)(input_ids=tokens_NT).logits.float()
+    assert (found - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
