@@ -48,6 +48,7 @@ EIGEN_SIDE = 768  # of the matrix that is decomposed to measure
 LONG = 60.0  # seconds of a run for which it is worth measuring whether bfloat16 pays
 MOVED = 32 << 20  # bytes copied to measure bandwidth
 WRITTEN = 32 << 20
+FEW, HOPELESS = 256, 0.3  # side of a small product; so many times as fast in bfloat16 it is on processors without
 ASSUMED_DISK = 5e8  # bytes/s
 
 _MEASURED: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Rates]] = WeakKeyDictionary()  # once per process
@@ -259,11 +260,15 @@ def _eigen_rate(n: int, device: torch.device) -> float:
 
 @cache
 def _low_precision_speed(n: int, device: torch.device) -> float:
-    """How many times as fast as in float32 a product is in bfloat16."""
-    x = torch.ones(min(1024, n), n, device=device)
-    y = torch.ones(n, n, device=device)
-    half_x, half_y = x.bfloat16(), y.bfloat16()
-    return _seconds(lambda: matmul(x, y), device) / _seconds(lambda: matmul(half_x, half_y), device)
+    """How many times as fast as in float32 a product is in bfloat16; a small one tells where a large one would take long."""
+    speed = 0.0
+    for side in (min(FEW, n), n):
+        x, y = torch.ones(min(1024, side), side, device=device), torch.ones(side, side, device=device)
+        half_x, half_y = x.bfloat16(), y.bfloat16()
+        speed = _seconds(lambda: matmul(x, y), device) / _seconds(lambda: matmul(half_x, half_y), device)  # noqa: B023
+        if speed < HOPELESS:
+            break
+    return speed
 
 
 @cache

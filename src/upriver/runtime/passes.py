@@ -125,7 +125,8 @@ class Passes:
 
     def fit(self, split: FitSplit) -> list[Pass]:
         kept = self.keeping(split)
-        sample = self.correction(split, None, compared(self.fitted / self.T, split.compared) * self.T)
+        few = min(self.r.sequences, compared(self.fitted / self.T, split.compared))
+        sample = self.correction(split, None, few * self.T)
         agreement = sample._replace(
             name="agreement", moved=0.0, peak=split.peak["agreement"],
             seconds=sample.seconds - sample.moved / self.machine.disk,
