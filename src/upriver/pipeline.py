@@ -73,7 +73,7 @@ def trace(
     factors.check(model)
     check_length(model, corpus)
     key = {
-        "model": model.fingerprint,
+        "model": factors.manifest["key"]["model"],  # which has been checked: hashing a large model again takes seconds
         "corpus": corpus.fingerprint,
         "queries": queries.fingerprint,
         "factors": digest([factors.manifest["key"], factors.manifest["fit"]["tokens"]]),  # until may end at any of some

@@ -46,13 +46,15 @@ class Ranked(NamedTuple):
 def ranked(job: Job, scanned: Scanned, extremes: list[np.ndarray], sample: np.ndarray, parts: list[Part]) -> Ranked:
     """Rank each query's ``extremes``, and compare its scan with full rank on ``sample``; one part is read at a time."""
     shown, agreement, difference, largest = [], [], 0.0, 1e-30
+    sample = np.sort(sample)
+    scan_SQ = scores_of(scanned, sample)
     for part in parts:
         found = part.read()
         by_layer_P, by_token_P = found.layers_PL.double().sum(1), found.tokens_PT.double().sum(1)
         difference = max(difference, float((by_layer_P - by_token_P).abs().max()))
         largest = max(largest, float(by_layer_P.abs().max()))
         shown += [_shown(job, scanned, extremes[q], found, q) for q in part.queries]
-        agreement += [_rank_correlation(scanned, found, sample, q) for q in part.queries]
+        agreement += [_rank_correlation(scan_SQ[:, q], found, sample, q) for q in part.queries]
     return Ranked(shown, agreement, difference / largest)
 
 
@@ -159,9 +161,9 @@ def _answer(model: Model, queries: Queries, q: int) -> dict[str, Any]:
     return asked | {"log_prob": log_prob, "completion_tokens": tokens[0], "contrast_tokens": contrast}
 
 
-def _rank_correlation(scanned: Scanned, found: Rescored, sample: np.ndarray, q: int) -> float | None:
-    """The correlation of a query's scan scores with its full-rank scores over the random sample."""
+def _rank_correlation(scan_S: np.ndarray, found: Rescored, sample: np.ndarray, q: int) -> float | None:
+    """The correlation of a query's scan scores with its full-rank scores over the random ``sample`` (ascending)."""
     pairs = np.flatnonzero((found.queries_P == q) & np.isin(found.rows_P, sample))
     full = found.layers_PL[pairs].sum(1).double().numpy()
-    scan = scores_of(scanned, found.rows_P[pairs])[:, q]
+    scan = scan_S[np.searchsorted(sample, found.rows_P[pairs])]
     return float(np.corrcoef(scan, full)[0, 1]) if len(pairs) > 2 and scan.std() > 0 and full.std() > 0 else None

@@ -261,14 +261,14 @@ def _eigen_rate(n: int, device: torch.device) -> float:
 @cache
 def _low_precision_speed(n: int, device: torch.device) -> float:
     """How many times as fast as in float32 a product is in bfloat16; a small one tells where a large one would take long."""
-    speed = 0.0
-    for side in (min(FEW, n), n):
-        x, y = torch.ones(min(1024, side), side, device=device), torch.ones(side, side, device=device)
-        half_x, half_y = x.bfloat16(), y.bfloat16()
-        speed = _seconds(lambda: matmul(x, y), device) / _seconds(lambda: matmul(half_x, half_y), device)  # noqa: B023
-        if speed < HOPELESS:
-            break
-    return speed
+    few = _narrow_speed(min(FEW, n), device)
+    return few if few < HOPELESS else _narrow_speed(n, device)
+
+
+def _narrow_speed(n: int, device: torch.device) -> float:
+    x, y = torch.ones(min(1024, n), n, device=device), torch.ones(n, n, device=device)
+    half_x, half_y = x.bfloat16(), y.bfloat16()
+    return _seconds(lambda: matmul(x, y), device) / _seconds(lambda: matmul(half_x, half_y), device)
 
 
 @cache

@@ -25,9 +25,7 @@ COMPARED_BYTES = 256 << 20  # gradients of the sequences that are scored on each
 COMPARED = (8, 4)  # of them at once; two where four do not fit
 SCORED_BYTES = 256 << 20  # gradients of sequences, or products of their tokens, that meet the queries at once
 TRANSIENT = 4  # tensors of the widest layer alive at once in the backward pass
-SEQUENCE_BYTES = (
-    128  # of a sequence: its place in the tables of the corpus, in the order of the batches, and its share of one
-)
+SEQUENCE_BYTES = 128  # of a sequence: its places in the tables of the corpus and among the batches
 SLACK = 160 << 20  # what the allocator, the BLAS libraries and their threads keep to themselves
 MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met on average
 SYMMETRIC_COPIES = 3  # of the largest matrix, while a triangle is made whole and added to the sums on disk

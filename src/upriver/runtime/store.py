@@ -262,14 +262,11 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                warnings.warn(
-                    f"{path} cannot be locked ({error}): give no second command for it meanwhile", stacklevel=2
-                )
-            else:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise ConfigError(
                     f"another run is writing to {path}; wait until it ends, or choose another folder"
                 ) from error
+            warnings.warn(f"{path} cannot be locked ({error}): give no second command for it meanwhile", stacklevel=2)
         if (path / "key.json").exists():
             _clear_debris(path)
         try:
