@@ -36,8 +36,9 @@ fixture: $(VENV)/.dev          ## scores of Kronfluence 1.0.1 that tests/test_kr
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt einops opt_einsum accelerate scikit-learn
 	OMP_NUM_THREADS=1 $(BIN)/python tests/make_kronfluence_fixture.py
 
-docs: $(VENV)/.dev             ## the documents that are printed by a command
+docs: $(VENV)/.dev             ## what documents hold that a command prints and no machine decides
 	$(BIN)/python tests/architectures.py > docs/architectures.md
+	$(BIN)/python benchmarks/blocks.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,13 +1,31 @@
-"""The examples of the documents run as they stand, and the documents name nothing that is not there."""
+"""The examples of the documents run as they stand; their links lead somewhere, and the files that they name are there."""
 
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "peers" / "README.md",
+    *sorted((ROOT / "studies").glob("*/README.md")),
+]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tasks.md").read_text(), re.DOTALL)
+FOLDERS = ("src", "tests", "docs", "benchmarks", "studies")
+NAMED = re.compile(rf"(?<![\w/])((?:{'|'.join(FOLDERS)})/[\w./-]+\.(?:py|md|json|toml|xz))\b")
+LAYER = re.compile(r"<!-- layer: begin -->\n`python (.*?)`:\n\n(.*?)\n<!-- layer: end -->", re.DOTALL)
+
+
+def anchors(page: str) -> set[str]:
+    """Where a link into a page may lead: its headings, as GitHub writes them."""
+    outside = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ +(.*?) *$", outside, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=["classification", "regression", "own"])
@@ -22,16 +40,39 @@ def test_example_of_the_tasks_page_runs(example, tmp_path, monkeypatch):
     assert (tmp_path / "scores" / "scores.parquet").exists()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_anchors_are_those_of_headings():
+    page = "# A page\n\n## `name.json`, version 1\n\n```\n# no heading\n```\n\n### Right-hand_side: *both*\n"
+    assert anchors(page) == {"a-page", "namejson-version-1", "right-hand_side-both"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
-        if not target.startswith("http"):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if "://" not in target:
+            file, _, anchor = target.partition("#")
+            page = document.parent / file if file else document
+            assert page.exists(), f"{document.name} links to {target}"
+            assert not anchor or anchor in anchors(page.read_text()), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_files_are_there(document):
+    missing = [name for name in NAMED.findall(document.read_text()) if not (ROOT / name).exists()]
+    assert missing == []
+
+
+def test_counted_layer_is_what_its_command_prints(monkeypatch, capsys):
+    found = LAYER.search((ROOT / "docs" / "cost.md").read_text())
+    assert found is not None
+    script, *args = shlex.split(found[1])
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert capsys.readouterr().out.strip() == found[2]
 
 
 def test_no_machine_path_in_the_repository():
-    for path in [
-        p for p in ROOT.rglob("*") if p.suffix in (".py", ".md", ".toml", ".js", ".css", ".json") and p.is_file()
-    ]:
-        if ".venv" not in path.parts and "build" not in path.parts and path != Path(__file__):
+    paths = [*ROOT.glob("*"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]
+    for path in paths:
+        if path.suffix in (".py", ".md", ".toml", ".js", ".css", ".json") and path.is_file() and path != Path(__file__):
             assert not re.search(r"/(home|root|work)/\w", path.read_text(encoding="utf-8", errors="ignore")), path
