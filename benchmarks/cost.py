@@ -19,14 +19,14 @@ import torch
 from scan import timed, training_pass
 
 import upriver as up
+from upriver.curvature.consumers import Correction, Covariance
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
-from upriver.curvature.passes import Correction, Covariance
 from upriver.influence.score import Score, route
 from upriver.model.shape import config_only, config_shape, model_shape
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.runtime import counts
 from upriver.runtime.config import BATCH_TOKENS
-from upriver.runtime.hardware import show_bytes
+from upriver.runtime.units import show_bytes
 from upriver.tensors import LowRank
 
 

@@ -98,8 +98,8 @@ def covered(module: torch.nn.Module, spec: str) -> Coverage | None:
         return None
 
 
-def row(name: str) -> str:
-    module = build(name)
+def row(name: str, module: torch.nn.Module | None = None) -> str:
+    module = module or build(name)
     shares = []
     for spec in ("mlp", "attention", "all"):
         found = covered(module, spec)

@@ -19,12 +19,12 @@ from upriver.model.load import Model
 from upriver.model.losses import Classification, LanguageModel, Regression, Sampler, sample
 from upriver.runtime.store import digest
 from upriver.text import batch as batches
-from upriver.text.batch import Batch, Examples
+from upriver.text.batch import Batch, Examples, Sequences
 
 V, H = 11, 8
 
 
-class Windows:
+class Windows(Sequences):
     """Sequences of token ids with a mask of the tokens that are predicted with loss."""
 
     def __init__(self, tokens: list[np.ndarray], loss: list[np.ndarray], keys_N: np.ndarray | None = None):
@@ -34,17 +34,8 @@ class Windows:
         self.keys_N = batches.sequence_keys(hashes_N) if keys_N is None else keys_N
         self.fingerprint = digest([[t.tolist() for t in tokens], [m.tolist() for m in loss]])
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
-        return batches.plan(self.lengths_N, batch_tokens, rows)
-
     def batch(self, rows: np.ndarray) -> Batch:
         return batches.pad(rows, self.keys_N[rows], [self.tokens[r] for r in rows], [self.loss[r] for r in rows])
-
-    def sample(self, max_tokens: int, seed: int) -> np.ndarray:
-        return batches.sample(self.lengths_N, self.keys_N, max_tokens, seed)
 
     def permuted(self, order: np.ndarray) -> "Windows":
         return Windows([self.tokens[i] for i in order], [self.loss[i] for i in order])

@@ -66,11 +66,15 @@ class Checkpointed(nn.Module):
     def __init__(self, block: nn.Module, use_reentrant: bool):
         super().__init__()
         self.block, self.use_reentrant = block, use_reentrant
-        self.runs = 0
+        self._runs = 0  # what a module notes under a name without the underscore is put back after a pass
         block.register_forward_pre_hook(self._count)
 
+    @property
+    def runs(self) -> int:
+        return self._runs
+
     def _count(self, *_: Any) -> None:
-        self.runs += 1
+        self._runs += 1
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         block = partial(self.block, **kwargs)  # the reentrant kind takes no keywords
@@ -153,20 +157,26 @@ def state_of(module: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
     return flags, {name: m.training for name, m in module.named_modules()}
 
 
-def fit_and_trace(rank: int, folder: Path) -> None:
-    """Fit and trace a tiny case in ``folder``, in units of a few sequences."""
+ROUNDS = ({"until": 1.0, "fisher": "empirical"}, {"curvature": "diagonal", "layer_scores": True})
+
+
+def fit_and_trace(rank: int, folder: Path, fitted: dict | None = None, traced: dict | None = None) -> None:
+    """Fit and trace a tiny case in ``folder``, in units of a few sequences; what is kept on the disk is so to the end."""
     from upriver import fit, trace
     from upriver.influence import stages
+    from upriver.model import kept
     from upriver.model import sweep as sweeping
 
-    c, units = case("llama"), (sweeping.UNIT_TOKENS, stages.UNIT_TOKENS)
+    c, before = case("llama"), (sweeping.UNIT_TOKENS, stages.UNIT_TOKENS, kept.TRIAL)
     sweeping.UNIT_TOKENS = stages.UNIT_TOKENS = 16
+    kept.TRIAL = 10**9
     try:
-        given = {"layers": c.spec, "dtype": "float64", "batch_tokens": 8}
+        given = {"layers": c.spec, "dtype": "float64", "batch_tokens": 8} | (fitted or {})
         factors = fit(c.model, c.data, folder / "factors", **given)
-        trace(c.model, c.data, c.queries, factors, folder / "scores", rank=2, top=3, batch_tokens=8)
+        asked = {"rank": 2, "top": 3, "batch_tokens": 8} | (traced or {})
+        trace(c.model, c.data, c.queries, factors, folder / "scores", **asked)
     finally:
-        sweeping.UNIT_TOKENS, stages.UNIT_TOKENS = units
+        sweeping.UNIT_TOKENS, stages.UNIT_TOKENS, kept.TRIAL = before
 
 
 def fail_alone(rank: int, folder: Path) -> None:
@@ -183,4 +193,4 @@ def fail_alone(rank: int, folder: Path) -> None:
     stage = Stage.open(folder / "stage", "sum", {})
     units = list(range(rank, 4, dist.get_world_size()))
     with pytest.raises(NumericalError, match="unit 1 holds NaN"):
-        accumulate(stage, units, 4, compute, dist.barrier)
+        accumulate(stage, units, 4, compute)

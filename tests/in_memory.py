@@ -8,10 +8,10 @@ import torch
 
 from upriver.runtime.store import digest
 from upriver.text import batch as batches
-from upriver.text.batch import Batch
+from upriver.text.batch import Batch, Sequences
 
 
-class TokenCorpus:
+class TokenCorpus(Sequences):
     """Sequences of token ids; the first ``prompts[n]`` tokens of a sequence (default: one) carry no loss."""
 
     def __init__(self, tokens: list[np.ndarray], prompts: list[int] | None = None):
@@ -23,18 +23,9 @@ class TokenCorpus:
         self.keys_N = batches.sequence_keys(np.array(hashes, np.uint64))
         self.fingerprint = digest([[t.tolist() for t in self.tokens], self.prompts])
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
-        return batches.plan(self.lengths_N, batch_tokens, rows)
-
     def batch(self, rows: np.ndarray) -> Batch:
         tokens, loss = ([part[row] for row in rows] for part in (self.tokens, self.loss))
         return batches.pad(rows, self.keys_N[rows], tokens, loss)
-
-    def sample(self, max_tokens: int, seed: int) -> np.ndarray:
-        return batches.sample(self.lengths_N, self.keys_N, max_tokens, seed)
 
 
 class TokenQueries:

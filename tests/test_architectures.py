@@ -1,6 +1,5 @@
 """Every causal architecture that transformers can build from a configuration goes through fit and trace."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +7,15 @@ import pytest
 import torch
 
 import upriver as up
-from architectures import CONFIGS, ONLY_WITH, build, table
+from architectures import CONFIGS, HEADER, ONLY_WITH, build, row
 from text_cases import byte_tokenizer
 from upriver.errors import ModelError
 from upriver.model.capture import frozen
 from upriver.model.head import Heads
-from upriver.model.layers import find_layers
+from upriver.model.layers import Coverage, find_layers
 
+PAGE = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text()
+MIXTURES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "gpt_oss")  # of experts
 RECORDS = [
     "we the people of the united states of america",
     "it is the end of the war",
@@ -62,29 +63,29 @@ def expected_dot_products(model, corpus, queries, spec):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_architecture_goes_through_fit_and_trace(name, tokenizer, corpus, queries, tmp_path):
-    model = up.Model(build(name), tokenizer, name=name)
-    spec = ONLY_WITH.get(name, "mlp")
+    module, spec = build(name), ONLY_WITH.get(name, "mlp")
+    assert row(name, module) in PAGE.splitlines()
+    head = module.get_output_embeddings()
+    assert all(m is not head for x in find_layers(module, "all") for m in x.modules)
+    assert_not_all_logits_after_the_first_pass(module)
+    model = up.Model(module, tokenizer, name=name)
     factors = up.fit(model, corpus, tmp_path / "factors", layers=spec)
-    assert 0 < factors.manifest["coverage"]["share"] < 1
-    result = up.trace(model, corpus, queries, factors, tmp_path / "scores", top=2)
-    scores = result.frame()["q"].to_numpy()
-    assert np.isfinite(scores).all()
-    assert np.abs(scores).max() > 0
-    assert result.manifest["checks"]["token_sum"] < 1e-4
+    covered = Coverage.of(factors.manifest["coverage"])
+    assert 0 < covered.share < 1
+    assert ("experts." in covered.line()) == (name in MIXTURES)
+    for x in factors.layers:
+        lam_OI = factors.block(x.name).lam_OI
+        assert torch.isfinite(lam_OI).all()
+        assert lam_OI.min() >= 0
+        assert lam_OI.sum() > 0
     plain = up.trace(model, corpus, queries, factors, tmp_path / "plain", top=2, curvature="identity", rank="full")
     expected = expected_dot_products(model, corpus, queries, spec)
     np.testing.assert_allclose(plain.frame()["q"], expected, atol=2e-4 * np.abs(expected).max())
+    assert plain.manifest["checks"]["token_sum"] < 1e-4
 
 
-@pytest.mark.parametrize("name", ONLY_WITH)
-def test_architecture_without_trackable_mlp_is_refused_with_what_it_has(name):
-    with pytest.raises(ModelError, match="matches nothing; this model has linear layers at"):
-        find_layers(build(name), "mlp")
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_no_architecture_holds_all_its_logits_after_its_first_pass(name):
-    module, heads, tokens_NT = build(name), Heads(), torch.arange(24).view(2, 12)
+def assert_not_all_logits_after_the_first_pass(module):
+    heads, tokens_NT = Heads(), torch.arange(24).view(2, 12)
     with torch.no_grad(), frozen(module):
         logits_MV = heads.logits(module, tokens_NT).flatten(0, 1)
         ending = heads.ending(module)
@@ -93,7 +94,15 @@ def test_no_architecture_holds_all_its_logits_after_its_first_pass(name):
         torch.testing.assert_close(ending.logits(hidden_MH[7:19], False)[0], logits_MV[7:19])
 
 
-def test_the_table_in_the_docs_is_what_the_code_says():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert (Path(__file__).parent.parent / "docs" / "architectures.md").read_text() == table()
+@pytest.mark.parametrize("name", ONLY_WITH)
+def test_architecture_without_trackable_mlp_is_refused_with_what_it_has(name):
+    with pytest.raises(ModelError, match="matches nothing; this model has linear layers at") as error:
+        find_layers(build(name), "mlp")
+    assert ("expert weights" in str(error.value)) == ("mamba" not in name)
+
+
+def test_the_table_in_the_docs_has_each_of_them():
+    """What its rows say is compared above."""
+    assert PAGE.startswith(f"{HEADER}\n")
+    rows = PAGE.removeprefix(f"{HEADER}\n").splitlines()
+    assert [line.split(" | ")[0] for line in rows] == [f"| {name}" for name in CONFIGS]

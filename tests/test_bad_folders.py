@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import pytest
 import torch
 
@@ -33,6 +34,7 @@ from upriver import cli
 from upriver.curvature.fit import Factors
 from upriver.runtime import store
 from upriver.runtime.store import locked
+from upriver.show.scores import Scores
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -111,13 +113,6 @@ def test_output_of_another_run_is_refused_and_kept(tiny, tmp_path, call):
     assert "used as it is" in call(*trace(tiny, out)).err
     assert call(*trace(tiny, out, "--damping", "0.2x", "--overwrite")).status == 0
     assert json.loads((out / "manifest.json").read_text())["damping"] == "0.2x"
-
-
-def test_factors_of_another_run_are_refused(tiny, tmp_path, call):
-    out = tmp_path / "out"
-    assert call(*fit(tiny, out)).status == 0
-    assert_one_error(call(*fit(tiny, out, "--seed", 1)), 2, "another options.seed: got 1 now, 0 then", "--overwrite")
-    assert call(*fit(tiny, out, "--seed", 1, "--overwrite")).status == 0
 
 
 def test_overwrite_never_replaces_the_result_of_another_verb(tiny, tmp_path, call):
@@ -244,7 +239,7 @@ def scores_of(folder: Path) -> bytes:
 
 
 def test_disk_full_at_any_moment(tiny, tmp_path, call, monkeypatch):
-    """Each write of a whole run fails once; the same command then ends with the same scores."""
+    """Some write of a whole run fails, early, midway or late; the same command then ends with the same scores."""
     run = tmp_path / "run.toml"
 
     def write_run(out: Path) -> None:
@@ -256,7 +251,8 @@ def test_disk_full_at_any_moment(tiny, tmp_path, call, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", count)
         assert call("run", run).status == 0
-    for at in range(0, len(count.calls), 5):
+    n = len(count.calls)
+    for at in (0, 3, n // 2, n - 2):
         write_run(tmp_path / f"out{at}")
         monkeypatch.setenv("UPRIVER_CACHE", str(tmp_path / f"cache{at}"))
         with monkeypatch.context() as patch:
@@ -270,7 +266,6 @@ def test_disk_full_at_any_moment(tiny, tmp_path, call, monkeypatch):
 def test_two_runs_into_one_folder(tiny, tmp_path, call):
     with locked(tmp_path / "out"):
         assert_one_error(call(*fit(tiny, tmp_path / "out")), 2, "another run is writing to", str(tmp_path / "out"))
-    assert call(*fit(tiny, tmp_path / "out")).status == 0
 
 
 def test_ctrl_c(tiny, tmp_path, call, monkeypatch):
@@ -311,6 +306,54 @@ def test_a_folder_whose_name_is_not_utf_8(tiny, tmp_path, call):
     corpus = shutil.copy(tiny.corpus, folder / "corpus.jsonl")
     assert call(*fit(tiny, tmp_path / "out", corpus=corpus)).status == 0
     assert Factors(tmp_path / "out").manifest["data"]["path"] == str(corpus)
+
+
+NOT_UTF_8 = os.fsdecode(b"caf\xe9")
+NONE_FOR_ARROW = pytest.mark.parametrize(
+    "name", [NOT_UTF_8, "run:1", "file:run"], ids=["not UTF-8", "a colon", "a scheme"]
+)  # it takes a name with a colon for an address, and one of another encoding for none
+
+
+@NONE_FOR_ARROW
+def test_a_parquet_corpus_of_any_name(tiny, tmp_path, call, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir(name)
+    with open(Path(name, "corpus.parquet"), "wb") as file:
+        pd.DataFrame([{"text": r["text"]} for r in RECORDS if "text" in r]).to_parquet(file)
+    ran = call(*fit(tiny, tmp_path / "out", corpus=Path(name, "corpus.parquet")))
+    assert ran.status == 0, ran.err
+    assert Factors(tmp_path / "out").manifest["data"]["documents"] == len(RECORDS) - 1  # one has no text
+
+
+@pytest.mark.parametrize("name", ["run:1", "file:run"])
+def test_results_in_a_folder_of_any_name(tiny, tmp_path, call, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir(name)
+    ran = call(*trace(tiny, Path(name, "scores")))
+    assert ran.status == 0, ran.err
+    assert_whole(Path(name, "scores"), call)
+
+
+@pytest.mark.parametrize("command", [fit, trace])
+def test_a_folder_to_write_to_whose_name_is_not_utf_8_is_refused_first(command, tiny, tmp_path, call):
+    ran = call(*command(tiny, tmp_path / NOT_UTF_8))
+    assert (ran.status, (tmp_path / NOT_UTF_8).exists()) == (2, False)
+    assert "error: the folder's name is not UTF-8" in ran.err
+    assert ran.err.rstrip().endswith("'; choose another")
+
+
+def test_results_that_were_moved_into_a_folder_of_any_name(tiny, tmp_path, call):
+    assert call(*trace(tiny, tmp_path / "scores")).status == 0
+    (tmp_path / NOT_UTF_8).mkdir()
+    assert_whole((tmp_path / "scores").rename(tmp_path / NOT_UTF_8 / "scores"), call)
+
+
+def assert_whole(scores: Path, call) -> None:
+    assert call("report", scores).status == 0
+    found = Scores(scores)
+    assert found.top("people")["rank"].tolist() == [1, 2]
+    assert len(found.frame()) == found.manifest["n_train"]
+    assert len(found.documents()) == len(RECORDS)
 
 
 def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """The happy path through the command line: fit, trace, report, run; files, columns and numbers as docs/formats.md promises."""
 
 import json
+import re
 import shutil
 import sys
 import webbrowser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,9 +19,11 @@ from cli_cases import QUERIES, RECORDS, Tiny, upriver
 from text_cases import write_jsonl
 from upriver import cli
 
+FORMATS = Path(__file__).parent.parent / "docs" / "formats.md"
 SEQ_LEN, TOP = 16, 4
 ASKED = [*QUERIES, {"id": "own", "prompt": "the state of the"}]  # the last one is for --complete
 IDS = [query["id"] for query in ASKED]
+SHARE = "layers: tracked 9,216 of 26,848 parameters (34.3%); not: "  # 6 of 32 x 48; besides 8 of 32 x 32, 290 + 5 of 32
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +85,23 @@ def sides(top):
 # ------------------------------------------------------------------------------------------------------- what is printed
 
 
+def said(ran, start: str) -> list[str]:
+    return [line for line in ran.err.splitlines() if line.startswith(start)]
+
+
 def test_each_verb_names_the_next(tiny, scores, tmp_path, call, monkeypatch):
     fitted = call(*fit(tiny, tmp_path / "factors"))
     assert (fitted.status, fitted.out) == (0, "")
     assert (
         f"next: upriver trace {tiny.model} {tiny.corpus} QUERIES --factors {tmp_path / 'factors'}" in fitted.last_line
     )
-    assert "tracked 9,216 of 26,848 parameters (34.3%)" in fitted.err
-    assert "convergence: " in fitted.err
+    assert SHARE in fitted.err
+    again = call(*fit(tiny, tmp_path / "factors"))
+    for start in ("layers: ", "convergence: "):
+        assert said(again, start) == said(fitted, start) != []
     traced = call(*trace(tiny, tmp_path / "scores", factors=tmp_path / "factors"))
     assert traced.last_line == f"next: upriver report {tmp_path / 'scores'} --open"
+    assert SHARE in traced.err
     assert "Positive means" in traced.out
     for query in ASKED:
         assert query["prompt"] in traced.out
@@ -103,8 +114,10 @@ def test_each_verb_names_the_next(tiny, scores, tmp_path, call, monkeypatch):
 
 def test_the_same_command_again_uses_what_is_there(tiny, scores, call):
     before = {p: p.stat().st_mtime_ns for p in scores.rglob("*") if p.is_file() and p.name != ".lock"}
-    assert "used as it is" in call(*fit(tiny, tiny.factors)).err
-    assert "used as it is" in call(*trace(tiny, scores, "--layer-scores")).err
+    for args in (fit(tiny, tiny.factors), trace(tiny, scores, "--layer-scores")):
+        again = call(*args)
+        assert "used as it is" in again.err
+        assert SHARE in again.err
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -203,11 +216,13 @@ def test_layer_scores_sum_to_the_scores(scores, table, manifest):
     np.testing.assert_allclose(layers_NQL.sum(2), table[IDS], rtol=1e-4, atol=1e-3)
 
 
+def test_the_docs_name_the_columns_of_the_top(top):
+    part = FORMATS.read_text().split("`top.parquet`:")[1].split("`layers.npy`")[0]
+    cells = re.findall(r"^\| (`.*?) \|", part, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(cells))) == sorted(top.columns)
+
+
 def test_top_rows(top, table, manifest):
-    assert list(top.columns) == [
-        "query", "side", "rank", "sequence", "document", "start", "end", "score", "score_nats", "scan_score", "rescored",
-        "spurious", "layers", "tokens", "token_scores", "text", "tfidf_rank", "tfidf_score", "overlap", "metadata",
-    ]  # fmt: skip
     for frame in sides(top):
         sign = 1 if frame["side"].iloc[0] == "positive" else -1
         assert frame["rank"].tolist() == list(range(1, len(frame) + 1))
@@ -283,7 +298,7 @@ def test_manifest_says_how_it_was_made(tiny, scores, manifest):
 # ------------------------------------------------------------------------------------------------------- variants
 
 
-@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diagonal", "identity"])
+@pytest.mark.parametrize("curvature", ["diagonal", "identity"])
 def test_full_rank_is_what_a_rank_of_the_whole_width_gives(tiny, scores, tmp_path, call, curvature):
     tables = []
     for rank in ("full", 32):
@@ -298,13 +313,6 @@ def test_full_rank_is_what_a_rank_of_the_whole_width_gives(tiny, scores, tmp_pat
     np.testing.assert_allclose(tables[0], tables[1], atol=1e-4 * np.abs(tables[0]).max())
 
 
-def test_large_damping_gives_the_gradient_dot_product(tiny, scores, tmp_path, call):
-    call(*trace(tiny, tmp_path / "plain", "--curvature", "identity", "--rank", "full"))
-    call(*trace(tiny, tmp_path / "damped", "--damping", "1e8", "--rank", "full"))
-    plain, damped = (pd.read_parquet(tmp_path / n / "scores.parquet")[IDS].to_numpy() for n in ("plain", "damped"))
-    np.testing.assert_allclose(damped * 1e8, plain, rtol=1e-3, atol=1e-3 * np.abs(plain).max())
-
-
 def test_candidates_are_scored_as_in_the_whole(tiny, scores, table, tmp_path, call):
     ran = call(*trace(tiny, tmp_path / "out", "--candidates", 2))
     assert ran.status == 0, ran.err
@@ -314,6 +322,8 @@ def test_candidates_are_scored_as_in_the_whole(tiny, scores, table, tmp_path, ca
     assert told["candidates"]["kept"] == told["scored_sequences"] == len(some) < len(table) == told["n_train"]
     same = table[table["sequence"].isin(some["sequence"])]
     np.testing.assert_allclose(some[IDS], same[IDS], rtol=1e-4, atol=1e-3)
+    top = pd.read_parquet(tmp_path / "out" / "top.parquet")  # nats are a share of all that the model was trained on
+    np.testing.assert_allclose(top["score_nats"], top["score"] / told["n_train"], rtol=1e-6)
 
 
 def test_bfloat16_fit_and_trace(tiny, scores, table, tmp_path, call):

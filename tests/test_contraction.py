@@ -7,26 +7,27 @@ import pytest
 import torch
 
 import reference
-from cases import CASES, case, gradients, measured
+from cases import CASES, case, close, gradients, measured
 from upriver.influence.score import Score, route
 from upriver.influence.stages import evenly
 from upriver.model.layers import Layer
 from upriver.model.sweep import sweep, tracked_layers
-from upriver.runtime.counts import WAITING_BYTES, contraction, orders
+from upriver.runtime.counts import contraction, orders
 from upriver.tensors import LowRank
 
 
 class Contractions(Score):
-    """Consumer: the scores of one order, float64 ``[N, Q]`` by corpus row; two batches wait, rows come one by one."""
+    """Consumer: also the scores of one order in float64 ``[N, Q]`` by corpus row; two batches wait, rows come one by one."""
 
     def __init__(self, order, solved: dict[str, LowRank | torch.Tensor], N: int, Q: int):
         like = torch.empty(0, dtype=torch.float64)
         super().__init__(
-            {n: route(order, lambda v=v: v, Q, like) for n, v in solved.items()}, Q, False, hold=2, rebuild_bytes=1
+            {n: route(order, lambda v=v: v, Q, like) for n, v in solved.items()}, Q, True, hold=2, rebuild_bytes=1
         )
         self.exact_NQ = torch.zeros(N, Q, dtype=torch.float64)
 
     def _add(self, batch, name, products_NQ) -> None:
+        super()._add(batch, name, products_NQ)
         self.exact_NQ[torch.from_numpy(self.rows[batch])] -= products_NQ
 
 
@@ -46,9 +47,17 @@ def test_every_order_gives_the_scores_of_the_oracle(name, order, batch_tokens):
         dense = {n: low.dense() for n, low in held.items()}
     consumer = Contractions(order, held, len(c.data), 3)
     sweep(c.model, tracked_layers(c.model, c.data, c.spec), c.data, c.data.plan(batch_tokens), consumer)
-    wanted = [[reference.score({n: v[q] for n, v in dense.items()}, G) for q in range(3)] for G in gradients(name)]
-    consumer.tensors()
-    torch.testing.assert_close(consumer.exact_NQ, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-11)
+
+    def wanted(names) -> torch.Tensor:
+        each = [[reference.score({n: dense[n][q] for n in names}, G) for q in range(3)] for G in gradients(name)]
+        return torch.tensor(each, dtype=torch.float64)
+
+    found = consumer.tensors()
+    torch.testing.assert_close(consumer.exact_NQ, wanted(c.names), rtol=1e-9, atol=1e-11)
+    place = torch.argsort(found["rows"])
+    close(found["scores"][place], wanted(c.names), 1e-6)  # kept in float32
+    for i, n in enumerate(c.names):
+        close(found["layers"][place][..., i], wanted([n]), 1e-6)
 
 
 def test_costs_are_the_multiplications_written_out():
@@ -95,11 +104,8 @@ def test_bytes_that_stay_through_a_scan():
 
 def test_waiting_batches_take_three_quarters_of_a_gigabyte_or_as_queries_ask():
     layers = [Layer(n, (), 1024, 1024, False, 0, n) for n in "abcdefgh"]
-    batch, query = 8 * 4 * 2048 * 2048, 8 * 4 * 32 * 2048
     holds = [contraction(layers, M=2048, N=8, Q=Q, R=32, room=1 << 32).hold for Q in (200, 400, 800)]
-    assert (
-        holds == [WAITING_BYTES // batch, int(1.5 * 400 * query / batch), int(1.5 * 800 * query / batch)] == [6, 9, 18]
-    )
+    assert holds == [6, 9, 18]  # a batch is 128 MiB, and 64 queries are as much: of them half as much again waits
 
 
 def test_rebuilt_queries_are_read_for_each_wait_and_not_held():

@@ -14,6 +14,7 @@ Axes: N sequences, T tokens, Q queries, O outputs and I inputs of a layer, K out
 """
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ import cases
 import reference
 import upriver as up
 from cases import case, close
-from hook_cases import fit_and_trace, in_processes
+from hook_cases import ROUNDS, fit_and_trace, in_processes
 from upriver.curvature.blocks import Moments
 from upriver.curvature.fit import Correction
 from upriver.influence.gradients import Solver
@@ -176,9 +177,13 @@ def test_invariant_3_trace_is_the_mean_squared_norm_in_any_orthogonal_bases(name
     consumer = Correction(torch.float64, bases)
     sweep(c.model, layers, c.data, c.data.plan(30), consumer, Labels(0, 2))
     sums = consumer.result()
+    half_N = torch.from_numpy((c.data.keys_N & np.uint64(1)).astype(np.int64))  # which of the two that are compared
+    assert torch.equal(sums["sequences"], torch.bincount(half_N, minlength=2))
+    assert sums["sequences"].min() > 0
     for x in layers:
-        expected = torch.stack([G[x.name].square().sum() for G in cases.truth(name).grads]).mean()
-        close(sums[f"lam:{x.name}"].sum() / len(c.data), expected)
+        squares_N = torch.stack([G[x.name].square().sum() for G in cases.truth(name).grads])
+        close(sums[f"lam:{x.name}"].sum((1, 2)), torch.zeros(2).double().index_add(0, half_N, squares_N))
+        expected = squares_N.mean()
         close(factors.block(x.name).lam_OI.sum(), expected)
         close(factors.block(x.name, "diagonal").lam_OI.sum(), expected)
 
@@ -200,8 +205,10 @@ def test_invariant_3_ekfac_is_never_further_from_the_block_than_kfac(name, fitte
 # 4
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("kind", ["ekfac", "kfac", "diagonal"])
+OTHERS = [(name, kind) for kind in ("kfac", "diagonal") for name in ("gpt2", "classifier")]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((name, "ekfac") for name in EVERY), *OTHERS])
 def test_invariant_4_large_damping_gives_the_gradient_dot_product(name, kind, fitted, tmp_path):
     expected_NQ, factors = dot_products(name), fitted(name)
     largest = max(float(factors.block(x, kind).lam_OI.max()) for x in case(name).names)
@@ -250,8 +257,8 @@ def test_invariant_6_padding_changes_nothing(name, tmp_path):
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """What counts of a folder of results: tables, eigenvectors, eigenvalues."""
-    kinds = ("*.safetensors", "*.parquet")
+    """What counts of a folder of results: tables, eigenvectors, eigenvalues, scores by layer."""
+    kinds = ("*.safetensors", "*.parquet", "*.npy")
     return {str(p.relative_to(folder)): p for kind in kinds for p in folder.rglob(kind)}
 
 
@@ -263,6 +270,8 @@ def assert_equal_bits(found: Path, expected: Path) -> None:
     for name, path in theirs.items():
         if path.suffix == ".parquet":
             pd.testing.assert_frame_equal(pd.read_parquet(ours[name]), pd.read_parquet(path), check_exact=True)
+        elif path.suffix == ".npy":
+            np.testing.assert_array_equal(np.load(ours[name]), np.load(path))
         else:
             one, other = load_file(ours[name]), load_file(path)
             assert one.keys() == other.keys(), name
@@ -292,8 +301,8 @@ def stopped(consumer: str, after: int, out: Path, monkeypatch) -> None:
 
 
 CONSUMERS = {
-    "upriver.curvature.passes.Covariance": 50,
-    "upriver.curvature.passes.Correction": 50,
+    "upriver.curvature.consumers.Covariance": 50,
+    "upriver.curvature.consumers.Correction": 50,
     "upriver.influence.gradients.TokenGradients": 7,
     "upriver.influence.score.Score": 50,
     "upriver.influence.tokens.TokenScores": 30,
@@ -319,15 +328,22 @@ def test_invariant_6_resume_point_changes_no_bit(consumer, uninterrupted, tmp_pa
 def test_invariant_6_number_of_processes_changes_no_bit(uninterrupted, tmp_path, monkeypatch):
     fresh, begun = tmp_path / "fresh", tmp_path / "begun"
     begun.mkdir()
-    stopped("upriver.curvature.passes.Correction", 50, begun, monkeypatch)  # one process begins, two go on
-    in_processes(2, fit_and_trace_twice, tmp_path)
+    stopped("upriver.curvature.consumers.Correction", 50, begun, monkeypatch)  # one process begins, two go on
+    in_processes(2, fit_and_trace_in_every_way, tmp_path)
     assert_equal_bits(fresh, uninterrupted)
     assert_equal_bits(begun, uninterrupted)
+    fit_and_trace(0, tmp_path / "alone", *ROUNDS)
+    assert_equal_bits(tmp_path / "rounds", tmp_path / "alone")
+    assert {"factors/diagonal/lam.safetensors", "scores/layers.npy"} <= files(tmp_path / "rounds").keys()
+    several, one = (tmp_path / name / "factors" / "manifest.json" for name in ("rounds", "alone"))
+    assert json.loads(several.read_text())["fit"] == json.loads(one.read_text())["fit"]
 
 
-def fit_and_trace_twice(rank: int, folder: Path) -> None:
+def fit_and_trace_in_every_way(rank: int, folder: Path) -> None:
+    """From the start, from where another run was stopped, and in rounds with sums that are kept on the disk."""
     fit_and_trace(rank, folder / "fresh")
     fit_and_trace(rank, folder / "begun")
+    fit_and_trace(rank, folder / "rounds", *ROUNDS)
 
 
 # 7
@@ -337,7 +353,7 @@ def fit_and_trace_twice(rank: int, folder: Path) -> None:
 def test_invariant_7_rank_of_the_smaller_side_is_full_rank(name, fitted, tmp_path):
     factors = fitted(name)
     full_NQ = traced(name, tmp_path / "full", None, factors)
-    smaller = max(min(x.shape) for x in factors.layers)
+    smaller = max(min(x.O, x.I) for x in factors.layers)
     for rank in (smaller, 100):
         close(traced(name, tmp_path / str(rank), None, factors, rank=rank), full_NQ, 10 * FLOAT32)
     assert distance(traced(name, tmp_path / "one", None, factors, rank=1), full_NQ) > 1e-3, "rank one is not full"

@@ -220,6 +220,41 @@ def test_what_passes_find_out_is_not():
     assert c.model.fingerprint == before, "a class that changes nothing"
 
 
+class Noting(nn.Module):
+    """Counts its calls, and keeps what it made for a length."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.calls = net(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.seq_len_cached = len(x)
+        return self.layers(x)
+
+
+class Caching(up.Regression):
+    def outputs(self, module, batch):
+        self._mask = torch.ones(len(batch.inputs["x"]))
+        return super().outputs(module, batch)
+
+
+def examples() -> up.Examples:
+    generator = torch.Generator().manual_seed(0)
+    return up.Examples({"x": torch.randn(8, 3, generator=generator), "y": torch.randn(8, generator=generator)})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_a_module_and_a_task_note_on_the_way_is_not_theirs_afterwards(dtype, tmp_path):
+    """Else the trace would refuse the factors of the fit before it, as those of another model."""
+    module, task, data = Noting(), Caching(), examples()
+    model = up.Model(module, task=task)
+    before = vars(module).copy(), vars(task).copy(), model.fingerprint
+    factors = up.fit(model, data, tmp_path / "factors", layers="*", dtype=dtype)
+    up.trace(model, data, up.Measurements(data), factors, tmp_path / "scores", top=2)
+    assert (vars(module), vars(task), model.fingerprint) == before
+
+
 def test_a_task_that_holds_itself_has_a_fingerprint():
     task = up.Regression()
     task.itself = [task]
@@ -289,6 +324,18 @@ def test_a_configuration_of_another_kind_counts():
         module.config = Plain(width)
         found.append(up.Model(module, task=up.Regression()).fingerprint)
     assert found[0] == found[1] != found[2]
+
+
+def test_a_configuration_that_answers_no_question_is_no_hindrance(tmp_path):
+    """Of the names that those of transformers have it may use one for another thing."""
+    module, data = net(), examples()
+    module.config = Plain(4)
+    module.config.rope_scaling = 8.0
+    model = up.Model(module, task=up.Regression())
+    assert (model.positions, model.rotary_limit, model.longest) == (None, None, None)
+    factors = up.fit(model, data, tmp_path / "factors", layers="*", say=lambda line: None)
+    result = up.trace(model, data, up.Measurements(data), factors, tmp_path / "scores", top=2)
+    assert np.isfinite(result.frame()["q0"]).all()
 
 
 # ------------------------------------------------------------------------------------------------- as it is now

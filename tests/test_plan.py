@@ -20,32 +20,26 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cases import case
 from upriver.curvature.fit import fit
 from upriver.errors import ConfigError, ModelError
+from upriver.influence.stages import divide
 from upriver.model import calibrate
 from upriver.model.calibrate import Blank, plan_here, plan_model
 from upriver.model.capture import capture
 from upriver.model.layers import find_layers, probe
 from upriver.model.load import Model
+from upriver.model.memory import memory_budget
 from upriver.model.shape import config_only, config_shape, model_shape, module_shape
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import counts
+from upriver.runtime.config import TraceOptions
 from upriver.runtime.counts import Block, LayerSize, Shape
-from upriver.runtime.hardware import (
-    Machine,
-    Rates,
-    available_memory,
-    hardware,
-    parse_memory,
-    peak_memory,
-    resident_memory,
-    show_bytes,
-    start_seconds,
-)
+from upriver.runtime.hardware import Machine, Rates, hardware
 from upriver.runtime.passes import Request, request_for
-from upriver.runtime.plan import describe, parse_sizes, plan_run, show_flop
+from upriver.runtime.plan import describe, parse_sizes, plan_run
+from upriver.runtime.process import available_memory, peak_memory, resident_memory, start_seconds
 from upriver.runtime.split import (
     LAYER_SCORES_BYTES,
     Asked,
-    Job,
+    Budget,
     batch_size,
     correction_size,
     covariance_size,
@@ -53,6 +47,7 @@ from upriver.runtime.split import (
     split_fit,
     split_trace,
 )
+from upriver.runtime.units import parse_memory, show_bytes, show_flop
 from upriver.tensors import add_second_moment, rotated_gradients
 
 N, T = 3, 16
@@ -216,7 +211,7 @@ def shapes(draw) -> Shape:
 
 
 jobs = st.builds(
-    Job,
+    Budget,
     limit=st.integers(10**7, 2 * 10**10),
     fixed=st.integers(0, 10**9),
     batch_tokens=st.integers(1, 5000),
@@ -228,7 +223,7 @@ jobs = st.builds(
 )
 
 
-def kept(work, job: Job) -> tuple[Any, Job]:
+def kept(work, job: Budget) -> tuple[Any, Budget]:
     """What ``work`` finds within the limit; or, where it refuses, within the least that its error says would do."""
     try:
         return work(job), job
@@ -414,7 +409,7 @@ def test_a_model_too_large_for_one_device_is_spread():
 
 def test_a_second_piece_of_work_does_not_count_the_first_as_its_start(tmp_path, monkeypatch):
     """`upriver run` fits and traces in one process."""
-    monkeypatch.setattr("upriver.runtime.hardware._ended", 0.0)
+    monkeypatch.setattr("upriver.runtime.process._ended", 0.0)
     c, before = case("neox"), start_seconds()
     fit(c.model, c.data, tmp_path, layers=c.spec, dtype="float64")
     assert 0 <= start_seconds() < before
@@ -433,6 +428,22 @@ def test_this_machine_is_measured_with_the_model(name):
     assert [p.seconds for p in again.passes] == [p.seconds for p in plan.passes]
     with pytest.raises(ConfigError, match="least that would do"):
         plan_here(c.model, layers, c.data, request_for(c.data.lengths_N, dtype="float64", memory=10**6))
+
+
+def test_a_run_is_planned_as_it_has_divided_its_work():
+    """Nothing is counted once more that is in the division already, as the places of the sequences."""
+    c = case("neox")
+    layers, given = tracked_layers(c.model, c.data, c.spec), {"batch_tokens": 30, "dtype": "float64"}
+    budget = memory_budget(c.model, c.data, 30, "3GB")
+    split = split_fit(model_shape(c.model, layers, c.data), budget)
+    plan = plan_here(c.model, layers, c.data, request_for(c.data.lengths_N, **given), split)
+    assert (plan.fit, plan.limit, plan.trace) == (split, 3 * 10**9, None)
+    assert {p.name: p.peak for p in plan.passes} == split.peak
+    traced = divide(c.model, layers, c.data, c.queries, TraceOptions(batch_tokens=30, memory="3GB"), "float64")
+    request = request_for(c.data.lengths_N, fit=False, queries=3, scan_dtype="float64", **given)
+    plan = plan_here(c.model, layers, c.data, request, traced)
+    assert (plan.fit, plan.trace) == (None, traced)
+    assert {p.name: p.peak for p in plan.passes} == traced.peak
 
 
 @pytest.mark.parametrize(("product", "model", "advised"), [(3.0, 3.0, True), (3.0, 1.0, False), (1.0, 3.0, False)])

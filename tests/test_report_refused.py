@@ -130,6 +130,22 @@ def test_a_report_replaces_an_earlier_one(scores: Path, tmp_path: Path, gone: st
     assert sorted(before) == NAMES
 
 
+def test_a_page_of_an_earlier_version_is_replaced_and_one_that_begins_like_it_is_not(
+    scores: Path, tmp_path: Path
+) -> None:
+    """Pages did not always name what made them: then the first line that is ours is the policy for the script."""
+    page = write_report(scores, tmp_path / "out")
+    now = page.read_bytes()
+    ours, policy = b'<meta name="generator" content="Upriver">\n', now.index(b"<meta http-equiv")
+    page.write_bytes(now.replace(ours, b"", 1))
+    assert page.read_bytes() != now
+    write_report(scores, tmp_path / "out")
+    assert page.read_bytes() == now
+    page.write_bytes(now[:policy].replace(ours, b"") + b"<title>mine</title>\n")
+    with pytest.raises(ConfigError, match=r"report\.html; choose another place"):
+        write_report(scores, tmp_path / "out")
+
+
 def test_a_report_replaces_that_of_another_trace_with_odd_ids(scores: Path, tmp_path: Path) -> None:
     queries = json.loads((scores / "queries.json").read_text(encoding="utf-8"))
     queries[0]["id"] = 'a "quoted\\" id 🎉'

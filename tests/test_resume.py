@@ -22,7 +22,8 @@ from upriver.influence import stages
 from upriver.model import sweep
 from upriver.model.load import Model
 from upriver.pipeline import trace
-from upriver.runtime import store, sums
+from upriver.runtime import dist, store, sums
+from upriver.runtime.config import CONVENTIONS, FitOptions, TraceOptions
 from upriver.runtime.store import Stage, locked
 from upriver.runtime.sums import accumulate
 
@@ -184,6 +185,23 @@ def test_a_changed_input_is_refused_with_the_first_difference(name: str, alone, 
     assert replaced != alone
 
 
+@pytest.mark.parametrize("kind", [FitOptions, TraceOptions])
+def test_every_option_but_the_memory_is_in_the_key(kind):
+    """Whatever is added: a result that depends on it would otherwise be handed out for another value."""
+    assert kind().key().keys() == kind.model_fields.keys() - {"memory"}
+
+
+def test_factors_of_other_conventions_are_refused(tmp_path, monkeypatch):
+    model, corpus = tiny_model(), tiny_corpus()
+    factors = fit(model, corpus, tmp_path / "factors", **GIVEN)
+    monkeypatch.setitem(CONVENTIONS, "loss", "a mean over tokens")
+    with pytest.raises(MismatchError, match=r"another conventions\.loss: got 'a mean over tokens' now, 'sum of"):
+        fit(model, corpus, tmp_path / "factors", **GIVEN)
+    with pytest.raises(MismatchError, match=r"fitted with another conventions: got .*'a mean over tokens'"):
+        trace(model, corpus, tiny_queries(), factors, tmp_path / "scores", **GIVEN)
+    assert not (tmp_path / "scores").exists()
+
+
 def test_unfinished_work_of_other_inputs_is_not_taken_over(tmp_path, monkeypatch):
     killed(monkeypatch, 5, lambda: run(tmp_path))
     with pytest.raises(MismatchError, match=r"another options\.seed: got 1 now, 0 then"):
@@ -197,8 +215,8 @@ def test_a_finished_folder_is_used_as_it_is_and_says_so(alone, tmp_path):
     factors = fit(tiny_model(), tiny_corpus(), tmp_path / "factors", say=said.append, **GIVEN)
     options = {"rank": 4, "top": 3, **GIVEN}
     trace(tiny_model(), tiny_corpus(), tiny_queries(), factors, tmp_path / "scores", say=said.append, **options)
-    assert [line.split(": ")[0] for line in said] == ["factors", "layers", "scores"]
-    assert all(line.endswith("is complete and was made from the same inputs; used as it is") for line in said[::2])
+    assert [line.split(": ")[0] for line in said] == ["factors", "layers", "convergence", "scores", "layers"]
+    assert all(line.endswith("is complete and was made from the same inputs; used as it is") for line in said[::3])
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.name != ".lock"}
 
 
@@ -275,8 +293,11 @@ def test_diagonal_is_measured_once_and_goes_on(tmp_path, monkeypatch):
     assert Factors(tmp_path / "killed").block("model.layers.0.mlp.up_proj", "diagonal").lam_OI.min() >= 0
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before the rename", "after the rename"])
-@pytest.mark.parametrize("share", [0.0, 1e9], ids=["sums written at the ends", "sums written after each unit"])
+@pytest.mark.parametrize(
+    ("share", "after"),
+    [(0.0, False), (1e9, True)],
+    ids=["sums written at the ends, before the rename", "sums written after each unit, after the rename"],
+)
 def test_sums_held_in_memory_have_the_same_bits(share: float, after: bool, alone, tmp_path, monkeypatch):
     """As on an accelerator, in one process that goes through, and in others that die after more and more commits."""
     monkeypatch.setattr("upriver.curvature.fit._in_memory", lambda work, group: True)
@@ -308,10 +329,10 @@ def test_what_is_held_goes_on_from_the_newest_sum(share: float, tmp_path, monkey
         return {"x": values[unit].clone()} | ({"late": torch.ones(1)} if unit > 1 else {})
 
     with pytest.raises(Died):
-        accumulate(stage, list(range(6)), 6, compute, lambda: None, hold=True)
+        accumulate(stage, list(range(6)), 6, compute, hold=True)
     kept = 4 if share else 1
     assert [p.name for p in tmp_path.glob("sum-*")] == [f"sum-{kept:06d}.safetensors"]
-    total = store.read_tensors(accumulate(stage, list(range(6)), 6, compute, lambda: None, hold=True))
+    total = store.read_tensors(accumulate(stage, list(range(6)), 6, compute, hold=True))
     assert computed == [0, 1, 2, 3, 4, *range(kept, 6)]
     assert total["late"] == 4
     assert [p.name for p in tmp_path.glob("sum-*")] == ["sum-000006.safetensors"]
@@ -324,7 +345,7 @@ def test_what_is_held_goes_on_from_the_newest_sum(share: float, tmp_path, monkey
 @pytest.mark.parametrize("n_units", [1, 2, 5, 8])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("died", [0, 1, 2])
-def test_ranks_that_stop_anywhere_add_up_to_the_same_sum(died: int, ranks: int, n_units: int, tmp_path):
+def test_ranks_that_stop_anywhere_add_up_to_the_same_sum(died: int, ranks: int, n_units: int, tmp_path, monkeypatch):
     """Some ranks commit their units and die; then any number of ranks goes on, here in one process, as if side by side."""
     values = torch.randn(n_units, 4, generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(4)
@@ -350,9 +371,9 @@ def test_ranks_that_stop_anywhere_add_up_to_the_same_sum(died: int, ranks: int, 
         return compute(unit)
 
     barriers = iter([[], arrivals, []])  # at the second one the others are done
-    path = accumulate(
-        stage, shares[0], n_units, meanwhile, lambda: [stage.commit(u, compute(u)) for u in next(barriers)] and None
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "barrier", lambda: [stage.commit(u, compute(u)) for u in next(barriers)])
+        path = accumulate(stage, shares[0], n_units, meanwhile)
     total = store.read_tensors(path)
     assert torch.equal(total["x"], expected)
     assert float(total.get("late", torch.zeros(1))) == max(0, n_units - 2)
@@ -360,7 +381,7 @@ def test_ranks_that_stop_anywhere_add_up_to_the_same_sum(died: int, ranks: int, 
     assert len(shares[0]) == n_units or not list(stage.path.glob("unit-*"))
     assert ranks == 1 or most <= ranks + len(range(n_units)[died::3])
     for share in shares[1:]:
-        again = accumulate(stage, share, n_units, compute, lambda: None)
+        again = accumulate(stage, share, n_units, compute)
         assert torch.equal(store.read_tensors(again)["x"], total["x"])
     assert len(computed) == n_units
 
@@ -368,4 +389,4 @@ def test_ranks_that_stop_anywhere_add_up_to_the_same_sum(died: int, ranks: int, 
 def test_a_part_that_is_missing_is_told(tmp_path):
     stage = Stage.open(tmp_path, "sum", {})
     with pytest.raises(StorageError, match="missing"):
-        accumulate(stage, [0, 2], 4, lambda unit: {"x": torch.ones(1)}, lambda: None)
+        accumulate(stage, [0, 2], 4, lambda unit: {"x": torch.ones(1)})

@@ -13,7 +13,7 @@ import torch
 from text_cases import byte_tokenizer, write_jsonl
 from upriver.errors import NumericalError
 from upriver.influence import results, scanned
-from upriver.influence.scanned import Pass, Scanned, Table, extremes, gather, random_rows, scores_of
+from upriver.influence.scanned import Scan, Scanned, Table, extremes, gather, random_rows, scores_of
 from upriver.runtime.store import Stage
 from upriver.text.batch import Examples
 from upriver.text.corpus import Corpus
@@ -32,7 +32,7 @@ def on_disk(folder, rows_N, scores_NQ, layers_NQL=None) -> Scanned:
     stage = Stage.open(folder, "scan", {})
     part = {"rows": torch.from_numpy(rows_N), "scores": torch.from_numpy(scores_NQ)}
     stage.commit(0, part if layers_NQL is None else part | {"layers": torch.from_numpy(layers_NQL)})
-    whole = Pass(stage, 1, slice(0, scores_NQ.shape[1]))
+    whole = Scan(stage, 1, slice(0, scores_NQ.shape[1]))
     return gather([whole], rows_N, None if layers_NQL is None else layers_NQL.shape[2])
 
 
@@ -70,7 +70,7 @@ def test_units_of_several_passes_are_put_in_the_order_of_the_corpus(tmp_path):
         for unit, at in enumerate(units):
             part = {"rows": rows_N[at], "scores": scores_NQ[at][:, queries], "layers": layers_NQL[at][:, queries]}
             stage.commit(unit, {name: torch.from_numpy(value) for name, value in part.items()})
-        passes.append(Pass(stage, len(units), queries))
+        passes.append(Scan(stage, len(units), queries))
     found = gather(passes, rows_N, L)
     assert found.layers_NQL is not None
     np.testing.assert_array_equal(found.scores_NQ[:N], scores_NQ)

@@ -17,13 +17,13 @@ from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.errors import ModelError
 from upriver.influence import score as scoring
 from upriver.influence import stages
-from upriver.influence.gradients import Solver, measurements, query_chunks, query_gradients
+from upriver.influence.gradients import Solver, query_chunks
 from upriver.influence.score import Score, dots, route
 from upriver.influence.tokens import output_token_influence, rescore, spurious
 from upriver.model.sweep import sweep, tracked_layers
 from upriver.pipeline import trace
 from upriver.runtime.config import CURVATURES
-from upriver.runtime.counts import Contraction, contraction, orders
+from upriver.runtime.counts import Contraction
 from upriver.runtime.split import split_trace
 from upriver.tensors import LowRank, Scratch
 
@@ -62,14 +62,13 @@ def solver(c, factors) -> Solver:
 
 
 def streamed(c, solutions, order, batch_tokens=30, rebuild_bytes=1):
-    """Scores ``[N, Q]`` and ``[N, Q, L]`` of one pass in one order of contraction."""
+    """Scores ``[N, Q]`` of one pass in one order of contraction."""
     layers, like = tracked_layers(c.model, c.data, c.spec), torch.empty(0, dtype=torch.float64)
     routes = {x.name: route(order, partial(solutions.get, x.name), len(c.queries), like) for x in layers}
-    consumer = Score(routes, len(c.queries), keep_layers=True, hold=3, rebuild_bytes=rebuild_bytes)
+    consumer = Score(routes, len(c.queries), keep_layers=False, hold=3, rebuild_bytes=rebuild_bytes)
     sweep(c.model, layers, c.data, c.data.plan(batch_tokens), consumer)
     found = consumer.tensors()
-    place = torch.argsort(found["rows"])
-    return found["scores"][place], found["layers"][place]
+    return found["scores"][torch.argsort(found["rows"])]
 
 
 def traced(c, factors, out, **given) -> torch.Tensor:
@@ -82,19 +81,6 @@ def traced(c, factors, out, **given) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_scores_from_end_to_end(name, kind, fitted, tmp_path):
     close(traced(case(name), fitted(name, seed=SEED), tmp_path, curvature=kind), scores(name, kind), STORED)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", CASES)
-def test_every_order_of_contraction(name, order, fitted):
-    c = case(name)
-    v = solver(c, fitted(name, seed=SEED)).low_rank(indices(c), 64)
-    low = {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}
-    total_NQ, layers_NQL = streamed(c, low, order)
-    close(total_NQ, scores(name), STORED)
-    for i, n in enumerate(c.names):
-        expected = torch.stack([torch.stack([-(v[n] * G[n]).sum() for v in solved(name)]) for G in gradients(name)])
-        close(layers_NQL[..., i], expected, STORED)
 
 
 @pytest.mark.parametrize("order", ["tokens", "dense"])
@@ -114,7 +100,7 @@ def test_rebuilt_in_parts_of_any_size(rebuild_bytes, fitted):
     c = case("neox")
     v = solver(c, fitted("neox", seed=SEED)).low_rank(indices(c), 64)
     low = {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}
-    close(streamed(c, low, "rebuilt", rebuild_bytes=rebuild_bytes)[0], scores("neox"), STORED)
+    close(streamed(c, low, "rebuilt", rebuild_bytes=rebuild_bytes), scores("neox"), STORED)
 
 
 @pytest.mark.parametrize(("N", "Q"), [(1, 1), (3, 5), (32, 32), (40, 30)])
@@ -145,7 +131,7 @@ def test_truncation_is_that_of_the_weighted_matrix(name, fitted):
     """``Wq = S^1/2 v A^1/2`` truncated and mapped back, with square roots of the dense moments."""
     c = case(name)
     v = solver(c, fitted(name, seed=SEED)).low_rank(indices(c), 2)
-    found, _ = streamed(c, {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}, "tokens")
+    found = streamed(c, {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}, "tokens")
     moments = reference.moments(pairs(name, COVARIANCE_STREAM, SEED))
     cut = [{n: truncated(v_q[n], moments.S[n], moments.A[n], 2) for n in c.names} for v_q in solved(name)]
     expected = torch.stack([torch.stack([reference.score(v_q, G) for v_q in cut]) for G in gradients(name)])
@@ -163,16 +149,6 @@ def square_root(matrix):
     values, vectors = torch.linalg.eigh(matrix)
     root = values.clamp(min=1e-6 * values[-1]).sqrt()
     return vectors * root @ vectors.T, vectors / root @ vectors.T
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_query_gradients_and_measurements(name):
-    c = case(name)
-    found = query_gradients(c.model, c.layers, c.queries, indices(c))
-    for n in c.names:
-        close(found[n], torch.stack([f[n] for f in measured(name)]))
-    values = [c.measurement(q)(c.model.module).detach() for q in indices(c)]
-    close(torch.from_numpy(measurements(c.model, c.queries)), torch.stack(values))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -215,18 +191,6 @@ def test_output_token_influence_needs_a_language_model():
         output_token_influence(c.model, c.layers, c.data.batch(np.array([0])), solved("classifier")[0])
 
 
-def test_the_order_that_is_chosen_costs_least():
-    layers, least = case("llama").layers, {}
-    for M, N, Q, R in ((100, 1, 1, 2), (640, 5, 50, 8), (4096, 4, 300, 32), (7, 2, 1000, 3)):
-        found = contraction(layers, M, N, Q, R).orders
-        for x in layers:
-            costs = orders(x.O, x.I, M, N, Q, R)
-            least[found[x.name]] = True
-            with_memory = costs.dense + 32 * x.O * x.I * (2 * N + Q)  # gradients there and back, queries once
-            assert (found[x.name] == "tokens") == (costs.tokens <= with_memory)
-    assert set(least) == {"tokens", "dense"}, "both were met"
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_trace_gives_the_same_in_every_order(order, fitted, tmp_path, monkeypatch):
     chosen = lambda layers, *a, **k: Contraction(dict.fromkeys((x.name for x in layers), order), 2)  # noqa: E731
@@ -261,6 +225,9 @@ def test_the_top_table_is_the_extremes_of_the_scores(fitted, tmp_path):
 
 
 def test_spurious_is_a_score_that_few_tokens_carry():
+    """The share is ``sqrt(18) / 6 = 0.707`` and ``sqrt(11) / 5 = 0.663`` in the two cases beside the limit of two thirds."""
     assert spurious(np.array([5.0, 0.1, -0.1]))
+    assert spurious(np.array([4.0, -1.0, 1.0]))
+    assert not spurious(np.array([3.0, -1.0, 1.0]))
     assert not spurious(np.array([1.0, -1.0, 1.0, 1.0]))
     assert not spurious(np.zeros(3))

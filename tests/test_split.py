@@ -3,6 +3,7 @@
 import gc
 import weakref
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ from upriver.model.shape import module_shape
 from upriver.model.sweep import tracked_layers
 from upriver.pipeline import trace
 from upriver.runtime.counts import Block, LayerSize, Shape, contraction
-from upriver.runtime.split import SLACK, Asked, FitSplit, Job, scan_size, split_fit, split_trace
+from upriver.runtime.split import SLACK, Asked, Budget, FitSplit, fits, scan_size, split_fit, split_trace
 from upriver.runtime.store import Stage
 
 GIVEN = {"batch_tokens": 40}
@@ -41,6 +42,19 @@ def _small_units(monkeypatch):
     monkeypatch.setattr(sweep, "UNIT_TOKENS", 60)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """``whole(name)``: the factors of a case whose layers went together, made once."""
+
+    @cache
+    def make(name: str) -> dict[str, bytes]:
+        c, out = case(name), tmp_path_factory.mktemp(name)
+        fit(c.model, c.data, out, layers=c.spec, **GIVEN)
+        return factors_of(out)
+
+    return make
+
+
 def in_groups_of(size: int):
     def split(shape, job):
         parts = [list(range(i, min(i + size, len(shape.layers)))) for i in range(0, len(shape.layers), size)]
@@ -51,13 +65,12 @@ def in_groups_of(size: int):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", ["llama", "twice", "gpt2"])
-def test_groups_of_layers_give_the_same_bits(name, size, tmp_path, monkeypatch):
+def test_groups_of_layers_give_the_same_bits(name, size, whole, tmp_path, monkeypatch):
     """Groups of four cut a block in two, so that a layer and the one whose input it shares are in different ones."""
-    c = case(name)
-    fit(c.model, c.data, tmp_path / "whole", layers=c.spec, **GIVEN)
+    c, expected = case(name), whole(name)
     monkeypatch.setattr(fitting, "split_fit", in_groups_of(size))
-    fit(c.model, c.data, tmp_path / "parts", layers=c.spec, **GIVEN)
-    assert factors_of(tmp_path / "parts") == factors_of(tmp_path / "whole")
+    fit(c.model, c.data, tmp_path, layers=c.spec, **GIVEN)
+    assert factors_of(tmp_path) == expected
 
 
 def test_a_fit_in_groups_goes_on_where_it_died(tmp_path, monkeypatch):
@@ -88,13 +101,15 @@ def long_corpus() -> TokenCorpus:
 
 
 def test_until_stops_when_the_halves_agree(tmp_path):
-    model, corpus, said = tiny_model(), long_corpus(), []
+    model, corpus, said, again = tiny_model(), long_corpus(), [], []
     whole = fit(model, corpus, tmp_path / "whole", **GIVEN).manifest["fit"]
     early = fit(model, corpus, tmp_path / "early", until=0.94, say=said.append, **GIVEN).manifest["fit"]
     assert early["tokens"] < whole["tokens"]
     assert early["halves"]["mean"] >= 0.94
     agreements = [line for line in said if line.startswith("convergence")]
     assert len(agreements) > 1, "it stopped at once"
+    fit(model, corpus, tmp_path / "early", until=0.94, say=again.append, **GIVEN)
+    assert [line for line in again if line.startswith("convergence")] == agreements[-1:]
     never = fit(model, corpus, tmp_path / "never", until=1.0, say=said.append, **GIVEN).manifest["fit"]
     assert never["tokens"] == whole["tokens"]
     assert any("was not reached" in line for line in said)
@@ -125,15 +140,19 @@ def test_scores_by_the_same_eigenvalues_agree_and_are_those_of_the_oracle(fitted
         close(pairs_2LP[0, :, p], torch.stack(expected), 1e-5)
 
 
-def test_the_top_is_in_float32_whatever_the_scan_used(tmp_path):
+@pytest.mark.parametrize("fitted", ["float32", "bfloat16"])
+def test_the_top_is_in_float32_whatever_the_scan_used(fitted, tmp_path):
+    """Whatever the factors were fitted in, too; the rank is full here, so a scan in float32 gives the same."""
     model, corpus = tiny_model(), tiny_corpus()
-    factors = fit(model, corpus, tmp_path / "factors", **GIVEN)
+    factors = fit(model, corpus, tmp_path / "factors", dtype=fitted, **GIVEN)
     tables = {}
-    for dtype in (None, "mixed", "bfloat16"):
+    for dtype in ("float32", "mixed", "bfloat16"):
         out = tmp_path / str(dtype)
         trace(model, corpus, tiny_queries(), factors, out, rank=8, top=50, dtype=dtype, **GIVEN)
         tables[dtype] = (pd.read_parquet(out / "top.parquet"), pd.read_parquet(out / "scores.parquet"))
     ids = tiny_queries().ids
+    whole = tables["float32"][0]
+    np.testing.assert_allclose(whole["score"], whole["scan_score"], atol=1e-4 * whole["score"].abs().max())
     exact, *rough = (top.set_index(["query", "sequence"])["score"].sort_index() for top, _ in tables.values())
     scanned, *others = (torch.tensor(scores[ids].to_numpy()) for _, scores in tables.values())
     for top, scores, tolerance in zip(rough, others, (0.005, 0.05), strict=True):
@@ -147,10 +166,10 @@ def test_fewer_sequences_are_compared_where_memory_is_short():
     blocks = tuple(Block(256.0 * 256, 64.0) for _ in layers)
     shape = Shape(layers, blocks, 0.0, 1e5, 0.5, False, 4 * 256 * 256, 50_000.0, 256, 1000)
     limits = range(400_000_000, 235_000_000, -1_000_000)
-    splits = [split_fit(shape, Job(limit, 0, 400, longest=100)) for limit in limits]
+    splits = [split_fit(shape, Budget(limit, 0, 400, longest=100)) for limit in limits]
     found = [split.compared for split in splits]
     with pytest.raises(ConfigError, match="the least that would do"):
-        split_fit(shape, Job(210_000_000, 0, 400, longest=100))
+        split_fit(shape, Budget(210_000_000, 0, 400, longest=100))
     assert all(split.peak["agreement"] <= limit for split, limit in zip(splits, limits, strict=True))
     assert found == sorted(found, reverse=True)
     assert set(found) == {8, 4, 2}
@@ -184,7 +203,7 @@ def test_an_interrupted_run_stays_divided_as_it_began(tmp_path, monkeypatch):
 
 
 def test_a_division_that_no_longer_fits_is_made_anew(tmp_path):
-    big, small = Job(10**9, 10**8, 400, 100), Job(4 * 10**8, 10**8, 400, 100)
+    big, small = Budget(10**9, 10**8, 400, 100), Budget(4 * 10**8, 10**8, 400, 100)
     layers = tuple(LayerSize(f"l{i}", 1024, 1024, f"l{i}", i) for i in range(4))
     shape = Shape(
         layers, tuple(Block(2.0**20, 64.0) for _ in layers), 0.0, 1e4, 0.5, False, 4 << 20, 50_000.0, 1024, 1000
@@ -199,6 +218,20 @@ def test_a_division_that_no_longer_fits_is_made_anew(tmp_path):
     assert len(said) == 1
     (tmp_path / DIVISION).write_text('{"of": "another version"}')
     assert settled_split(tmp_path, FitSplit, lambda: split_fit(shape, big), big, said.append) == first
+
+
+@pytest.mark.parametrize(("dtype", "times"), [("float32", 1), ("bfloat16", 1), ("float64", 2)])
+def test_a_division_fits_the_limit_that_it_was_made_for_and_none_below_what_it_takes(dtype, times):
+    """Sizes are counted as of float32, and those of float64 are twice as large."""
+    layers = tuple(LayerSize(f"l{i}", 1024, 1024, f"l{i}", i) for i in range(4))
+    blocks = tuple(Block(2.0**20, 64.0) for _ in layers)
+    shape = Shape(layers, blocks, 0.0, 1e4, 0.5, False, 4 << 20, 50_000.0, 1024, 1000)
+    for limit in range(600, 1600, 20):  # from about the least that would do
+        budget = Budget(limit * 10**6, 10**8, 4000, 100, dtype)
+        split = split_fit(shape, budget)
+        assert fits(split, budget)
+        sizes = max(split.peak.values()) - budget.fixed - SLACK
+        assert not fits(split, budget._replace(limit=budget.fixed + SLACK + times * sizes))
 
 
 @pytest.mark.parametrize("given", [{"fisher": "empirical"}, {}])
@@ -282,7 +315,7 @@ def test_what_a_scan_holds_stays_within_what_was_counted(monkeypatch):
     shape = Shape(layers, blocks, 0.0, 1e6, 0.5, False, 12 << 20, 40_000.0, 2048, 8192)
     few = set()
     for limit in range(600, 1400, 50):
-        job = Job(limit * 10**6, 0, 2048, 512, sequences=8)
+        job = Budget(limit * 10**6, 0, 2048, 512, sequences=8)
         split = split_trace(shape, Asked(200, 32, 32), job)
         few.add(split.scan_queries)
         assert split.peak["scan"] <= job.limit

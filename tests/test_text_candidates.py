@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from text_cases import LINES, byte_tokenizer, write_jsonl
+from upriver.runtime.best import Best
 from upriver.text import candidates as module
-from upriver.text.candidates import Best, Tfidf, candidates, tfidf_ranks
+from upriver.text.candidates import Tfidf, candidates, tfidf_ranks
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
@@ -27,9 +28,12 @@ def corpus(tmp_path):
     return Corpus.read(path, TOKENIZER, cache=tmp_path)
 
 
-@pytest.fixture(params=[1, 3, 4096], autouse=True)
+@pytest.fixture(params=[1, 3, 4096])
 def _chunks(request, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ROWS", request.param)
+
+
+in_chunks = pytest.mark.usefixtures("_chunks")
 
 
 def tfidf_scores(corpus, queries):
@@ -51,6 +55,7 @@ def written_out(corpus, tokens):
     return scores
 
 
+@in_chunks
 def test_scores_are_those_of_the_formula(corpus):
     queries = Queries.of(QUERIES, TOKENIZER)
     scores = tfidf_scores(corpus, queries)
@@ -65,6 +70,7 @@ def test_queries_that_share_nothing_with_the_corpus(corpus):
     assert (tfidf_scores(corpus, Queries.of(QUERIES[1:2], TOKENIZER)) == 0).all()
 
 
+@in_chunks
 def test_scores_are_those_of_bm25s_bit_for_bit(corpus):
     queries = Queries.of(QUERIES, TOKENIZER)
     held = [np.unique(corpus.token_ids(row)).tolist() for row in range(len(corpus))]
@@ -75,6 +81,7 @@ def test_scores_are_those_of_bm25s_bit_for_bit(corpus):
         np.testing.assert_array_equal(scores, retriever.get_scores_from_ids(queries.token_ids(q).tolist()))
 
 
+@in_chunks
 def test_ranks_count_the_larger_scores(corpus):
     queries = Queries.of(QUERIES, TOKENIZER)
     scores, rng = tfidf_scores(corpus, queries), np.random.default_rng(0)
@@ -121,6 +128,7 @@ def test_the_same_sequences_are_candidates_of_a_permuted_corpus(tmp_path, per_qu
     assert all(chosen == found[0] for chosen in found)
 
 
+@in_chunks
 def test_candidates_are_the_best_of_each_query(corpus):
     queries = Queries.of([QUERIES[0], QUERIES[2]], TOKENIZER)
     scores = tfidf_scores(corpus, queries)

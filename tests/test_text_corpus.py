@@ -1,5 +1,6 @@
 """A corpus: its windows partition the text, its loss lies where it should, and it is tokenised once."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -327,6 +328,16 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="UPRIVER_CACHE"):
         read([{"text": "one"}], tmp_path, cache=tmp_path / "closed")
+
+
+def test_a_cache_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(upriver.text.build.fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        corpus = read([{"text": text} for text in TEXTS], tmp_path)
+    assert [corpus.text(row) for row in range(len(corpus))] == TEXTS
 
 
 def test_a_cache_that_is_a_file(tmp_path):

@@ -70,6 +70,21 @@ def test_links_are_followed(tmp_path, folder):
     assert names(folder) == ["b.txt", "c.txt", "deep/a.txt", "link/one.txt", "link/two/three.txt"]
 
 
+def test_a_link_to_a_folder_that_is_read_anyway_adds_nothing(folder):
+    """As ``latest`` beside folders of months."""
+    (folder / "latest").symlink_to("deep")
+    fill(folder / "deep", "er/c.txt")
+    (folder / "last").symlink_to(folder / "deep" / "er")
+    assert names(folder) == ["b.txt", "deep/a.txt", "deep/er/c.txt"]
+
+
+def test_a_link_to_what_is_hidden_in_the_folder_is_followed(folder):
+    """It is read nowhere else."""
+    fill(folder / ".of-november" / "texts", "c.txt")
+    (folder / "latest").symlink_to(Path(".of-november", "texts"))
+    assert names(folder) == ["b.txt", "deep/a.txt", "latest/c.txt"]
+
+
 def test_links_that_lead_back_add_nothing(tmp_path, folder):
     (folder / "up").symlink_to("..")
     (folder / "deep" / "here").symlink_to(folder)
@@ -81,8 +96,7 @@ def test_folders_that_link_to_each_other(tmp_path, folder):
     (folder / "there").symlink_to(other)
     (other / "back").symlink_to(folder / "deep")
     (folder / "deep" / "there").symlink_to(other)
-    found = ["b.txt", "deep/a.txt", "deep/there/one.txt", "there/back/a.txt", "there/one.txt"]
-    assert names(folder) == found
+    assert names(folder) == ["b.txt", "deep/a.txt", "deep/there/one.txt", "there/one.txt"]
 
 
 @POLICIES
@@ -138,6 +152,14 @@ def test_content_in_the_place_of_a_path(read, error, length):
         read(content)
     assert type(found.value) is error
     assert len(str(found.value)) < 500
+
+
+def test_a_name_that_is_not_utf_8_gives_an_id_that_can_be_written(folder):
+    for name in (b"caf\xe9.jsonl", b"caf\xe8.jsonl"):
+        write_jsonl(folder / os.fsdecode(name), [{"text": "we the people"}])
+    corpus = Corpus.read(folder, byte_tokenizer())
+    ids = [corpus.document_id(n) for n in range(corpus.n_documents)]
+    assert len({name.encode() for name in ids}) == len(ids) == 4
 
 
 @READERS

@@ -18,7 +18,7 @@ from upriver.influence.stages import divide, scan_stage, solve_stage
 from upriver.model.load import Model
 from upriver.model.sweep import tracked_layers
 from upriver.runtime.config import BATCH_TOKENS, TraceOptions, options
-from upriver.runtime.hardware import give_back
+from upriver.runtime.process import give_back
 from upriver.runtime.progress import mute, silent
 from upriver.runtime.store import Stage
 from upriver.text.batch import Examples

@@ -21,9 +21,10 @@ from upriver.curvature.base import Curvature, Damping, Solution
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import UpriverError
 from upriver.influence.gradients import Measurements
+from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
 from upriver.model.losses import Classification, LanguageModel, Regression, Task
-from upriver.pipeline import complete, trace
+from upriver.pipeline import trace
 from upriver.show.report import write_report as report
 from upriver.show.scores import Scores
 from upriver.text.batch import Examples

@@ -17,14 +17,15 @@ from rich.console import Console
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, QueryError, UpriverError
 from upriver.model.calibrate import Blank, plan_model
+from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
 from upriver.model.shape import config_only
-from upriver.pipeline import complete, trace
+from upriver.pipeline import trace
 from upriver.runtime.config import BATCH_TOKENS, FitOptions, Options, RunOptions, TraceOptions, options
-from upriver.runtime.hardware import parse_memory
 from upriver.runtime.passes import Request, request_for
 from upriver.runtime.plan import describe, parse_sizes
 from upriver.runtime.store import write_json
+from upriver.runtime.units import parse_memory
 from upriver.show.bars import bars, running_bar, say
 from upriver.show.report import report_files, write_report
 from upriver.show.terminal import terminal_summary
@@ -93,8 +94,7 @@ def fit_command(
         "layers": layers, "fisher": fisher, "max_tokens": max_tokens, "until": until, "dtype": dtype,
         "batch_tokens": batch_tokens, "memory": memory, "seed": seed,
     }  # fmt: skip
-    options(FitOptions, given)
-    parse_memory(memory)  # a mistake in it is known before a model is loaded
+    options(FitOptions, given)  # a mistake is known before a model is loaded
     loaded = _load_model(model, device)
     read = _read_corpus(corpus, loaded, seq_len, pack, on_bad_record)
     factors = fit(loaded, read, out, overwrite=overwrite, progress=bars, say=say, **given)
@@ -130,7 +130,6 @@ def trace_command(
         "layer_scores": layer_scores, "dtype": dtype, "memory": memory,
     }  # fmt: skip
     options(TraceOptions, given)
-    parse_memory(memory)
     fitted = Factors(factors)
     how = fitted.reading
     _check_queries(queries, complete)
@@ -248,7 +247,6 @@ def demo_command(
 
 def _run(opts: RunOptions, overwrite: bool) -> Path:
     folder = Path(opts.out)
-    parse_memory(opts.memory)
     _check_queries(opts.queries, opts.complete)
     report_files(folder / "report.html")
     model = _load_model(opts.model, opts.device)

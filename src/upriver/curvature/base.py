@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from upriver.errors import ConfigError
+from upriver.runtime.config import parse_damping
 
 Grads = dict[str, Tensor]  # layer name -> q_QOI
 
@@ -25,16 +26,10 @@ class Damping(NamedTuple):
         """
         if isinstance(text, Damping):
             return text
-        relative = str(text).strip().endswith("x")
         try:
-            value = float(str(text).strip().removesuffix("x"))
-        except ValueError:
-            value = -1.0
-        if not 0 <= value < float("inf"):
-            raise ConfigError(
-                f"bad damping: got {text!r}; a number from 0, or a share of the mean eigenvalue such as 0.1x"
-            )
-        return cls(value, relative)
+            return cls(*parse_damping(text))
+        except ValueError as error:
+            raise ConfigError(f"bad damping: got {text!r}; {error}") from error
 
     def of(self, lam: Tensor) -> float:
         return self.value * float(lam.double().mean()) if self.relative else self.value

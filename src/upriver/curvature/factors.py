@@ -7,8 +7,9 @@ FACTORS/correction/lam.safetensors    lam of every layer
 FACTORS/diagonal/lam.safetensors      eigenvalues in the weights' own basis; made when first asked for
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from upriver.errors import ConfigError, InputError, MismatchError, NumericalErro
 from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.runtime.config import CONVENTIONS, CURVATURES, FitOptions
+from upriver.runtime.counts import LayerSize, Sized
 from upriver.runtime.store import Tensors, opened, read_json
 from upriver.tensors import eigh
 from upriver.text.batch import Sequences
@@ -48,7 +50,9 @@ def decomposed(layer: Layer, sums: Path, sequences: int, device: torch.device) -
     return {name: value.to(dtype) for name, value in out.items()} | extra
 
 
-def read_moments(path: Path, layers: list[Any], wanted: list[Any], like: Tensor | None = None) -> dict[str, Moments]:
+def read_moments(
+    path: Path, layers: Sequence[Sized], wanted: Sequence[Sized], like: Tensor | None = None
+) -> dict[str, Moments]:
     """The moments of the layers ``wanted`` among ``layers``; those that share an input share its basis in memory too."""
     unit = {x.name: i for i, x in enumerate(layers)}
     leaders: dict[str, Tensors] = {}
@@ -68,14 +72,10 @@ def _read_unit(path: Path, unit: int, names: tuple[str, ...], like: Tensor | Non
     return found if like is None else {name: value.to(like) for name, value in found.items()}
 
 
-class FactorLayer(NamedTuple):
-    """What the manifest tells of a layer: see :class:`upriver.model.layers.Layer`."""
-
-    name: str
-    shape: tuple[int, int]
-    block: int | None
-    kind: str
-    A_of: str
+def _layer_size(told: dict[str, Any]) -> LayerSize:
+    """A layer, from what the manifest tells of it."""
+    O, I = told["shape"]
+    return LayerSize(told["name"], O, I, told["A_of"], told["block"])
 
 
 class Factors:
@@ -103,7 +103,7 @@ class Factors:
         self.manifest = read_json(self.path / "manifest.json") if done else {}
         if not isinstance(self.manifest, dict) or (self.manifest.get("key") or {}).get("stage") != "fit":
             raise InputError(f"not a folder of factors: got {self.path}; {make}")
-        self.layers = [FactorLayer(**{**x, "shape": tuple(x["shape"])}) for x in self.manifest["layers"]]
+        self.layers = [_layer_size(x) for x in self.manifest["layers"]]
 
     @property
     def options(self) -> FitOptions:
@@ -150,7 +150,8 @@ class Factors:
         """
         match kind:
             case "identity":
-                return Eigenblock.identity(*self._layer(name).shape)
+                layer = self._layer(name)
+                return Eigenblock.identity(layer.O, layer.I)
             case "diagonal":
                 return Eigenblock.diagonal(self._read("diagonal", name))
             case "kfac":
@@ -163,7 +164,7 @@ class Factors:
         """The curvature of all layers, of a kind as in :meth:`block`, each read when it is needed."""
         return BlockCurvature([x.name for x in self.layers], lambda name: self.block(name, kind))
 
-    def _layer(self, name: str) -> FactorLayer:
+    def _layer(self, name: str) -> LayerSize:
         for layer in self.layers:
             if layer.name == name:
                 return layer

@@ -22,21 +22,20 @@ from torch import Tensor
 
 from upriver.curvature.agreement import Agreement, agreement, denominators, probed, probes
 from upriver.curvature.blocks import Moments
+from upriver.curvature.consumers import Correction, Covariance
 from upriver.curvature.factors import Factors, decomposed, read_moments
-from upriver.curvature.passes import Correction, Covariance
-from upriver.model.calibrate import plan_here
+from upriver.model.calibrate import announce
 from upriver.model.kept import Kept
 from upriver.model.layers import Coverage, Layer, coverage
 from upriver.model.load import Model
-from upriver.model.memory import DIVISION, memory_job, settle, settled_split
+from upriver.model.memory import DIVISION, memory_budget, settle, settled_split
 from upriver.model.shape import model_shape
 from upriver.model.sweep import Labels, check_length, check_loss, doubled, split_units, sweep, tokens_of, tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.counts import Shape
-from upriver.runtime.hardware import available_memory, free_space, give_back, work_ended
 from upriver.runtime.passes import request_for
-from upriver.runtime.plan import describe
+from upriver.runtime.process import available_memory, free_space, give_back, work_ended
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.split import FitSplit, covariance_size, keeping, split_fit
 from upriver.runtime.store import Stage, Tensors, locked, opened, read_json, read_tensor, write_stream
@@ -125,6 +124,8 @@ def fit(
             dist.lead(lambda: _tidy(out))  # a kill may have come between the two
             say(f"factors: {out} is complete and was made from the same inputs; used as it is")
             say(f"layers: {Coverage.of(stage.manifest['coverage']).line()}")
+            said = stage.manifest["fit"]
+            say(_convergence(said["halves"], said["tokens"] if opts.until else None))
         else:
             with model.computing_in(opts.dtype) as computing, ExitStack() as files:
                 work = _work(out, computing, data, opts, progress, say)
@@ -138,9 +139,9 @@ def fit(
 def _work(folder: Path, model: Model, data: Sequences, opts: FitOptions, progress: Progress, say: Say = mute) -> Work:
     layers = tracked_layers(model, data, opts.layers)
     shape = model_shape(model, layers, data)
-    job = memory_job(model, data, opts.batch_tokens, opts.memory)
-    split = settled_split(folder, FitSplit, lambda: split_fit(shape, job), job, say)
-    settle(split.peak, job, model.device)
+    budget = memory_budget(model, data, opts.batch_tokens, opts.memory)
+    split = settled_split(folder, FitSplit, lambda: split_fit(shape, budget), budget, say)
+    settle(split.peak, budget, model.device)
     drawn = opts.fisher == "sampled"
     check_loss(model, data, drawn)
     labels = [Labels(opts.seed, stream) if drawn else Labels() for stream in (COVARIANCE_STREAM, CORRECTION_STREAM)]
@@ -171,29 +172,27 @@ def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
         f"fit: {'at most ' if opts.until else ''}{work.tokens:,} tokens in {work.sequences:,} of {len(work.data):,} "
         f"sequences, {opts.fisher} labels, seed {opts.seed}"
     )
-    if say is not mute:
-        request = request_for(
-            work.data.lengths_N, fit_tokens=work.tokens, dtype=opts.dtype, batch_tokens=opts.batch_tokens,
-            own_labels=work.labels[0] == work.labels[1], rounds=opts.until is not None, space=free_space(stage.path),
-        )  # fmt: skip
-        for line in describe(plan_here(work.model, work.layers, work.data, request, work.split.made_for)):
-            say(line)
+    request = request_for(
+        work.data.lengths_N, fit_tokens=work.tokens, dtype=opts.dtype, batch_tokens=opts.batch_tokens,
+        own_labels=work.labels[0] == work.labels[1], rounds=opts.until is not None, space=free_space(stage.path),
+    )  # fmt: skip
+    announce(say, work.model, work.layers, work.data, request, work.split)
     clamped, halves = 0.0, {}
     for part in _rounds(stage, work):
         clamped = _bases(stage, part, times, keep=opts.until is not None)
-        halves = _eigenvalues(stage, part, times)
-        say(
-            f"convergence: {halves['what']}: {_text(halves['mean'])}, worst layer {_text(halves['worst'])}"
-            + (f" (after {part.tokens:,} tokens)" if opts.until else "")
-        )
+        halves = dist.told(_eigenvalues(stage, part, times))
+        say(_convergence(halves, part.tokens if opts.until else None))
         if opts.until is not None and (halves["mean"] or -1.0) >= opts.until:
             break
-    if opts.until is not None and (halves["mean"] or -1.0) < opts.until:
-        say(f"the agreement asked for, {opts.until}, was not reached: there are no more tokens (see --max-tokens)")
+    else:
+        if opts.until is not None:
+            say(f"the agreement asked for, {opts.until}, was not reached: there are no more tokens (see --max-tokens)")
     if clamped < -1e-6:
         say(f"rank-deficient covariance: negative eigenvalues down to {clamped:.1e} of the largest were set to zero")
     manifest = {
-        "layers": [_describe(x) for x in part.layers],
+        "layers": [
+            {"name": x.name, "shape": [x.O, x.I], "block": x.block, "kind": x.kind, "A_of": x.A_of} for x in part.layers
+        ],
         "coverage": cover._asdict() | {"share": cover.share},
         "fit": {"sequences": part.sequences, "tokens": part.tokens, "halves": halves, "clamped": clamped},
         "data": getattr(part.data, "info", {}),
@@ -241,8 +240,13 @@ def _remove_parts(folder: Path) -> None:
     (folder / DIVISION).unlink(missing_ok=True)
 
 
-def _text(value: float | None) -> str:
-    return "not known (too few sequences)" if value is None else f"{value:.3f}"
+def _convergence(halves: dict[str, Any], tokens: int | None) -> str:
+    """How well the halves of the sample agree, and after how many tokens where that was looked for."""
+    mean, worst = (
+        "not known (too few sequences)" if x is None else f"{x:.3f}" for x in (halves["mean"], halves["worst"])
+    )
+    after = f" (after {tokens:,} tokens)" if tokens else ""
+    return f"convergence: {halves['what']}: {mean}, worst layer {worst}{after}"
 
 
 def _pass(top: Stage, name: str, work: Work, group: list[Layer], make: Callable[[], Any]) -> Path:
@@ -262,7 +266,7 @@ def _pass(top: Stage, name: str, work: Work, group: list[Layer], make: Callable[
             return {key: value.cpu() for key, value in consumer.result().items()}
 
         hold = _in_memory(work, group)
-        return accumulate(stage, mine, len(work.units), compute, dist.barrier, hold)
+        return accumulate(stage, mine, len(work.units), compute, hold)
 
 
 def _in_memory(work: Work, group: list[Layer]) -> bool:
@@ -355,16 +359,6 @@ def _probe(work: Work, group: list[Layer], moments: dict[str, Moments], sums: Pa
     batches = batches or probes(len(work.data), work.sequences, at_once)
     sweep(work.model, group, work.data, batches, consumer, Labels(), kept=work.kept)
     return consumer.result() if batches else None
-
-
-def _describe(layer: Layer) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "shape": [layer.O, layer.I],
-        "block": layer.block,
-        "kind": layer.kind,
-        "A_of": layer.A_of,
-    }
 
 
 def fit_diagonal(

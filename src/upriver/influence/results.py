@@ -34,7 +34,8 @@ def parquet(path: Path, size: int, schema: pa.Schema | None = None) -> Iterator[
             held.clear()
             table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
             if not writers:
-                writers.append(files.enter_context(pq.ParquetWriter(temporary, table.schema)))
+                sink = files.enter_context(open(temporary, "wb"))  # arrow takes some names for addresses
+                writers.append(files.enter_context(pq.ParquetWriter(sink, table.schema)))
             writers[0].write_table(table)
 
         def add(frame: pd.DataFrame) -> None:

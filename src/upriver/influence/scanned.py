@@ -15,9 +15,9 @@ import numpy as np
 
 from upriver.errors import NumericalError, StorageError
 from upriver.runtime import dist
+from upriver.runtime.best import Best
 from upriver.runtime.passes import SAMPLE
 from upriver.runtime.store import Stage, atomic
-from upriver.text.candidates import Best
 
 CHUNK_BYTES = 8 << 20  # of scores in memory at once
 ITEM = 4  # bytes of a float32
@@ -98,10 +98,9 @@ def chunk_rows(scanned: Scanned, most: int) -> int:
     return max(1, min(most, CHUNK_BYTES // (ITEM * scanned.scores_NQ.shape[1])))
 
 
-def chunks(scanned: Scanned, size: int, backwards: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
+def chunks(scanned: Scanned, size: int) -> Iterator[tuple[slice, np.ndarray]]:
     """``size`` consecutive places at a time, and their scores ``[C, Q]``."""
-    starts = range(0, len(scanned.rows_N), size)
-    for start in reversed(starts) if backwards else starts:
+    for start in range(0, len(scanned.rows_N), size):
         at = slice(start, min(start + size, len(scanned.rows_N)))
         yield at, scanned.scores_NQ[at]
 
@@ -111,7 +110,7 @@ def scores_of(scanned: Scanned, rows: np.ndarray) -> np.ndarray:
     return scanned.scores_NQ[np.searchsorted(scanned.rows_N, rows)]
 
 
-class Pass(NamedTuple):
+class Scan(NamedTuple):
     """One pass over the corpus: the stage that holds its units, their number, and the queries that it scored."""
 
     stage: Stage
@@ -119,7 +118,7 @@ class Pass(NamedTuple):
     queries: slice
 
 
-def gather(passes: list[Pass], rows_N: np.ndarray, n_layers: int | None = None) -> Scanned:
+def gather(passes: list[Scan], rows_N: np.ndarray, n_layers: int | None = None) -> Scanned:
     """Put the units of all passes in the order of ``rows_N`` (ascending), in two files in the first pass's folder.
 
     Units hold ``rows [n]``, ``scores [n, G]`` and, when there are ``n_layers``, ``layers [n, G, L]``.  The first process
@@ -135,7 +134,7 @@ def gather(passes: list[Pass], rows_N: np.ndarray, n_layers: int | None = None) 
     return Scanned(rows_N, Table(paths["scores"]), Table(paths["layers"]) if n_layers else None)
 
 
-def _fill(passes: list[Pass], rows_N: np.ndarray, paths: dict[str, Path], shapes: dict[str, tuple[int, ...]]) -> None:
+def _fill(passes: list[Scan], rows_N: np.ndarray, paths: dict[str, Path], shapes: dict[str, tuple[int, ...]]) -> None:
     finite_N = np.ones(len(rows_N), bool)
     with ExitStack() as files:
         tables = {name: Table.create(files.enter_context(atomic(path)), shapes[name]) for name, path in paths.items()}
@@ -155,19 +154,15 @@ def _fill(passes: list[Pass], rows_N: np.ndarray, paths: dict[str, Path], shapes
 
 def extremes(scanned: Scanned, top: int) -> list[np.ndarray]:
     """For each query the ``top`` most positive and the ``top`` most negative sequences of the scan; ties by sequence."""
-    k, size = min(top, len(scanned.rows_N)), chunk_rows(scanned, len(scanned.rows_N))
-    highest_Q, lowest_Q = ([Best(k) for _ in range(scanned.scores_NQ.shape[1])] for _ in range(2))
-    for at, scores_CQ in chunks(scanned, size):
-        _offer(highest_Q, np.ascontiguousarray(scores_CQ.T), np.arange(at.start, at.stop))
-    for at, scores_CQ in chunks(scanned, size, backwards=True):  # of equal lowest scores the later ones are kept
-        _offer(lowest_Q, np.ascontiguousarray(-scores_CQ[::-1].T), np.arange(at.start, at.stop)[::-1])
-    both = zip(highest_Q, lowest_Q, strict=True)
-    return [scanned.rows_N[np.union1d(high.places, low.places)] for high, low in both]
-
-
-def _offer(best_Q: list[Best], scores_QC: np.ndarray, places_C: np.ndarray) -> None:
-    for best, score_C in zip(best_Q, scores_QC, strict=True):
-        best.add(score_C, places_C)
+    N, Q = scanned.scores_NQ.shape
+    ends = [(Best(min(top, N)), Best(min(top, N))) for _ in range(Q)]
+    for at, scores_CQ in chunks(scanned, chunk_rows(scanned, N)):
+        places_C = np.arange(at.start, at.stop)
+        before_C = (N - places_C).astype(np.uint64)  # of equal lowest scores the later ones are kept
+        for (high, low), score_C in zip(ends, np.ascontiguousarray(scores_CQ.T), strict=True):
+            high.add(score_C, places_C)
+            low.add(-score_C, places_C, before_C)
+    return [scanned.rows_N[np.union1d(high.places, low.places)] for high, low in ends]
 
 
 def random_rows(scanned: Scanned, seed: int) -> np.ndarray:

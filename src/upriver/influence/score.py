@@ -16,7 +16,7 @@ Axes: N sequences, M tokens of a batch, Q queries, R rank, O outputs, I inputs; 
 time; C parts of O.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -33,13 +33,12 @@ from upriver.text.batch import Batch
 ROWS = 256  # of gradients that are formed at once, for queries that are multiplied out:
 FEW_ROWS = 32  # as many of these, so that they meet in the caches
 FEW, LONG = 1024, 4096  # pairs of a sequence and a query; numbers that one of them is multiplied along at once
-Order = counts.Order
 
 
 class Route(NamedTuple):
     """How one layer is contracted with the queries."""
 
-    order: Order
+    order: counts.Order
     U_OP: Tensor | None  # tokens: P = Q R columns
     V_IP: Tensor | None
     v_QOI: Tensor | None  # dense
@@ -50,7 +49,7 @@ class Route(NamedTuple):
 Read = Callable[[], LowRank | Tensor]
 
 
-def route(order: Order, read: Read, Q: int, like: Tensor) -> Route:
+def route(order: counts.Order, read: Read, Q: int, like: Tensor) -> Route:
     """Lay one layer's ``Q`` solved queries, which ``read`` gives, out for its order, in the device and dtype of ``like``."""
     if order == "rebuilt":
         held = None if on_cpu(like) else _laid_out(read, like)
@@ -72,29 +71,38 @@ def _laid_out(read: Read, like: Tensor) -> LowRank:
 
 def contract(r: Route, a_NTI: Tensor, g_NTO: Tensor, scratch: Scratch) -> Tensor:
     """``< v_q, sum_t g_t a_t^T >`` for each sequence and query, ``[N, Q]``, by tokens or by dense queries."""
-    one = r.v_QOI[0].numel() if r.v_QOI is not None else 2 * a_NTI.shape[1] * _columns(r)
-    step = max(1, SCORED_BYTES // (a_NTI.element_size() * one))
-    found = []
-    for a, g in zip(a_NTI.split(step), g_NTO.split(step), strict=True):
-        if r.v_QOI is None:
-            found.append(_by_tokens(r, a, g))
-        else:
-            G_NOI = scratch.take("gradients", (len(a), g.shape[2], a.shape[2]), a)
-            found.append(dots(sequence_gradients(a, g, G_NOI), r.v_QOI))
-    return torch.cat(found)
-
-
-def _columns(r: Route) -> int:
-    assert r.U_OP is not None
-    return r.U_OP.shape[1]
-
-
-def _by_tokens(r: Route, a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
+    if r.v_QOI is not None:
+        return by_dense(r.v_QOI, a_NTI, g_NTO, scratch)
     assert r.U_OP is not None
     assert r.V_IP is not None
-    product_MP = matmul(g_NTO.flatten(0, 1), r.U_OP).mul_(matmul(a_NTI.flatten(0, 1), r.V_IP))
-    product_NTQR = product_MP.view(*g_NTO.shape[:2], r.Q, -1)
-    return product_NTQR.sum((1, 3), dtype=accumulator_dtype(product_MP.dtype))
+    return _by_tokens(r.U_OP, r.V_IP, r.Q, a_NTI, g_NTO)
+
+
+def by_dense(v_QOI: Tensor, a_NTI: Tensor, g_NTO: Tensor, scratch: Scratch) -> Tensor:
+    """Each sequence's gradient times every query, ``[N, Q]``, some sequences at a time."""
+
+    def some(a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
+        G_NOI = scratch.take("gradients", (len(a_NTI), *v_QOI.shape[1:]), a_NTI)
+        return dots(sequence_gradients(a_NTI, g_NTO, G_NOI), v_QOI)
+
+    return torch.cat([some(*parts) for parts in _few(a_NTI, g_NTO, v_QOI[0].numel())])
+
+
+def _by_tokens(U_OP: Tensor, V_IP: Tensor, Q: int, a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
+    """Every token times the factors of every query, ``[N, Q]``, some sequences at a time."""
+
+    def some(a_NTI: Tensor, g_NTO: Tensor) -> Tensor:
+        product_MP = matmul(g_NTO.flatten(0, 1), U_OP).mul_(matmul(a_NTI.flatten(0, 1), V_IP))
+        product_NTQR = product_MP.view(*g_NTO.shape[:2], Q, -1)
+        return product_NTQR.sum((1, 3), dtype=accumulator_dtype(product_MP.dtype))
+
+    return torch.cat([some(*parts) for parts in _few(a_NTI, g_NTO, 2 * a_NTI.shape[1] * U_OP.shape[1])])
+
+
+def _few(a_NTI: Tensor, g_NTO: Tensor, numbers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """As many sequences at once as make ``SCORED_BYTES`` of so many numbers each."""
+    step = max(1, SCORED_BYTES // (a_NTI.element_size() * numbers))
+    return zip(a_NTI.split(step), g_NTO.split(step), strict=True)
 
 
 def dots(G_NOI: Tensor, v_QOI: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from upriver.curvature.base import Damping
 from upriver.curvature.factors import Factors
 from upriver.influence.gradients import Measured, Solver, query_chunks, read_solved
-from upriver.influence.scanned import Pass, Scanned, gather
+from upriver.influence.scanned import Scan, Scanned, gather
 from upriver.influence.score import Route, Score, route
 from upriver.influence.tokens import Rescored, rescore
 from upriver.model.layers import Layer
 from upriver.model.load import Model
-from upriver.model.memory import memory_job, settle, settled_split
+from upriver.model.memory import memory_budget, settle, settled_split
 from upriver.model.shape import model_shape
 from upriver.model.sweep import UNIT_TOKENS, Labels, split_units, sweep, tokens_of
 from upriver.runtime import dist
@@ -45,6 +45,10 @@ class Job(NamedTuple):
     @property
     def damping(self) -> Damping:
         return Damping(0.0, False) if self.opts.curvature == "identity" else Damping.parse(self.opts.damping)
+
+    @property
+    def scan_dtype(self) -> str:
+        return self.opts.dtype or self.factors.options.dtype
 
     @property
     def rank(self) -> int | None:
@@ -82,7 +86,7 @@ def divide(
         folder: of the trace, which may have begun with a division; None: a new one.
     """
     asked = Asked(len(queries), int(np.max(queries.lengths)), rank_within(layers, opts), opts.layer_scores)
-    memory = memory_job(model, data, opts.batch_tokens, opts.memory, dtype)
+    memory = memory_budget(model, data, opts.batch_tokens, opts.memory, dtype)
     shape = model_shape(model, layers, data)
 
     def make() -> TraceSplit:
@@ -131,10 +135,10 @@ def scan_stage(job: Job, solved: list[Path], note: Say) -> Scanned:
     """Score every wanted sequence against all queries, in as few passes as memory allows, committed unit by unit."""
     batches = job.data.plan(job.split.batch_tokens, job.rows)
     Q, at_once = len(job.queries), job.split.scan_queries
-    most = LAYER_SCORES_BYTES // (SUM * at_once * len(job.layers)) if job.opts.layer_scores else None
+    most = max(1, LAYER_SCORES_BYTES // (SUM * at_once * len(job.layers))) if job.opts.layer_scores else None
     units = split_units(batches, job.data.lengths_N, most)
     parts = [slice(q, min(q + at_once, Q)) for q in range(0, Q, at_once)]
-    passes = [Pass(_scan(job, solved, batches, units, part, note), len(units), part) for part in parts]
+    passes = [Scan(_scan(job, solved, batches, units, part, note), len(units), part) for part in parts]
     return gather(passes, np.sort(job.rows), len(job.layers) if job.opts.layer_scores else None)
 
 
@@ -147,7 +151,8 @@ def _scan(
     note: Say,
 ) -> Stage:
     """One pass over the corpus for some of the queries."""
-    stage = job.open(f"scan/queries-{queries.start}-{queries.stop - 1}", batch_tokens=job.split.batch_tokens)
+    divided = {"batch_tokens": job.split.batch_tokens, "queries": job.split.scan_queries}
+    stage = job.open(f"scan/queries-{queries.start}-{queries.stop - 1}", **divided)
     routes, hold = plan_routes(job, solved, batches, queries)
     hold = evenly(hold, max(map(len, units)))
     counts = {order: sum(r.order == order for r in routes.values()) for order in ("tokens", "dense", "rebuilt")}
@@ -159,7 +164,7 @@ def _scan(
     left = [unit for unit in dist.share(len(units)) if not stage.has(unit)]
     with dist.together(), job.progress(name, tokens_of(job.data, [units[unit] for unit in left])) as advance:
         for unit in left:
-            consumer = Score(routes, Q, job.opts.layer_scores, hold, job.split.rebuild_bytes, scratch)
+            consumer = Score(routes, Q, job.opts.layer_scores, hold, scratch=scratch)
             sweep(job.model, job.layers, job.data, units[unit], consumer, Labels(), advance)
             stage.commit(unit, consumer.tensors())
     return stage

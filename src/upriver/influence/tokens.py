@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upriver.curvature.base import Grads
-from upriver.curvature.products import Replaced
+from upriver.curvature.products import Tracked
 from upriver.errors import ModelError
-from upriver.influence.score import Route, contract
-from upriver.model.capture import frozen
-from upriver.model.layers import Layer, weight_gradient_as_stored
+from upriver.influence.score import by_dense
+from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel
 from upriver.model.sweep import Labels, sweep
@@ -58,8 +56,7 @@ class TokenScores:
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         _, _, tokens_PT, layers_PL = self.parts[-1]
         v_QOI = self.solved[layer.name]
-        whole = Route("dense", None, None, v_QOI, None, len(v_QOI))
-        totals_NQ = -contract(whole, a_NTI, g_NTO, self.scratch).float().cpu()
+        totals_NQ = -by_dense(v_QOI, a_NTI, g_NTO, self.scratch).float().cpu()
         layers_PL[:, self.place[layer.name]] = totals_NQ[self.n_P, self.q_P]
         for q in self.q_P.unique().tolist():
             at = (self.q_P == q).nonzero()[:, 0]
@@ -118,15 +115,7 @@ def output_token_influence(model: Model, layers: list[Layer], batch: Batch, v: G
     task = model.task
     if not isinstance(task, LanguageModel):
         raise ModelError(f"output-token influence needs a language model: got the task {task.name!r}")
-    names = {id(m): name for name, m in model.module.named_modules()}
-    primals, tangents = {}, {}
-    for layer in layers:
-        for part, tangent in weight_gradient_as_stored(layer.modules[0], v[layer.name]).items():
-            key = f"{names[id(layer.modules[0])]}.{part}"
-            primals[key], tangents[key] = layer.modules[0].get_parameter(part).detach(), tangent.contiguous()
-
-    def log_probs(weights: dict[str, Tensor]) -> Tensor:
-        return task.log_probs(Replaced(model.module, weights), batch)
-
-    with frozen(model.module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels have no forward mode
-        return jvp(log_probs, (primals,), (tangents,))[1]
+    function = Tracked(model, layers)
+    v_P = function.space.flatten({name: v_OI[None] for name, v_OI in v.items()})[0]
+    with function.differentiable(), torch.no_grad():
+        return jvp(lambda theta_P: task.log_probs(function.at(theta_P), batch), (function.theta_P,), (v_P,))[1]

@@ -23,25 +23,23 @@ from upriver.model.sweep import tracked_layers
 from upriver.runtime import dist
 from upriver.runtime.config import weights_in
 from upriver.runtime.counts import LayerSize, Shape
-from upriver.runtime.hardware import (
+from upriver.runtime.hardware import LIBRARIES, Machine, Rates, hardware
+from upriver.runtime.passes import Request
+from upriver.runtime.plan import PAYS, Plan, describe, plan_run, smallest_batch
+from upriver.runtime.process import (
     DEFAULT_SHARE,
-    LIBRARIES,
-    Machine,
-    Rates,
     default_limit,
     free_space,
     give_back,
-    hardware,
     peak_memory,
     resident_memory,
     start_seconds,
 )
-from upriver.runtime.passes import Request
-from upriver.runtime.plan import PAYS, Plan, plan_run, smallest_batch
-from upriver.runtime.split import ITEM, Job
+from upriver.runtime.progress import Say, mute
+from upriver.runtime.split import ITEM, FitSplit, TraceSplit
 from upriver.runtime.threads import one_core_each
 from upriver.tensors import accumulator_dtype, add_second_moment, eigh, matmul, sequence_gradients
-from upriver.text.batch import Batch, Sequences, pad, plan, sample
+from upriver.text.batch import Batch, Sequences, pad
 
 TIMED_FLOP = 1.5e11  # of one calibration pass through the model: about a second on two cores
 EIGEN_SIDE = 768  # of the matrix that is decomposed to measure
@@ -54,13 +52,22 @@ ASSUMED_DISK = 5e8  # bytes/s
 _MEASURED: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Rates]] = WeakKeyDictionary()  # once per process
 
 
+def announce(
+    say: Say, model: Model, layers: list[Layer], data: Sequences, request: Request, split: FitSplit | TraceSplit
+) -> None:
+    """Say what a run whose work is divided as ``split`` will take; nothing is measured where nobody listens."""
+    if say is not mute:
+        for line in describe(plan_here(model, layers, data, request, split)):
+            say(line)
+
+
 def plan_here(
-    model: Model, layers: list[Layer], data: Sequences, request: Request, made_for: Job | None = None
+    model: Model, layers: list[Layer], data: Sequences, request: Request, split: FitSplit | TraceSplit | None = None
 ) -> Plan:
     """Plan for this machine, by a few seconds of measuring with the model itself.
 
     Args:
-        made_for: the memory that a run has divided its work for; None: as it is now.
+        split: how a run has divided its work already; None: as the memory of now asks.
 
     Raises:
         ConfigError: the run cannot be kept within the memory.
@@ -69,13 +76,13 @@ def plan_here(
     shape = model_shape(model, layers, data)
     most = max(map(len, data.plan(request.batch_tokens)))
     request = dataclasses.replace(request, batch_sequences=most)
-    if made_for is not None:
-        request = dataclasses.replace(request, memory=made_for.limit)
-    machine = machine_here(model, layers, data, shape, request, made_for and made_for.fixed)
-    found = plan_run(request, shape, machine)
+    if split is not None:
+        request = dataclasses.replace(request, memory=split.made_for.limit)
+    machine = machine_here(model, layers, data, shape, request, split and split.batch_tokens)
+    found = plan_run(request, shape, machine, split)
     if sum(p.seconds for p in found.passes) >= LONG and (tokens := _may_pay(request, shape, machine, model.device)):
         rates = _measured(model, layers, data, shape, tokens, ["bfloat16"])
-        found = plan_run(request, shape, machine._replace(rates=machine.rates | rates))
+        found = plan_run(request, shape, machine._replace(rates=machine.rates | rates), split)
     give_back()
     return found
 
@@ -103,41 +110,32 @@ def plan_model(model: Model | Path, data: Sequences, spec: str, request: Request
     return plan_run(request, model_shape(model, layers, data), machine)
 
 
-class Blank:
+class Blank(Sequences):
     """A corpus of which only the size is known: ``sequences`` times ``tokens`` of token 0, a few of them here."""
 
     def __init__(self, sequences: int, tokens: int):
         self.lengths_N = np.full(min(sequences, 1024), tokens, np.int64)
+        self.keys_N = np.arange(len(self.lengths_N), dtype=np.uint64)
         self.fingerprint = f"{sequences}x{tokens}"
-
-    def __len__(self) -> int:
-        return len(self.lengths_N)
-
-    def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
-        return plan(self.lengths_N, batch_tokens, rows)
-
-    def sample(self, max_tokens: int, seed: int) -> np.ndarray:
-        return sample(self.lengths_N, np.arange(len(self), dtype=np.uint64), max_tokens, seed)
 
     def batch(self, rows: np.ndarray) -> Batch:
         zeros = [np.zeros(self.lengths_N[r], np.int64) for r in rows]
-        return pad(rows, np.asarray(rows, np.uint64), zeros, [np.ones(len(x), bool) for x in zeros])
+        return pad(rows, self.keys_N[rows], zeros, [np.ones(len(x), bool) for x in zeros])
 
 
 def machine_here(
-    model: Model, layers: list[Layer], data: Sequences, shape: Shape, request: Request, fixed: int | None = None
+    model: Model, layers: list[Layer], data: Sequences, shape: Shape, request: Request, batch_tokens: int | None = None
 ) -> Machine:
-    """This machine as it runs this model; measured once per process and compute type, in batches that keep the limit.
+    """This machine as it runs this model; measured once per process and compute type.
 
     Args:
-        fixed: bytes that are there before a pass; None: those of this process now.
+        batch_tokens: of the batches that are measured; None: of the largest that keep the limit.
 
     Raises:
         ConfigError: the run cannot be kept within the memory.
     """
     machine = _machine(shape, str(model.dtype).removeprefix("torch."), 0, model.device)
-    machine = machine if fixed is None else machine._replace(resident=fixed)
-    tokens = smallest_batch(request, shape, machine)
+    tokens = batch_tokens or smallest_batch(request, shape, machine)
     rates = _measured(model, layers, data, shape, tokens, [machine.loaded, *request.dtypes])
     return _timed(machine._replace(rates={"float32": rates[machine.loaded], **rates}), shape, model.device)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from upriver.errors import ModelError, NumericalError
 from upriver.model.kernels import FastKernels
-from upriver.model.layers import Layer
+from upriver.model.layers import Layer, given
 from upriver.runtime import dist
 
 Consume = Callable[[Layer, Tensor, Tensor], None]
@@ -29,7 +29,7 @@ Consume = Callable[[Layer, Tensor, Tensor], None]
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside; modes and ``requires_grad`` exactly as before afterwards.
+    """Evaluation mode and frozen parameters inside; modes, ``requires_grad`` and attributes as before afterwards.
 
     What ``torch.compile`` made of the module is set aside meanwhile: a compiled graph would be built again for every set of
     hooks, or run without them.
@@ -37,6 +37,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
     dist.reshard(module)
     modes = {m: m.training for m in module.modules()}
     flags = {p: p.requires_grad for p in module.parameters()}
+    noted = {m: _attributes(m) for m in modes}
     module.eval()
     module.requires_grad_(False)
     try:
@@ -50,6 +51,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
             m.training = mode
         for p, flag in flags.items():
             p.requires_grad_(flag)
+        for m, before in noted.items():  # what a forward pass notes would make another module of it
+            for name in _attributes(m).keys() - before.keys():
+                del vars(m)[name]
+            vars(m).update(before)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: x for name, x in vars(module).items() if name[0] != "_" and name != "training"}
 
 
 @contextmanager
@@ -129,7 +138,7 @@ class Run:
             output = torch.ops.aten._unsafe_view(output, output.shape)
         if not self._backward:  # a recomputation under activation checkpointing only rebuilds the graph
             self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
-            a = args[0] if args else next(iter(kwargs.values()))
+            a = given(args, kwargs)
             output.register_hook(partial(self._on_gradient, layer, a.detach(), a._version))
         return output
 

@@ -1,12 +1,14 @@
-"""The model's own answer to a prompt."""
+"""The model's own answers to prompts."""
 
 from typing import Any
 
 import numpy as np
 import torch
 
+from upriver.errors import QueryError
 from upriver.model.capture import frozen
 from upriver.model.load import Model
+from upriver.text.queries import Queries
 
 
 def greedy(model: Model, tokens_T: np.ndarray, most: int) -> str:
@@ -35,3 +37,26 @@ def _end_tokens(model: Model) -> set[int]:
     listed = getattr(config, "eos_token_id", None)
     found = listed if isinstance(listed, list) else [listed]
     return {t for t in [*found, model.tokenizer.eos_token_id] if t is not None}
+
+
+def complete(model: Model, queries: Queries, most: int) -> Queries:
+    """Queries without a completion get the model's own greedy answer of at most ``most`` tokens, marked as such.
+
+    Raises:
+        QueryError: a prompt has no token, or prompt and answer together could be longer than the model takes.
+    """
+    answers, longest = {}, model.longest
+    for i in queries.needs_completion:
+        tokens_T, query = queries.prompt_tokens(i), queries.records[i]
+        if not len(tokens_T):
+            raise QueryError(
+                f"{query.where}: the prompt of query {query.id!r} has no token that the model could go on from: "
+                f"got {query.prompt!r}; write more of it, or give a completion"
+            )
+        if longest and len(tokens_T) + most > longest:
+            raise QueryError(
+                f"the prompt of query {query.id!r} leaves no room for an answer: got {len(tokens_T)} tokens and {most} "
+                f"of the answer, the model takes {longest}; shorten one of them"
+            )
+        answers[query.id] = greedy(model, tokens_T, most)
+    return queries.completed(answers)

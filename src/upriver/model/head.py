@@ -24,7 +24,7 @@ from upriver.tensors import matmul, on_cpu
 PART_BYTES = 2 << 20  # probabilities at once on the CPU: what stays in the caches
 PART_ROWS = 256  # elsewhere: a quarter of a chunk
 FAR = 60.0  # a loss beyond which the probability loses digits: it is computed again, from the logits
-Labels = Callable[[Tensor, slice], Tensor]  # (probabilities of some rows, which ones) -> labels
+Draw = Callable[[Tensor, slice], Tensor]  # (probabilities of some rows, which ones) -> labels
 TOKENS = object()  # stands for them among what a body was given
 
 
@@ -206,7 +206,7 @@ def _instead(module: Any, forward: Callable) -> Iterator[None]:
         del module.forward
 
 
-def token_losses(hidden_MH: Tensor, ending: Ending, labels: Labels) -> Tensor:
+def token_losses(hidden_MH: Tensor, ending: Ending, labels: Draw) -> Tensor:
     """``- log p(label)`` of each row, float32 (float64 where the model is) ``[M]``; its gradient is formed in the same pass."""
     return _TokenLosses.apply(hidden_MH, ending, labels)  # type: ignore[no-any-return]
 
@@ -218,7 +218,7 @@ class _TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_MH: Tensor, ending: Ending, labels: Labels) -> Tensor:
+    def forward(ctx: Any, hidden_MH: Tensor, ending: Ending, labels: Draw) -> Tensor:
         wide = torch.float64 if hidden_MH.dtype == torch.float64 else torch.float32
         losses_M = hidden_MH.new_empty(len(hidden_MH), dtype=wide)
         labels_M = torch.empty(len(hidden_MH), dtype=torch.int64, device=hidden_MH.device)

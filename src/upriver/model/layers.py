@@ -85,7 +85,7 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
     nothing = [part for part, names in found.items() if not names]
     if nothing:
         have = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})) or "no linear layer at all"
-        experts = sum(p.numel() for p in module.parameters() if p.ndim >= 3)
+        experts = sum(p.numel() for n, p in module.named_parameters() if p.ndim >= 3 and "expert" in n)
         share = experts / max(1, sum(p.numel() for p in module.parameters()))
         note = (
             f"; {share:.0%} of its parameters are expert weights of three axes, which cannot be tracked"
@@ -125,8 +125,18 @@ def _layer(name: str, modules: list[nn.Module]) -> Layer:
         )
     O, I = weight_shape(modules[0])
     bias = modules[0].bias is not None
-    numbers = re.findall(r"\.(\d+)\.", f".{name}.")
-    return Layer(name, tuple(modules), O, I + bias, bias, int(numbers[0]) if numbers else None, name)
+    return Layer(name, tuple(modules), O, I + bias, bias, block_number(name), name)
+
+
+def block_number(name: str) -> int | None:
+    """The first number in the name of a module: its block, counted from below."""
+    found = re.search(r"\.(\d+)\.", f".{name}.")
+    return int(found[1]) if found else None
+
+
+def given(args: tuple, kwargs: dict) -> Any:
+    """What a layer is called with."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
@@ -195,7 +205,7 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
 
     def note(layer: Layer) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            a = args[0] if args else next(iter(kwargs.values()))
+            a = given(args, kwargs)
             seen[layer.name].append(a)
             if module not in checked and a.numel():
                 checked.add(module)

@@ -77,14 +77,15 @@ class Model:
     @property
     def positions(self) -> int | None:
         """How many tokens the module takes; None where nothing says."""
-        config = _text_config(self.module)
+        config = text_config(self.module)
         return getattr(config, "max_position_embeddings", None) or self.info.get("positions")
 
     @property
     def rotary_limit(self) -> int | None:
         """Tokens beyond which rotary frequencies depend on the longest sequence of a batch, as in Phi-3-128k; None: never."""
-        config = _text_config(self.module)
-        given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        config = text_config(self.module)
+        told = (getattr(config, name, None) for name in ("rope_parameters", "rope_scaling"))
+        given = next((x for x in told if x and isinstance(x, dict)), {})
         ropes = [given, *(x for x in given.values() if isinstance(x, dict))]  # one for all layers, or one for each kind
         switching = [x for x in ropes if SWITCHING.search(str(x.get("rope_type", x.get("type"))))]
         own = getattr(config, "original_max_position_embeddings", None)
@@ -126,8 +127,12 @@ class Model:
         module = self.module if in_dtype(self.module, wanted) else converted(self.module, wanted)
         if self.module in _CAUSAL:
             _CAUSAL.add(module)
-        same = module is self.module and handed == self.handed
-        yield self if same else dataclasses.replace(self, module=module, handed=handed)
+        same, noted = module is self.module and handed == self.handed, dict(vars(self.task))
+        try:
+            yield self if same else dataclasses.replace(self, module=module, handed=handed)
+        finally:  # what a task notes on the way would make another task of it
+            vars(self.task).clear()
+            vars(self.task).update(noted)
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -319,7 +324,7 @@ def check_causal(module: Any, T: int = 8) -> None:
     embeddings = None if find is None or module in _CAUSAL else find()
     if embeddings is None:
         return
-    rows, T = embeddings.weight.shape[0], min(T, getattr(_text_config(module), "max_position_embeddings", None) or T)
+    rows, T = embeddings.weight.shape[0], min(T, getattr(text_config(module), "max_position_embeddings", None) or T)
     tokens = torch.arange(T, device=embeddings.weight.device)[None] % rows
     other = tokens.clone()
     other[0, -1] = (other[0, -1] + 1) % rows
@@ -335,7 +340,8 @@ def check_causal(module: Any, T: int = 8) -> None:
     _CAUSAL.add(module)
 
 
-def _text_config(module: nn.Module) -> Any:
+def text_config(module: nn.Module) -> Any:
+    """The configuration of a module, or of its part that reads text; whatever else a module calls ``config``; or None."""
     config = getattr(module, "config", None)
     find = getattr(config, "get_text_config", None)
     return config if find is None else find()

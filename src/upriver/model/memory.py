@@ -9,18 +9,11 @@ import torch
 from upriver.model.load import Model, dtype_named
 from upriver.runtime import dist
 from upriver.runtime.config import weights_in
-from upriver.runtime.hardware import (
-    DEFAULT_SHARE,
-    default_limit,
-    give_back,
-    parse_memory,
-    resident_memory,
-    settle_memory,
-    show_bytes,
-)
+from upriver.runtime.process import DEFAULT_SHARE, default_limit, give_back, resident_memory, settle_memory
 from upriver.runtime.progress import Say
-from upriver.runtime.split import SEQUENCE_BYTES, FitSplit, Job, TraceSplit, fits
+from upriver.runtime.split import SEQUENCE_BYTES, Budget, FitSplit, TraceSplit, fits
 from upriver.runtime.store import read_json, write_json
+from upriver.runtime.units import parse_memory, show_bytes
 from upriver.text.batch import Sequences
 
 Split = TypeVar("Split", FitSplit, TraceSplit)
@@ -28,7 +21,7 @@ DIVISION = ".split.json"  # in the folder of a run that is not done
 ROOMY = 1.2  # times the planned peak under the limit: freed memory may be kept, with the holes in it
 
 
-def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | None, dtype: str = "") -> Job:
+def memory_budget(model: Model, data: Sequences, batch_tokens: int, memory: str | None, dtype: str = "") -> Budget:
     """What the division of the work depends on: on a GPU its own memory, else that of the process.
 
     Args:
@@ -46,8 +39,9 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
     else:
         settle_memory()
         give_back()
-        fixed = (resident_memory() or 0) + SEQUENCE_BYTES * len(data)
-        limit = asked or default_limit(fixed)
+        resident = resident_memory() or 0
+        fixed = resident + SEQUENCE_BYTES * len(data)
+        limit = asked or default_limit(resident)
     own = str(model.dtype).removeprefix("torch.")
     weights = weights_in(dtype or own)
     parameters = model.n_parameters
@@ -55,19 +49,19 @@ def memory_job(model: Model, data: Sequences, batch_tokens: int, memory: str | N
     cores = 1 if model.device.type == "cuda" else torch.get_num_threads()
     most = max(map(len, data.plan(batch_tokens)))
     longest, accelerator = int(data.lengths_N.max()), model.device.type != "cpu"
-    return Job(limit, fixed, batch_tokens, longest, dtype or own, cores, most, copy, accelerator)
+    return Budget(limit, fixed, batch_tokens, longest, dtype or own, cores, most, copy, accelerator)
 
 
-def settle(peak: Mapping[str, int], job: Job, device: torch.device) -> None:
+def settle(peak: Mapping[str, int], budget: Budget, device: torch.device) -> None:
     """Keep freed memory for the next tensors where the limit leaves room for holes; see :func:`settle_memory`.
 
     On a GPU the limit is that of its own memory, which says nothing of this process's.
     """
     if device.type != "cuda":
-        settle_memory(reuse=ROOMY * max(peak.values()) <= job.limit)
+        settle_memory(reuse=ROOMY * max(peak.values()) <= budget.limit)
 
 
-def settled_split(folder: Path, kind: type[Split], make: Callable[[], Split], job: Job, say: Say) -> Split:
+def settled_split(folder: Path, kind: type[Split], make: Callable[[], Split], budget: Budget, say: Say) -> Split:
     """The division that an interrupted run in ``folder`` began with, if it still fits; otherwise the one that ``make`` gives.
 
     Finished units are of use in their own division only.  How much memory is free differs from run to run, and from process to
@@ -80,11 +74,11 @@ def settled_split(folder: Path, kind: type[Split], make: Callable[[], Split], jo
 
     def decide() -> None:
         begun = _read(file, kind) if file.exists() else None
-        if begun is None or not fits(begun, job):
+        if begun is None or not fits(begun, budget):
             made = make()
             folder.mkdir(exist_ok=True)
             write_json(file, made._asdict() | {"made_for": made.made_for._asdict()})
-        elif begun.made_for.limit != job.limit:
+        elif begun.made_for.limit != budget.limit:
             limit = show_bytes(begun.made_for.limit)
             say(f"memory: the work stays divided as it was when it began, for {limit}; another --out divides it anew")
 
@@ -98,6 +92,6 @@ def _read(file: Path, kind: type[Split]) -> Split | None:
     """None: what another version wrote."""
     found = read_json(file)
     try:
-        return kind(**found | {"made_for": Job(**found["made_for"])})
+        return kind(**found | {"made_for": Budget(**found["made_for"])})
     except (TypeError, KeyError):
         return None

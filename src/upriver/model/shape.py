@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from upriver.errors import ModelError
 from upriver.model.attention import LONGEST
 from upriver.model.capture import capture, frozen
 from upriver.model.head import hidden_states
-from upriver.model.layers import Layer, find_layers, layer_kind, probe, weight_shape
-from upriver.model.load import Model
+from upriver.model.layers import Layer, block_number, find_layers, given, layer_kind, probe, weight_shape
+from upriver.model.load import Model, text_config
 from upriver.runtime.counts import Block, LayerSize, Shape, lowest_block
 from upriver.text.batch import Sequences
 
@@ -44,15 +43,15 @@ def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: C
     attention, blocks = _attention_width(module), defaultdict(float)
     outside = {True: 0.0, False: 0.0}
     for name, (multiplications, back) in seen.inputs.items():
-        block = _block_number(name)
+        block = block_number(name)
         if block is None:
             outside[back] += multiplications
         else:
             blocks[block] += multiplications
     for name, multiplications in _experts(module):
-        blocks[_block_number(name) or 0] += multiplications
+        blocks[block_number(name) or 0] += multiplications
     low = lowest_block(layers)
-    passed = [(n, m) for n, (m, back) in seen.inputs.items() if back and _block_number(n) == low]
+    passed = [(n, m) for n, (m, back) in seen.inputs.items() if back and block_number(n) == low]
     return Shape(
         layers=tuple(LayerSize(x.name, x.O, x.I, x.A_of, x.block) for x in layers),
         blocks=tuple(Block(blocks[i], attention) for i in range(max(blocks, default=-1) + 1)),
@@ -182,7 +181,7 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
     def note(name: str) -> Callable:
         def hook(m: nn.Module, args: tuple, kwargs: dict) -> None:
             nonlocal widest
-            a = args[0] if args else next(iter(kwargs.values()))
+            a = given(args, kwargs)
             O, I = weight_shape(m)
             before, back = inputs.get(name, (0.0, False))
             inputs[name] = (before + a.numel() / I * O * I / tokens, back or a.requires_grad)
@@ -205,17 +204,9 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
     return Seen(inputs, sum(sizes.values()), widest)
 
 
-def _block_number(name: str) -> int | None:
-    found = re.findall(r"\.(\d+)\.", f".{name}.")
-    return int(found[0]) if found else None
-
-
 def _attention_width(module: Any) -> float:
     """Heads times the width of one; 0 for a module that does not say."""
-    config = getattr(module, "config", None)
-    if config is None:
-        return 0.0
-    config = config.get_text_config()
+    config = text_config(module)
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", 0)
     width = getattr(config, "head_dim", None)
     return float(heads * width if heads and width else hidden if heads else 0)
@@ -223,12 +214,12 @@ def _attention_width(module: Any) -> float:
 
 def _experts(module: nn.Module) -> list[tuple[str, float]]:
     """Expert weights of three axes, which no linear module holds: a token goes through a few of them."""
-    config = getattr(module, "config", None)
-    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) if config is not None else None
+    chosen = getattr(text_config(module), "num_experts_per_tok", None)
     held = [(n, p) for n, p in module.named_parameters() if p.ndim == 3 and "expert" in n]
     return [(n, p.numel() * min(1.0, (chosen or 1) / p.shape[0])) for n, p in held]
 
 
 def _vocabulary(module: Any) -> int:
     find = getattr(module, "get_input_embeddings", None)
-    return int(find().weight.shape[0]) if find else 1
+    weight = getattr(find() if find else None, "weight", None)
+    return 1 if weight is None else int(weight.shape[0])

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from upriver.errors import ConfigError
+from upriver.runtime.units import parse_memory
 
 CONVENTIONS = {
     "loss": "sum of -log p over the loss tokens of a sequence",
@@ -32,6 +33,27 @@ PLAIN = {
 Config = TypeVar("Config", bound="Options")
 
 
+def parse_damping(value: Any) -> tuple[float, bool]:
+    """The number, and whether it is a multiple of the mean eigenvalue (``0.1x``).
+
+    Raises:
+        ValueError: not a number from 0.
+    """
+    text = str(value).strip()
+    try:
+        number = float(text.removesuffix("x"))
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ValueError("a number from 0, or a share of the mean eigenvalue such as 0.1x")
+    return number, text.endswith("x")
+
+
+def _size(memory: str | None) -> str | None:
+    parse_memory(memory)
+    return memory
+
+
 class Options(BaseModel):
     """Base of the option sets: frozen, and a key that does not exist is an error."""
 
@@ -53,6 +75,8 @@ class FitOptions(Options):
     batch_tokens: int = Field(BATCH_TOKENS, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
     memory: str | None = None
+
+    _memory = field_validator("memory")(_size)
 
 
 class TraceOptions(Options):
@@ -80,14 +104,10 @@ class TraceOptions(Options):
     @field_validator("damping", mode="before")
     @classmethod
     def _damping(cls, value: Any) -> str:
-        text = str(value).strip()
-        try:
-            number = float(text.removesuffix("x"))
-        except ValueError:
-            number = -1.0
-        if not 0 <= number < float("inf"):
-            raise ValueError("a number from 0, or a share of the mean eigenvalue such as 0.1x")
-        return text
+        parse_damping(value)
+        return str(value).strip()
+
+    _memory = field_validator("memory")(_size)
 
 
 class RunOptions(FitOptions, TraceOptions):

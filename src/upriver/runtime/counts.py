@@ -258,8 +258,8 @@ def contraction(
     while not at_hand and by_token and compressed(by_token) > most:
         rebuilt.append(by_token.pop())  # the one that gains most, or loses least, for the bytes
         hold = shared(rebuilt)
-    laid_out = max((compressed([x]) for x in rebuilt), default=0.0)
-    read = laid_out + (compressed(rebuilt) if at_hand else laid_out)
+    again = max(1.0, NUMBER / number) * max((compressed([x]) for x in rebuilt), default=0.0)  # solved in float32
+    read = again + (compressed(rebuilt) if at_hand else again)
     held = compressed(by_token) + dense(whole) + read + (waiting(rebuilt) * hold if hold > 1 else 0.0)
     chosen: dict[str, Order] = dict.fromkeys((x.name for x in layers), "tokens")
     chosen.update(dict.fromkeys((x.name for x in whole), "dense"))

@@ -46,6 +46,14 @@ def lead(work: Callable[[], Any]) -> None:
         raise told[0]
 
 
+def told(value: Any) -> Any:
+    """What the first process found, on all of them: they decide the same, though their last bits may differ."""
+    held = [value]
+    if world() > 1:
+        dist.broadcast_object_list(held)
+    return held[0]
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Around what each process does for itself: they leave it together, and the error of one is raised on all."""

@@ -16,21 +16,23 @@ from typing import Any, NamedTuple
 from upriver.errors import ConfigError
 from upriver.runtime.config import weights_in
 from upriver.runtime.counts import LayerSize, Shape
-from upriver.runtime.hardware import DEFAULT_SHARE, LIBRARIES, Machine, in_units, show_bytes
+from upriver.runtime.hardware import LIBRARIES, Machine
 from upriver.runtime.passes import UNIT_TOKENS, Pass, Passes, Request
+from upriver.runtime.process import DEFAULT_SHARE
 from upriver.runtime.split import (
     ITEM,
     SEQUENCE_BYTES,
     SUM,
     Asked,
+    Budget,
     FitSplit,
-    Job,
     TraceSplit,
     covariance_size,
     factors_of,
     split_fit,
     split_trace,
 )
+from upriver.runtime.units import show_bytes, show_count, show_flop, show_seconds
 
 PAYS = 1.2  # times as fast in bfloat16, the run as a whole: recommended
 
@@ -87,8 +89,11 @@ def parse_sizes(text: str) -> tuple[int, int] | None:
     return (int(match[1].replace("_", "")), int(match[2])) if match else None
 
 
-def plan_run(request: Request, shape: Shape, machine: Machine) -> Plan:
+def plan_run(request: Request, shape: Shape, machine: Machine, split: FitSplit | TraceSplit | None = None) -> Plan:
     """Plan a fit and a trace.
+
+    Args:
+        split: of a fit or a trace that has divided its work already, and is planned alone.
 
     Raises:
         ConfigError: they cannot be kept within the memory; the sentence says what would do.
@@ -97,7 +102,7 @@ def plan_run(request: Request, shape: Shape, machine: Machine) -> Plan:
         raise ConfigError("nothing to plan: got no tracked layer; choose some with --layers")
     if request.rank is not None:  # no layer can have a higher one
         request = replace(request, rank=min(request.rank, max(min(x.O, x.I) for x in shape.layers)))
-    spread, limit, fit, trace = _divide(request, shape, machine)
+    spread, limit, fit, trace = _divided(split) if split else _divide(request, shape, machine)
     copies = machine.devices // spread
     disk, passes = _disk(request, shape, copies, fit), _passes(request, shape, machine, fit, trace, copies)
     if fit and (size := Passes(request, shape, machine, request.dtype, copies).keeping(fit).size):
@@ -145,6 +150,11 @@ def smallest_batch(request: Request, shape: Shape, machine: Machine) -> int:
     return min(split.batch_tokens for split in _divide(request, shape, machine)[2:] if split)
 
 
+def _divided(split: FitSplit | TraceSplit) -> tuple[int, int, FitSplit | None, TraceSplit | None]:
+    limit = split.made_for.limit
+    return (1, limit, split, None) if isinstance(split, FitSplit) else (1, limit, None, split)
+
+
 def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, FitSplit | None, TraceSplit | None]:
     """Splits for the fewest devices to a copy of the model with which they keep the limit."""
     here = machine.resident is not None
@@ -154,9 +164,9 @@ def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, FitSp
     for spread in (n for n in range(1, most + 1) if machine.devices % n == 0):
         try:
             limit = spread * one
-            fit = split_fit(shape, _job(r, shape, machine, limit, r.dtype)) if r.fit else None
+            fit = split_fit(shape, _budget(r, shape, machine, limit, r.dtype)) if r.fit else None
             asked = Asked(r.queries, r.query_tokens, r.rank, r.layer_scores)
-            trace = split_trace(shape, asked, _job(r, shape, machine, limit, r.scan)) if r.queries else None
+            trace = split_trace(shape, asked, _budget(r, shape, machine, limit, r.scan)) if r.queries else None
             return spread, limit, fit, trace
         except ConfigError as error:
             failed = error
@@ -164,13 +174,13 @@ def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, FitSp
     raise failed
 
 
-def _job(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> Job:
+def _budget(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> Budget:
     """The model is there as it was loaded, for queries and the second look; another compute type is a copy beside it."""
     resident = LIBRARIES + SUM * shape.parameters if machine.resident is None else machine.resident
     copy = ITEM[dtype] * shape.parameters if weights_in(dtype) != machine.loaded else 0
     resident += 0 if machine.accelerator else SEQUENCE_BYTES * r.sequences
     longest, accelerator = r.longest_tokens, machine.accelerator
-    return Job(limit, resident, r.batch_tokens, longest, dtype, machine.cores, r.batch_sequences, copy, accelerator)
+    return Budget(limit, resident, r.batch_tokens, longest, dtype, machine.cores, r.batch_sequences, copy, accelerator)
 
 
 def _disk(r: Request, shape: Shape, copies: int, fit: FitSplit | None) -> dict[str, int]:
@@ -215,7 +225,7 @@ def describe(plan: Plan) -> list[str]:
     width = 20
     lines = [f"{'pass':<{width}}{'times over':>18}{'operations':>14}{'time':>12}{'peak memory':>14}"]
     for p in plan.passes:
-        over = f"{p.sweeps} x {_count(p.tokens)}" if p.tokens else "-"
+        over = f"{p.sweeps} x {show_count(p.tokens)}" if p.tokens else "-"
         peak = show_bytes(p.peak / plan.spread)
         lines.append(f"{p.name:<{width}}{over:>18}{show_flop(p.flop):>14}{show_seconds(p.seconds):>12}{peak:>14}")
     for verb in dict.fromkeys(p.verb for p in plan.passes):
@@ -235,18 +245,3 @@ def describe(plan: Plan) -> list[str]:
 def _batches(plan: Plan) -> str:
     tokens = dict.fromkeys(split.batch_tokens for split in (plan.fit, plan.trace) if split)
     return f", batches of {' and '.join(f'{t:,}' for t in tokens)} tokens"
-
-
-def _count(n: float) -> str:
-    return in_units(n, (1e9, "G tokens"), (1e6, "M tokens"), (1e3, "k tokens"), (1, " tokens"))
-
-
-def show_flop(n: float) -> str:
-    prefixes = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
-    return in_units(n, *((size, f" {name}FLOP") for size, name in prefixes))
-
-
-def show_seconds(s: float) -> str:
-    if s < 99.5:
-        return f"{s:.2g} s" if s < 9.95 else f"{s:.0f} s"
-    return next(f"{s / u:.3g} {name}" for u, name in ((86400, "days"), (3600, "h"), (60, "min")) if s >= u)

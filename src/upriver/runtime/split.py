@@ -9,7 +9,7 @@ from typing import NamedTuple
 from upriver.errors import ConfigError
 from upriver.runtime.config import MIXED
 from upriver.runtime.counts import DENSE_BYTES, Shape, Sized, contraction, leads
-from upriver.runtime.hardware import show_bytes
+from upriver.runtime.units import show_bytes
 
 SUM = 4  # bytes of a number in a sum, a basis or a full-rank query, whatever the compute type
 WIDE = 8  # float64, in eigendecompositions
@@ -34,7 +34,7 @@ QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more w
 REBUILD_BYTES = 64 << 20  # rows of multiplied-out queries held at once in one layer, with those of gradients
 
 
-class Job(NamedTuple):
+class Budget(NamedTuple):
     """What memory depends on, besides the model."""
 
     limit: int
@@ -57,7 +57,7 @@ class FitSplit(NamedTuple):
     eigen_workers: int
     compared: int  # sequences scored on each other at once
     peak: dict[str, int]  # by pass
-    made_for: Job
+    made_for: Budget
 
 
 class TraceSplit(NamedTuple):
@@ -69,9 +69,8 @@ class TraceSplit(NamedTuple):
     rescore_bytes: int
     dense_bytes: int  # queries that are multiplied out once, or batches that wait for them
     token_bytes: int  # compressed queries of the layers that go by tokens, at most
-    rebuild_bytes: int
     peak: dict[str, int]
-    made_for: Job
+    made_for: Budget
 
 
 class Asked(NamedTuple):
@@ -137,10 +136,10 @@ def correction_work(layers: Sequence[Sized], tokens: int) -> int:
     return rotated + GRADIENT_COPIES * max(GRADIENT_BYTES, SUM * max(x.O * x.I for x in layers))
 
 
-def agreement_size(shape: Shape, job: Job, compared: int, tokens: int) -> int:
+def agreement_size(shape: Shape, budget: Budget, compared: int, tokens: int) -> int:
     """A batch, of the fit or of a few sequences that are scored on each other, and their gradients in one layer."""
     gradients = GRADIENT_COPIES * compared * SUM * max(x.O * x.I for x in shape.layers)
-    return batch_size(shape, max(tokens, compared * job.longest), job.dtype, gradients)
+    return batch_size(shape, max(tokens, compared * budget.longest), budget.dtype, gradients)
 
 
 def eigen_size(layers: Sequence[Sized], workers: int) -> int:
@@ -154,25 +153,25 @@ def _halvings(batch_tokens: int, longest: int) -> list[int]:
     return sizes if sizes[-1] == longest else [*sizes, longest]
 
 
-def split_fit(shape: Shape, job: Job) -> FitSplit:
+def split_fit(shape: Shape, budget: Budget) -> FitSplit:
     """The fewest passes that keep the limit, then the largest batch.
 
     Raises:
         ConfigError: not even one layer and one sequence at a time fit; the sentence says what would do.
     """
-    made_for, job = job, job._replace(fixed=job.fixed + job.copy, copy=0)
-    layers, free = shape.layers, _free(job)
+    made_for, budget = budget, budget._replace(fixed=budget.fixed + budget.copy, copy=0)
+    layers, free = shape.layers, _free(budget)
     work = {"covariance": covariance_work, "correction": correction_work}
     sizes = {"covariance": covariance_size, "correction": correction_size}
     largest = SUM * max(x.O * x.I for x in layers)
     few = [k for k in COMPARED if k == COMPARED[-1] or k * largest <= COMPARED_BYTES]
 
     def batch(name: str, tokens: int, compared: int) -> int:
-        size = batch_size(shape, tokens, job.dtype, work[name](layers, tokens))
-        return size if name == "covariance" else max(size, agreement_size(shape, job, compared, tokens))
+        size = batch_size(shape, tokens, budget.dtype, work[name](layers, tokens))
+        return size if name == "covariance" else max(size, agreement_size(shape, budget, compared, tokens))
 
-    least = max(max(size([x]) for x in layers) + batch(name, job.longest, 2) for name, size in sizes.items())
-    _refuse("fit", job, max(least, eigen_size(layers, 1)))
+    least = max(max(size([x]) for x in layers) + batch(name, budget.longest, 2) for name, size in sizes.items())
+    _refuse("fit", budget, max(least, eigen_size(layers, 1)))
 
     def divide(tokens: int, compared: int) -> dict[str, list[list[int]]] | None:
         room = {name: free - batch(name, tokens, compared) for name in sizes}
@@ -180,17 +179,17 @@ def split_fit(shape: Shape, job: Job) -> FitSplit:
         fits = all(sizes[n]([layers[i] for i in g]) <= room[n] for n, all_g in found.items() for g in all_g)
         return found if fits else None
 
-    ways = [(tokens, k) for tokens in _halvings(job.batch_tokens, job.longest) for k in few]
+    ways = [(tokens, k) for tokens in _halvings(budget.batch_tokens, budget.longest) for k in few]
     tried = [(*way, found) for way in ways if (found := divide(*way))]
     if not tried:
-        tried = [(t, 2, found) for t in _halvings(job.batch_tokens, job.longest) if (found := divide(t, 2))]
+        tried = [(t, 2, found) for t in _halvings(budget.batch_tokens, budget.longest) if (found := divide(t, 2))]
     tokens, compared, found = min(tried, key=lambda x: sum(map(len, x[2].values())))
-    workers = max(k for k in range(1, job.cores + 1) if k == 1 or eigen_size(layers, k) <= free)
-    base = job.fixed + SLACK
+    workers = max(k for k in range(1, budget.cores + 1) if k == 1 or eigen_size(layers, k) <= free)
+    base = budget.fixed + SLACK
     held = {n: base + max(sizes[n]([layers[i] for i in g]) for g in found[n]) for n in sizes}
-    peak = {n: held[n] + batch_size(shape, tokens, job.dtype, work[n](layers, tokens)) for n in sizes}
+    peak = {n: held[n] + batch_size(shape, tokens, budget.dtype, work[n](layers, tokens)) for n in sizes}
     peak["eigendecomposition"] = base + eigen_size(layers, workers)
-    peak["agreement"] = held["correction"] + agreement_size(shape, job, compared, tokens)
+    peak["agreement"] = held["correction"] + agreement_size(shape, budget, compared, tokens)
     return FitSplit(tokens, found["covariance"], found["correction"], workers, compared, peak, made_for)
 
 
@@ -246,34 +245,35 @@ def solve_size(shape: Shape, asked: Asked, at_once: int, batch_tokens: int) -> i
     return max(batch_size(shape, tokens, "float32"), layer) + at_once * query_size(shape.layers, asked)
 
 
-def rescore_size(shape: Shape, asked: Asked, job: Job, at_once: int, tokens: int) -> int:
+def rescore_size(shape: Shape, asked: Asked, budget: Budget, at_once: int, tokens: int) -> int:
     """Some queries at full rank, and then a batch of sequences with their gradients in a layer."""
     full = asked._replace(rank=None)
-    gradients = _scored(shape, SUM, _at_once(job, tokens))
+    gradients = _scored(shape, SUM, _at_once(budget, tokens))
     batch = batch_size(shape, tokens, "float32", max(gradients, SUM * tokens * shape.widest))
     return max(solve_size(shape, full, at_once, tokens), batch + at_once * query_size(shape.layers, full))
 
 
-def _at_once(job: Job, tokens: int) -> int:
+def _at_once(budget: Budget, tokens: int) -> int:
     """The most sequences of a batch of ``tokens``."""
-    return max(1, -(-(job.sequences or job.batch_tokens // job.longest) * tokens // job.batch_tokens))
+    return max(1, -(-(budget.sequences or budget.batch_tokens // budget.longest) * tokens // budget.batch_tokens))
 
 
-def held_size(shape: Shape, asked: Asked, job: Job, tokens: int, room: int, most: int) -> int:
+def held_size(shape: Shape, asked: Asked, budget: Budget, tokens: int, room: int, most: int) -> int:
     """Queries as they are laid out, and batches that wait; see :func:`contraction`."""
-    N, number = _at_once(job, tokens), HANDED[job.dtype]
+    N, number = _at_once(budget, tokens), HANDED[budget.dtype]
     return int(
-        contraction(shape.layers, tokens, N, asked.queries, asked.rank, room, number, job.accelerator, most).held
+        contraction(shape.layers, tokens, N, asked.queries, asked.rank, room, number, budget.accelerator, most).held
     )
 
 
-def scan_size(shape: Shape, asked: Asked, job: Job, tokens: int) -> int:
+def scan_size(shape: Shape, asked: Asked, budget: Budget, tokens: int) -> int:
     """The model in its compute type, and one batch with the gradients of its sequences: all but what is held."""
-    gradients = _scored(shape, HANDED[job.dtype], _at_once(job, tokens))
-    by_token = 2 * HANDED[job.dtype] * asked.queries * (asked.rank or 0)
-    products = max(job.longest * by_token, min(SCORED_BYTES, tokens * by_token))
-    kept = 2 * LAYER_SCORES_BYTES if asked.layer_scores else 0
-    return job.copy + REBUILD_BYTES + kept + batch_size(shape, tokens, job.dtype, max(gradients, products))
+    gradients = _scored(shape, HANDED[budget.dtype], _at_once(budget, tokens))
+    by_token = 2 * HANDED[budget.dtype] * asked.queries * (asked.rank or 0)
+    products = max(budget.longest * by_token, min(SCORED_BYTES, tokens * by_token))
+    kept = SUM * asked.queries * len(shape.layers) * _at_once(budget, tokens) if asked.layer_scores else 0
+    kept = kept and 2 * max(LAYER_SCORES_BYTES, kept)
+    return budget.copy + REBUILD_BYTES + kept + batch_size(shape, tokens, budget.dtype, max(gradients, products))
 
 
 def _scored(shape: Shape, number: int, sequences: int) -> int:
@@ -282,54 +282,54 @@ def _scored(shape: Shape, number: int, sequences: int) -> int:
     return max(largest, min(SCORED_BYTES, sequences * largest))
 
 
-def split_trace(shape: Shape, asked: Asked, job: Job) -> TraceSplit:
+def split_trace(shape: Shape, asked: Asked, budget: Budget) -> TraceSplit:
     """As many queries at once as fit, in the largest batch for which all do.
 
     Raises:
         ConfigError: not even one query and one sequence at a time fit; the sentence says what would do.
     """
-    layers, free = shape.layers, _free(job)
+    layers, free = shape.layers, _free(budget)
 
     def read(queries: int) -> int:
-        """Two copies of one layer's compressed queries."""
-        return 2 * HANDED[job.dtype] * queries * (asked.rank or 0) * max(x.O + x.I for x in layers)
+        """Two copies of one layer's compressed queries, as they are read or as they are laid out."""
+        return 2 * max(SUM, HANDED[budget.dtype]) * queries * (asked.rank or 0) * max(x.O + x.I for x in layers)
 
     def left(queries: int, tokens: int) -> int:
         """For compressed queries that stay."""
-        return max(0, free - scan_size(shape, asked._replace(queries=queries), job, tokens) - read(queries))
+        return max(0, free - scan_size(shape, asked._replace(queries=queries), budget, tokens) - read(queries))
 
     def scan(queries: int, tokens: int, room: int = 0) -> int:
         some = asked._replace(queries=queries)
-        held = held_size(shape, some, job, tokens, room, left(queries, tokens) - room)
-        return held + scan_size(shape, some, job, tokens)
+        held = held_size(shape, some, budget, tokens, room, left(queries, tokens) - room)
+        return held + scan_size(shape, some, budget, tokens)
 
     def least(tokens: int) -> int:
-        return max(scan(1, tokens), solve_size(shape, asked, 1, tokens), rescore_size(shape, asked, job, 1, tokens))
+        return max(scan(1, tokens), solve_size(shape, asked, 1, tokens), rescore_size(shape, asked, budget, 1, tokens))
 
     def together(tokens: int) -> int:
         return _most(asked.queries, free, lambda q: scan(q, tokens))
 
-    _refuse("trace", job, least(job.longest))
-    fitting = [b for b in _halvings(job.batch_tokens, job.longest) if least(b) <= free]
+    _refuse("trace", budget, least(budget.longest))
+    fitting = [b for b in _halvings(budget.batch_tokens, budget.longest) if least(b) <= free]
     tokens = max(fitting, key=together)  # the fewest passes over the corpus, then the largest batch
     passes = -(-asked.queries // together(tokens))
     scanned = -(-asked.queries // passes)
-    most, full = max(QUERY_BYTES, job.limit // 4), asked._replace(rank=None)
+    most, full = max(QUERY_BYTES, budget.limit // 4), asked._replace(rank=None)
     each = (query_size(layers, asked), query_size(layers, full))
     # but on accelerators, reading the factors again takes little of the time of multiplying a batch of tokens with them
-    enough = asked.queries if job.accelerator else min(asked.queries, -(-tokens // asked.tokens))
+    enough = asked.queries if budget.accelerator else min(asked.queries, -(-tokens // asked.tokens))
     solved = _most(min(enough, most // each[0]), free, lambda q: solve_size(shape, asked, q, tokens))
-    rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore_size(shape, asked, job, q, tokens))
+    rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore_size(shape, asked, budget, q, tokens))
     room = max(0, min(DENSE_BYTES, free - scan(scanned, tokens) - read(scanned)))
-    base = job.fixed + SLACK
+    base = budget.fixed + SLACK
     peak = {
         "queries": base + solve_size(shape, asked, solved, tokens),
         "scan": base + scan(scanned, tokens, room),
-        "rescore": base + rescore_size(shape, asked, job, rescored, tokens),
+        "rescore": base + rescore_size(shape, asked, budget, rescored, tokens),
     }
     sizes = (solved * each[0], rescored * each[1])
     by_token = left(scanned, tokens) - room
-    return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], room, by_token, REBUILD_BYTES, peak, job)
+    return TraceSplit(tokens, solved, sizes[0], scanned, rescored, sizes[1], room, by_token, peak, budget)
 
 
 def _most(at_most: int, room: int, size: Callable[[int], int]) -> int:
@@ -343,29 +343,30 @@ def _most(at_most: int, room: int, size: Callable[[int], int]) -> int:
     return low
 
 
-def fits(split: FitSplit | TraceSplit, job: Job) -> bool:
-    """Whether work that was divided for another limit, or beside other memory in use, stays within the limit of ``job``.
+def fits(split: FitSplit | TraceSplit, budget: Budget) -> bool:
+    """Whether work that was divided for another limit, or beside other memory in use, stays within the limit of ``budget``.
 
     Half of the margin is for what a process has more at its start than the one before it: that alone divides nothing anew.
     """
-    return max(split.peak.values()) - split.made_for.fixed + job.fixed <= (1 - MARGIN / 2) * job.limit
+    counted = max(split.peak.values()) - split.made_for.fixed - SLACK
+    return budget.fixed + SLACK + _double(budget) * counted <= (1 - MARGIN / 2) * budget.limit
 
 
-def _free(job: Job) -> int:
+def _free(budget: Budget) -> int:
     """What a pass may take; half of it in float64, whose sums are counted as those of float32."""
-    left = int((1 - MARGIN) * job.limit) - job.fixed - SLACK
-    return left // _double(job)
+    left = int((1 - MARGIN) * budget.limit) - budget.fixed - SLACK
+    return left // _double(budget)
 
 
-def _double(job: Job) -> int:
-    return 2 if job.dtype == "float64" else 1
+def _double(budget: Budget) -> int:
+    return 2 if budget.dtype == "float64" else 1
 
 
-def _refuse(what: str, job: Job, least: int) -> None:
-    needed = (job.fixed + SLACK + _double(job) * least) / (1 - MARGIN)
-    if least > _free(job):
+def _refuse(what: str, budget: Budget, least: int) -> None:
+    needed = (budget.fixed + SLACK + _double(budget) * least) / (1 - MARGIN)
+    if least > _free(budget):
         raise ConfigError(
-            f"the memory is too small for this {what}: got {show_bytes(job.limit)}; the least that would do is "
-            f"{show_bytes(needed * 1.005)}, of which {show_bytes(job.fixed)} are there before it starts: "
+            f"the memory is too small for this {what}: got {show_bytes(budget.limit)}; the least that would do is "
+            f"{show_bytes(needed * 1.005)}, of which {show_bytes(budget.fixed)} are there before it starts: "
             "give more with --memory, track fewer layers with --layers, or cut shorter sequences with --seq-len"
         )

@@ -133,7 +133,7 @@ class Stage:
     Example:
         >>> stage = Stage.open(Path("factors/covariance"), "covariance", {"seed": 0})
         >>> if not stage.done:
-        ...     total = accumulate(stage, n_units, compute)
+        ...     total = accumulate(stage, dist.share(n_units), n_units, compute)
         ...     stage.finish({"tokens": 1000})
     """
 
@@ -246,6 +246,10 @@ def _empty(path: Path) -> None:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold ``path`` for this run: two runs that fill one folder at the same time would spoil each other's work."""
+    if os.fsencode(path).decode(errors="replace") != str(path):
+        raise ConfigError(
+            f"the folder's name is not UTF-8, which its files could not be read by: got {str(path)!r}; choose another"
+        )
     with ExitStack() as held:
         dist.lead(lambda: held.enter_context(_locked(path)))
         yield

@@ -29,7 +29,6 @@ def accumulate(
     units: list[int],
     n_units: int,
     compute: Callable[[int], Tensors],
-    barrier: Callable[[], None],
     hold: bool = False,
 ) -> Path:
     """The file with the sum of ``compute(unit)`` over all ``n_units``, added in unit order; ``units`` are this rank's.
@@ -45,7 +44,7 @@ def accumulate(
     """
     first = _newest_sum(stage)
     alone, mine, missing = len(units) == n_units, [u for u in units if u >= first], remaining(stage, units)
-    barrier()  # what was there is known to all before the first rank adds and removes it
+    dist.barrier()  # what was there is known to all before the first rank adds and removes it
     with dist.together():
         if alone:
             _sum_alone(stage, mine, compute, first, n_units, hold)
@@ -54,9 +53,9 @@ def accumulate(
                 stage.commit(unit, compute(unit))
                 if 0 in units:
                     _fold_ready(stage, n_units)
-    barrier()
+    dist.barrier()
     dist.lead(lambda: _fold_ready(stage, n_units))
-    barrier()
+    dist.barrier()
     if not sum_path(stage, n_units).exists():
         raise StorageError(f"parts of a sum are missing in {stage.path}; give the same command again")
     return sum_path(stage, n_units)

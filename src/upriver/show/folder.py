@@ -106,9 +106,9 @@ def _columns(path: Path, columns: list[str] | None) -> pd.DataFrame:
     try:
         if not path.exists():
             return pd.DataFrame()
-        names = pq.read_schema(path).names
-        wanted = names if columns is None else [name for name in columns if name in names]
-        return pq.read_table(path, columns=wanted).to_pandas()
+        with open(path, "rb") as raw, pq.ParquetFile(raw) as file:  # arrow does not take every path
+            names = file.schema_arrow.names
+            return file.read(None if columns is None else [name for name in columns if name in names]).to_pandas()
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read {path}: {error}; run `upriver trace` again") from error
 

@@ -13,7 +13,10 @@ from upriver.show.page import WARN_ABOVE, render
 
 HEAD = 65_536  # bytes that are looked at
 OURS = {  # how the files of a report begin
-    ".html": re.compile(rb'<!doctype html>\n<html lang="en">\n<head>\n<meta name="generator" content="Upriver">\n'),
+    ".html": re.compile(
+        rb'<!doctype html>\n<html lang="en">\n<head>\n(?:<meta name="generator" content="Upriver">\n|<meta charset="utf-8">\n'
+        rb'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; script-src \'sha256-)'
+    ),
     ".json": re.compile(rb'\{"format": "upriver-report", '),
     ".jsonl": re.compile(rb'\{"example_id": "(?:[^"\\]|\\.)*", "query_set": "upriver", '),
     ".csv": re.compile(re.escape(",".join(CSV_COLUMNS).encode()) + rb"\n"),

@@ -39,16 +39,21 @@ class Scores:
             raise QueryError(f"no such query: got {query!r}; the results have {', '.join(known)}")
         if side not in SIDES:
             raise QueryError(f"no such side: got {side!r}; {' or '.join(SIDES)}")
-        table = pq.read_table(self.path / "top.parquet", filters=[("query", "=", query), ("side", "=", side)])
+        with open(self.path / "top.parquet", "rb") as file:
+            table = pq.read_table(file, filters=[("query", "=", query), ("side", "=", side)])
         return table.to_pandas().sort_values("rank").head(k).reset_index(drop=True)
 
     def frame(self) -> pd.DataFrame:
         """Every scored sequence, a column of raw scores per query."""
-        return pd.read_parquet(self.path / "scores.parquet")
+        return self._table("scores")
 
     def documents(self) -> pd.DataFrame:
         """Every document that has a scored sequence, a column of the sums over its scored sequences per query."""
-        return pd.read_parquet(self.path / "documents.parquet")
+        return self._table("documents")
+
+    def _table(self, name: str) -> pd.DataFrame:
+        with open(self.path / f"{name}.parquet", "rb") as file:  # arrow does not take every path
+            return pd.read_parquet(file)
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write the report page (and its JSON, JSONL and CSV beside it); returns the page's path."""

@@ -6,9 +6,9 @@ asks for nothing else: ``len``, ``lengths_N``, ``plan``, ``batch``, ``sample``, 
 
 import dataclasses
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -46,19 +46,6 @@ class Batch:
     def n_tokens(self) -> int:
         """Real positions, padding left out."""
         return len(self.rows_N) if self.real_NT is None else int(self.real_NT.sum())
-
-
-class Sequences(Protocol):
-    """What every corpus offers to the passes that stream over it."""
-
-    @property
-    def lengths_N(self) -> np.ndarray: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def __len__(self) -> int: ...
-    def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]: ...
-    def batch(self, rows: np.ndarray) -> Batch: ...
-    def sample(self, max_tokens: int, seed: int) -> np.ndarray: ...
 
 
 def pad(rows: np.ndarray, keys_N: np.ndarray, tokens: Sequence[np.ndarray], loss: Sequence[np.ndarray]) -> Batch:
@@ -126,7 +113,36 @@ def sequence_keys(hashes_N: np.ndarray) -> np.ndarray:
     return splitmix64(hashes_N ^ splitmix64(occurrence_N))
 
 
-class Examples:
+class Sequences(ABC):
+    """What every corpus offers to the passes that stream over it.
+
+    Attributes:
+        lengths_N: tokens of each sequence.
+        keys_N: uint64, its counter key: what it holds, whatever its place.
+        fingerprint: a hash of all that it holds.
+    """
+
+    lengths_N: np.ndarray
+    keys_N: np.ndarray
+    fingerprint: str
+
+    @abstractmethod
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The sequences ``rows`` as one batch."""
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
+        """Rows in batches of at most ``batch_tokens`` positions, padding counted, longest first; see :func:`plan`."""
+        return plan(self.lengths_N, batch_tokens, rows)
+
+    def sample(self, max_tokens: int, seed: int) -> np.ndarray:
+        """A seeded random selection of at most ``max_tokens`` tokens, at least one sequence: sorted rows."""
+        return sample(self.lengths_N, self.keys_N, max_tokens, seed)
+
+
+class Examples(Sequences):
     """A corpus of independent examples given as tensors, for classification and regression.
 
     ``inputs`` maps names to tensors with one row per example; a `Task` says what the names mean.
@@ -160,25 +176,10 @@ class Examples:
         content.update(self.keys_N.tobytes())
         return content.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self.lengths_N)
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self)
-
-    def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
-        """Batches of at most ``batch_tokens`` examples."""
-        return plan(self.lengths_N, batch_tokens, rows)
-
     def batch(self, rows: np.ndarray) -> Batch:
         rows = np.asarray(rows, np.int64)
         picked = {name: t[torch.from_numpy(rows).to(t.device)] for name, t in self.inputs.items()}
         return Batch(rows, self.keys_N[rows], picked, None)
-
-    def sample(self, max_tokens: int, seed: int) -> np.ndarray:
-        """A seeded random selection of at most ``max_tokens`` examples: sorted rows."""
-        return sample(self.lengths_N, self.keys_N, max_tokens, seed)
 
 
 def _bytes_NB(tensor: Tensor) -> np.ndarray:

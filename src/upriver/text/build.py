@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import shutil
+import warnings
 import weakref
 from array import array
 from collections.abc import Callable, Iterator
@@ -105,7 +106,12 @@ def exclusive(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "w")  # noqa: SIM115 - held until the end of the block
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            warnings.warn(
+                f"{path} cannot be locked ({error}): read this corpus in no other process meanwhile", stacklevel=3
+            )
         yield
 
 

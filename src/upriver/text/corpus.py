@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import ConfigError, StorageError
 from upriver.runtime.store import digest, read_json
-from upriver.text import batch as batches
-from upriver.text.batch import Batch
+from upriver.text.batch import Batch, Sequences, pad
 from upriver.text.build import TABLES, Progress, Settings, Stream, build, exclusive
 from upriver.text.encode import encode, tokenizer_fingerprint
 from upriver.text.records import BadRecords, open_corpus
@@ -23,7 +22,7 @@ from upriver.text.records import BadRecords, open_corpus
 SCHEMA = 3  # raise it when the same files would give other sequences, or the artifact another layout
 
 
-class Corpus:
+class Corpus(Sequences):
     """Sequences of tokens, read from an artifact that is made once (`Corpus.read`).
 
     A document of at most ``seq_len`` tokens is one sequence; a longer one is cut into windows, and the windows partition
@@ -46,7 +45,7 @@ class Corpus:
         self.fingerprint = folder.name
         self.reused = reused
         self.info: dict[str, Any] = {"path": path, "fingerprint": folder.name, **stored}
-        self.seq_len, self.pack = int(stored["seq_len"]), bool(stored["pack"])
+        self.pack = bool(stored["pack"])
         self.n_documents, self.n_tokens = int(stored["documents"]), int(stored["tokens"])
         self.max_token = int(stored["max_token"])
         try:
@@ -113,22 +112,11 @@ class Corpus:
                     build(folder, sources, bad, tokenizer, settings, progress)
         return cls(folder, tokenizer, str(path), reused)
 
-    def __len__(self) -> int:
-        return len(self.lengths_N)
-
-    def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
-        """Rows in batches of at most ``batch_tokens`` positions, padding counted, longest first."""
-        return batches.plan(self.lengths_N, batch_tokens, rows)
-
     def batch(self, rows: np.ndarray) -> Batch:
         """The sequences ``rows`` as one right-padded batch."""
         rows = np.asarray(rows, np.int64)
         slices = [self._slice(row) for row in rows]
-        return batches.pad(rows, self.keys_N[rows], [self._tokens[s] for s in slices], [self._loss[s] for s in slices])
-
-    def sample(self, max_tokens: int, seed: int) -> np.ndarray:
-        """A seeded random selection of at most ``max_tokens`` tokens, at least one sequence: sorted rows."""
-        return batches.sample(self.lengths_N, self.keys_N, max_tokens, seed)
+        return pad(rows, self.keys_N[rows], [self._tokens[s] for s in slices], [self._loss[s] for s in slices])
 
     def _slice(self, row: int) -> slice:
         start = int(self._offset_N[row])

@@ -99,7 +99,7 @@ def find_sources(path: Path, error: ErrorType = CorpusError, skip: Callable[[str
     if any(_mode(path / name, error) for name in ("dataset_info.json", "dataset_dict.json")):
         return [_saved_dataset(path, error)]
     sources = []
-    for file in sorted(_files(path, error)):
+    for file in sorted(_files(path, error, ())):
         if _kind(file) or skip is None:
             sources.append(_source(file, file.relative_to(path).as_posix(), error))
         else:
@@ -122,8 +122,8 @@ def _mode(path: Path, error: ErrorType) -> int:
         ) from reason
 
 
-def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The files below a folder, hidden ones left out; a link to a folder ``above`` it holds nothing new."""
+def _files(folder: Path, error: ErrorType, above: tuple[str, ...]) -> Iterator[Path]:
+    """The files below a folder, hidden ones left out; a link into the corpus, or to a folder ``above``, holds nothing new."""
     above = (*above, os.path.realpath(folder))
     try:
         paths = list(folder.iterdir())
@@ -139,8 +139,16 @@ def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Itera
             raise error(f"a link that leads nowhere: got {path}; mend or remove it")
         if stat.S_ISREG(mode):
             yield path
-        elif stat.S_ISDIR(mode) and os.path.realpath(path) not in above:
+        elif stat.S_ISDIR(mode) and not _read_anyway(path, above):
             yield from _files(path, error, above)
+
+
+def _read_anyway(folder: Path, above: tuple[str, ...]) -> bool:
+    """Whether a folder is one of those ``above`` it, or a link to one that the first of them, the corpus, holds openly."""
+    target = Path(os.path.realpath(folder))
+    if str(target) in above or not folder.is_symlink() or not target.is_relative_to(above[0]):
+        return str(target) in above
+    return not any(part.startswith(".") for part in target.relative_to(above[0]).parts)
 
 
 def _kind(path: Path) -> tuple[str, str] | None:
@@ -154,7 +162,7 @@ def _source(path: Path, name: str, error: ErrorType) -> Source:
     found = _kind(path)
     if found is None:
         raise error(f"not a known type of file: got {path}; {KNOWN}")
-    return Source(path, name, *found)
+    return Source(path, name.encode(errors="backslashreplace").decode(), *found)  # a name need not be UTF-8
 
 
 def _hub(path: Path, error: ErrorType) -> Source:
@@ -286,7 +294,7 @@ def _text_rows(source: Source) -> Iterator[tuple[int, Row]]:
 def _parquet_rows(source: Source) -> Iterator[tuple[int, Row]]:
     row = 0
     try:
-        with pq.ParquetFile(source.path) as file:
+        with open(source.path, "rb") as raw, pq.ParquetFile(raw) as file:  # arrow takes some names for addresses
             for batch in file.iter_batches(batch_size=256):
                 for value in batch.to_pylist():
                     row += 1
