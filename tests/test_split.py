@@ -221,17 +221,19 @@ def test_a_division_that_no_longer_fits_is_made_anew(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "times"), [("float32", 1), ("bfloat16", 1), ("float64", 2)])
-def test_a_division_fits_the_limit_that_it_was_made_for_and_none_below_what_it_takes(dtype, times):
+@pytest.mark.parametrize("copy", [0, 2 * 10**8])  # of the weights, which is as large as it is
+def test_a_division_fits_the_limit_that_it_was_made_for_and_none_below_what_it_takes(dtype, times, copy):
     """Sizes are counted as of float32, and those of float64 are twice as large."""
     layers = tuple(LayerSize(f"l{i}", 1024, 1024, f"l{i}", i) for i in range(4))
     blocks = tuple(Block(2.0**20, 64.0) for _ in layers)
     shape = Shape(layers, blocks, 0.0, 1e4, 0.5, False, 4 << 20, 50_000.0, 1024, 1000)
-    for limit in range(600, 1600, 20):  # from about the least that would do
-        budget = Budget(limit * 10**6, 10**8, 4000, 100, dtype)
+    for limit in range(600 + copy // 10**6, 2600, 20):  # from about the least that would do
+        budget = Budget(limit * 10**6, 10**8, 4000, 100, dtype, copy=copy)
         split = split_fit(shape, budget)
         assert fits(split, budget)
-        sizes = max(split.peak.values()) - budget.fixed - SLACK
-        assert not fits(split, budget._replace(limit=budget.fixed + SLACK + times * sizes))
+        once = budget.fixed + SLACK + copy
+        sizes = max(split.peak.values()) - once
+        assert not fits(split, budget._replace(limit=once + times * sizes))
 
 
 @pytest.mark.parametrize("given", [{"fisher": "empirical"}, {}])

@@ -41,6 +41,7 @@ from upriver.runtime.threads import one_core_each
 from upriver.tensors import accumulator_dtype, add_second_moment, eigh, matmul, sequence_gradients
 from upriver.text.batch import Batch, Sequences, pad
 
+ENOUGH = 0.5  # seconds of runs of one operation
 TIMED_FLOP = 1.5e11  # of one calibration pass through the model: about a second on two cores
 EIGEN_SIDE = 768  # of the matrix that is decomposed to measure
 LONG = 60.0  # seconds of a run for which it is worth measuring whether bfloat16 pays
@@ -228,7 +229,7 @@ def _pass_rate(model: Model, layers: list[Layer], data: Sequences, shape: Shape,
 
     with capture(model.module, layers, lambda *_: None, model.handed) as run:
         run_on(rows[:1])
-        seconds = min(_seconds(lambda: run_on(rows), model.device, 1, 0.0) for _ in range(2))
+        seconds = _seconds(lambda: run_on(rows), model.device, 2)
     tokens = float(data.lengths_N[rows].sum())
     return tokens * each / seconds
 
@@ -291,17 +292,13 @@ def _disk_rate() -> float:
         return ASSUMED_DISK
 
 
-def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3, warm: float = 0.2) -> float:
-    """The shortest of a few runs, after one that is not counted; fewer where one takes long."""
-    best = float("inf")
-    for i in range(repeats + 1 if warm else repeats):
+def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 4) -> float:
+    """The shortest of a few runs; of two where they take long: the first may begin threads, or meet other work."""
+    took: list[float] = []
+    while len(took) < 2 or (len(took) < repeats and sum(took) < ENOUGH):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        took = time.perf_counter() - start
-        if i or not warm or took > warm:
-            best = min(best, took)
-        if took > warm > 0:
-            break
-    return best
+        took.append(time.perf_counter() - start)
+    return min(took)

@@ -348,8 +348,9 @@ def fits(split: FitSplit | TraceSplit, budget: Budget) -> bool:
 
     Half of the margin is for what a process has more at its start than the one before it: that alone divides nothing anew.
     """
-    counted = max(split.peak.values()) - split.made_for.fixed - SLACK
-    return budget.fixed + SLACK + _double(budget) * counted <= (1 - MARGIN / 2) * budget.limit
+    once = SLACK + (split.made_for.copy if isinstance(split, FitSplit) else 0)
+    counted = max(split.peak.values()) - split.made_for.fixed - once
+    return budget.fixed + once + _double(budget) * counted <= (1 - MARGIN / 2) * budget.limit
 
 
 def _free(budget: Budget) -> int:
