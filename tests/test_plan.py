@@ -430,6 +430,15 @@ def test_this_machine_is_measured_with_the_model(name):
         plan_here(c.model, layers, c.data, request_for(c.data.lengths_N, dtype="float64", memory=10**6))
 
 
+def test_what_will_not_be_in_a_run_is_not_planned():
+    """As what reading a corpus for the first time leaves."""
+    c = case("neox")
+    layers = tracked_layers(c.model, c.data, c.spec)
+    request = request_for(c.data.lengths_N, queries=3, batch_tokens=30, dtype="float64")
+    peaks, lower = ([p.peak for p in plan_here(c.model, layers, c.data, request, left=x).passes] for x in (0, 10**8))
+    assert lower == pytest.approx([peak - 10**8 for peak in peaks], abs=2e7)
+
+
 def test_a_run_is_planned_as_it_has_divided_its_work():
     """Nothing is counted once more that is in the division already, as the places of the sequences."""
     c = case("neox")

@@ -24,6 +24,7 @@ from upriver.pipeline import trace
 from upriver.runtime.config import BATCH_TOKENS, FitOptions, Options, RunOptions, TraceOptions, options
 from upriver.runtime.passes import Request, request_for
 from upriver.runtime.plan import describe, parse_sizes
+from upriver.runtime.process import give_back, resident_memory
 from upriver.runtime.store import write_json
 from upriver.runtime.units import parse_memory
 from upriver.show.bars import bars, running_bar, say
@@ -194,21 +195,30 @@ def plan_command(
     if size is not None:
         if isinstance(what, Model):
             _check_length(what, size[1])
-        data = Blank(*size)
+        data, left = Blank(*size), 0
     else:
         assert isinstance(what, Model)
-        data = _read_corpus(corpus, what, seq_len, False, "error")
+        data, left = _read_for_others(corpus, what, seq_len)
     asked: dict[str, Any] = {
         "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top, "dtype": dtype,
         "batch_tokens": batch_tokens, "memory": parse_memory(memory),
     }  # fmt: skip
     asked |= _query_size(queries, what)
     request = Request(size[0], size[1], **asked) if size else request_for(data.lengths_N, **asked)
-    plan = plan_model(what, data, layers, request, hardware)
+    plan = plan_model(what, data, layers, request, hardware, left)
     for line in describe(plan):
         stdout.print(line, markup=False)
     if out:
         write_json(out, plan.as_dict())
+
+
+def _read_for_others(corpus: str, model: Model, seq_len: int) -> tuple[Corpus, int]:
+    """The corpus, and what reading it has left in memory: a fit and a trace after this find its tokens made."""
+    give_back()
+    before = resident_memory() or 0
+    data = _read_corpus(corpus, model, seq_len, False, "error")
+    give_back()
+    return data, 0 if data.reused or model.device.type == "cuda" else max(0, (resident_memory() or 0) - before)
 
 
 def _query_size(queries: str, model: Model | Path) -> dict[str, int]:

@@ -63,12 +63,18 @@ def announce(
 
 
 def plan_here(
-    model: Model, layers: list[Layer], data: Sequences, request: Request, split: FitSplit | TraceSplit | None = None
+    model: Model,
+    layers: list[Layer],
+    data: Sequences,
+    request: Request,
+    split: FitSplit | TraceSplit | None = None,
+    left: int = 0,
 ) -> Plan:
     """Plan for this machine, by a few seconds of measuring with the model itself.
 
     Args:
         split: how a run has divided its work already; None: as the memory of now asks.
+        left: bytes in use here that will not be in a run's own process.
 
     Raises:
         ConfigError: the run cannot be kept within the memory.
@@ -80,6 +86,7 @@ def plan_here(
     if split is not None:
         request = dataclasses.replace(request, memory=split.made_for.limit)
     machine = machine_here(model, layers, data, shape, request, split and split.batch_tokens)
+    machine = machine._replace(resident=max(0, (machine.resident or 0) - left))
     found = plan_run(request, shape, machine, split)
     if sum(p.seconds for p in found.passes) >= LONG and (tokens := _may_pay(request, shape, machine, model.device)):
         rates = _measured(model, layers, data, shape, tokens, ["bfloat16"])
@@ -88,7 +95,9 @@ def plan_here(
     return found
 
 
-def plan_model(model: Model | Path, data: Sequences, spec: str, request: Request, hardware_name: str | None) -> Plan:
+def plan_model(
+    model: Model | Path, data: Sequences, spec: str, request: Request, hardware_name: str | None, left: int = 0
+) -> Plan:
     """What ``upriver plan`` shows: any model, also one of which there is only a configuration, on any machine.
 
     Args:
@@ -96,6 +105,7 @@ def plan_model(model: Model | Path, data: Sequences, spec: str, request: Request
         data: the corpus, or a :class:`Blank` one.
         spec: the layers, as in :func:`upriver.model.layers.find_layers`.
         hardware_name: an entry of the table of machines, such as ``h100x8``; None: this machine.
+        left: as for :func:`plan_here`.
 
     Raises:
         ConfigError: no such hardware, or the run cannot be kept within the memory.
@@ -107,7 +117,7 @@ def plan_model(model: Model | Path, data: Sequences, spec: str, request: Request
         return plan_run(request, shape, machine or machine_without(shape, request))
     layers = tracked_layers(model, data, spec)
     if machine is None:
-        return plan_here(model, layers, data, request)
+        return plan_here(model, layers, data, request, left=left)
     return plan_run(request, model_shape(model, layers, data), machine)
 
 
