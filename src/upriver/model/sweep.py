@@ -20,10 +20,7 @@ from upriver.text.batch import Batch, Sequences
 
 LOOKED_AT = 64  # short sequences, for two that have loss
 APART, TINY = 0.1, 1e-6  # of the size of a loss; a size of which nothing can be said
-NARROW_APART, NARROW_TINY = (
-    0.4,
-    1e-4,
-)  # in bfloat16, where a label that is drawn may be another one; a mean is off by a half
+NARROW_APART, NARROW_TINY = 0.4, 1e-4  # in bfloat16, where another label may be drawn; a mean is off by a half
 RULE = "give a sum over sequences and tokens, never a mean"
 
 

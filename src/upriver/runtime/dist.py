@@ -35,15 +35,15 @@ def lead(work: Callable[[], Any]) -> None:
     if world() == 1:
         work()
         return
-    told: list[Exception | None] = [None]
+    failed: Exception | None = None
     if rank() == 0:
         try:
             work()
         except Exception as error:  # raised again below, here and on every other process
-            told = [error]
-    dist.broadcast_object_list(told)
-    if told[0] is not None:
-        raise told[0]
+            failed = error
+    failed = told(failed)
+    if failed is not None:
+        raise failed
 
 
 def told(value: Any) -> Any:
@@ -62,11 +62,11 @@ def together() -> Iterator[None]:
         yield
     except Exception as raised:  # raised again below, here and on every other process
         error = raised
-    told = [error]
+    errors = [error]
     if world() > 1:
-        told = [None] * world()
-        dist.all_gather_object(told, error)
-    failed = error or next((e for e in told if e is not None), None)
+        errors = [None] * world()
+        dist.all_gather_object(errors, error)
+    failed = error or next((e for e in errors if e is not None), None)
     if failed is not None:
         raise failed
 

@@ -99,7 +99,7 @@ def find_sources(path: Path, error: ErrorType = CorpusError, skip: Callable[[str
     if any(_mode(path / name, error) for name in ("dataset_info.json", "dataset_dict.json")):
         return [_saved_dataset(path, error)]
     sources = []
-    for file in sorted(_files(path, error, ())):
+    for file in sorted(_files(path, error)):
         if _kind(file) or skip is None:
             sources.append(_source(file, file.relative_to(path).as_posix(), error))
         else:
@@ -122,7 +122,7 @@ def _mode(path: Path, error: ErrorType) -> int:
         ) from reason
 
 
-def _files(folder: Path, error: ErrorType, above: tuple[str, ...]) -> Iterator[Path]:
+def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """The files below a folder, hidden ones left out; a link into the corpus, or to a folder ``above``, holds nothing new."""
     above = (*above, os.path.realpath(folder))
     try:
@@ -146,9 +146,10 @@ def _files(folder: Path, error: ErrorType, above: tuple[str, ...]) -> Iterator[P
 def _read_anyway(folder: Path, above: tuple[str, ...]) -> bool:
     """Whether a folder is one of those ``above`` it, or a link to one that the first of them, the corpus, holds openly."""
     target = Path(os.path.realpath(folder))
-    if str(target) in above or not folder.is_symlink() or not target.is_relative_to(above[0]):
-        return str(target) in above
-    return not any(part.startswith(".") for part in target.relative_to(above[0]).parts)
+    if str(target) in above:
+        return True
+    inside = folder.is_symlink() and target.is_relative_to(above[0])
+    return inside and not any(part.startswith(".") for part in target.relative_to(above[0]).parts)
 
 
 def _kind(path: Path) -> tuple[str, str] | None:
