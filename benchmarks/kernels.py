@@ -95,11 +95,11 @@ def eigendecompositions() -> tuple[str, Work, Work]:
     return (f"{what}: NumPy over torch", numpy, mkl) if MKL_AT_HOME else (f"{what}: torch over NumPy", mkl, numpy)
 
 
-def few_products() -> tuple[str, Work, Work]:
+def few_products(N: int, Q: int, O: int, I: int) -> tuple[str, Work, Work]:
     """Few sequences times few queries."""
-    G_NOI, v_QOI = torch.randn(8, 2048, 513), torch.randn(16, 2048, 513)
+    G_NOI, v_QOI = torch.randn(N, O, I), torch.randn(Q, O, I)
     return (
-        "8 sequences times 16 queries, 2,048 x 513: one product, over parts side by side",
+        f"{N} sequences times {Q} queries, {O:,} x {I:,}: one product, over parts side by side",
         lambda: v_QOI.flatten(1) @ G_NOI.flatten(1).T,
         lambda: dots(G_NOI, v_QOI),
     )
@@ -159,7 +159,8 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for what, other, ours in (
         rotation(), gradients(2048, 513), gradients(512, 2049), second_moments(513), second_moments(2049),
-        eigendecompositions(), few_products(), many_products(),
+        eigendecompositions(), many_products(),
+        few_products(8, 16, 2048, 513), few_products(16, 3, 1536, 576),
         linear(512, 2048, torch.float32), linear(2048, 512, torch.float32), linear(512, 8192, torch.float32),
         linear(160, 432, torch.float32), linear(512, 2048, torch.bfloat16),
         attention(128, 5, 32, torch.bfloat16), attention(256, 8, 64, torch.bfloat16), attention(512, 8, 64, torch.bfloat16),

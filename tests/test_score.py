@@ -110,6 +110,14 @@ def test_dots_of_few_and_many_are_the_written_out_sum(N, Q, O, I):
     close(dots(G_NOI, v_QOI), torch.einsum("noi,qoi->nq", G_NOI, v_QOI))
 
 
+@pytest.mark.parametrize(("N", "Q"), [(5, 3), (3, 5), (40, 30)])
+@pytest.mark.parametrize(("O", "I"), [(7, 5), (1023, 513)])
+def test_dots_in_bfloat16_are_rounded_once(N, Q, O, I):
+    G_NOI, v_QOI = torch.randn(N, O, I).bfloat16(), torch.randn(Q, O, I).bfloat16()
+    wanted_NQ = torch.einsum("noi,qoi->nq", G_NOI.double(), v_QOI.double())
+    assert (dots(G_NOI, v_QOI) - wanted_NQ).abs().max() < 2**-7 * wanted_NQ.abs().max()
+
+
 @pytest.mark.parametrize("name", ["llama", "neox", "twice"])
 def test_memory_that_units_share_changes_nothing(name, fitted):
     """Longer and shorter batches in turn, of which some wait, with the memory of the ones before them."""

@@ -64,10 +64,11 @@ class Worker:
 
 
 def environment(side: str, job: Job) -> dict[str, str]:
-    """As many threads for every side.  Those of ours that wait sleep, as `import upriver` before torch has it; the peers do not
+    """As many threads for every side.  Those of ours that wait soon sleep, as `import upriver` before torch has it; the peers do not
     say, and are faster as they are: the eigendecompositions of torch take half as long again with sleeping threads."""
     threads = {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
-    waiting = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"} if side == "ours" else {}
+    ours = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "30000", "OPENBLAS_THREAD_TIMEOUT": "4"}
+    waiting = ours if side == "ours" else {}
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **threads, **waiting, **offline}
 
