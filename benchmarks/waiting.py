@@ -46,7 +46,12 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.tokens)
+        worker(args.tokens)
+    else:
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
     command = [sys.executable, __file__, "--worker", "--tokens", str(args.tokens)]
     processes = [
         subprocess.Popen(

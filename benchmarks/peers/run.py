@@ -64,8 +64,8 @@ class Worker:
 
 
 def environment(side: str, job: Job) -> dict[str, str]:
-    """As many threads for every side.  Those of ours that wait soon sleep, as `import upriver` before torch has it; the peers do not
-    say, and are faster as they are: the eigendecompositions of torch take half as long again with sleeping threads."""
+    """As many threads for every side.  Those of ours that wait soon sleep, as `import upriver` before torch has it; the peers
+    do not say, and are faster as they are: the eigendecompositions of torch take half as long again with sleeping threads."""
     threads = {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
     ours = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "30000", "OPENBLAS_THREAD_TIMEOUT": "4"}
     waiting = ours if side == "ours" else {}

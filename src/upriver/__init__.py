@@ -12,9 +12,9 @@ Example:
 
 import os
 
-# Idle worker threads spin for milliseconds by default and slow down the busy ones: NumPy's and SciPy's those of torch, torch's those
-# of NumPy and of other programs.  Waking one that sleeps takes longer than a small operation, so torch's spin for a moment, until
-# the next one comes (benchmarks/waiting.py).  The libraries read these when they are loaded.
+# Idle worker threads spin for milliseconds by default and slow down the busy ones: NumPy's and SciPy's those of torch, torch's
+# those of NumPy and of other programs.  Waking one that sleeps takes longer than a small operation, so torch's spin for a moment,
+# until the next one comes (benchmarks/waiting.py).  The libraries read these when they are loaded.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
