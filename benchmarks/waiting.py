@@ -35,7 +35,10 @@ def worker(tokens: int) -> None:
     for line in sys.stdin:
         with model.computing_in(line.strip()) as computing:
             layers = tracked_layers(computing, corpus, "mlp")
-            print(timed(lambda: sweep(computing, layers, corpus, batches, Covariance(torch.float32), Labels(0))), flush=True)  # noqa: B023
+            print(
+                timed(lambda: sweep(computing, layers, corpus, batches, Covariance(torch.float32), Labels(0))),
+                flush=True,
+            )  # noqa: B023
 
 
 def main() -> None:
