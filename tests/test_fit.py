@@ -274,7 +274,7 @@ class TestTensors:
             assert [n for part in parts for n in range(total)[part]] == list(range(total))
 
     @pytest.mark.parametrize("device", ["cpu", "blocks"])
-    @pytest.mark.parametrize("shape", [(0, 3), (7, 1), (50, 3), (20, 33)])
+    @pytest.mark.parametrize("shape", [(0, 3), (7, 1), (50, 3), (20, 33), (5, 900)])
     def test_symmetric_products(self, device, shape, monkeypatch):
         if device == "blocks":  # what runs where there is no BLAS
             monkeypatch.setattr(tensors, "on_cpu", lambda x: False)

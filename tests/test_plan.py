@@ -118,12 +118,12 @@ def test_a_training_step_is_what_torch_counts(name):
     assert found >= step - 16 * N * T  # nothing is passed back below the first block, all else is
 
 
-@pytest.mark.parametrize("n", [8, 24])
-def test_second_moments_are_what_torch_counts(n):
+@pytest.mark.parametrize(("n", "blocks"), [(8, 1), (1152, 3), (6144, 8)])
+def test_second_moments_are_what_torch_counts(n, blocks):
     """Block rows as on a GPU (the shapes alone, on the meta device); BLAS on the CPU cannot be counted, and does no more."""
     total, x = torch.zeros(n, n, device="meta"), torch.zeros(5, n, device="meta")
     found = counted(lambda: add_second_moment(total, x))
-    assert found == 5 * counts.symmetric(n, 8)
+    assert found == 5 * counts.symmetric(n, blocks)
     assert n * n / 2 < counts.symmetric(n) <= counts.symmetric(n, 8) < counts.symmetric(n, 1) == n * n
     layer = LayerSize("a", 8, n, "a", 0)
     assert counts.covariance(layer, 1) == 64 + n * n

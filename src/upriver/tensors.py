@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from upriver.errors import NumericalError
 
 OVERSAMPLE, RANDOM_STEPS = 16, 4
-BLOCKS = 8  # of a symmetric product: 9/16 of the multiplications of the full one
+BLOCKS, SEVERAL = 8, 384  # parts of a symmetric product at most (9/16 of the full one), columns of one at least
 ALIGNED = 16  # numbers of 4 bytes in 64
 FLOOR = 1e-6  # of the largest eigenvalue: the smallest weight a direction has in the low-rank factorisation
 
@@ -194,13 +194,13 @@ def add_second_moment(total_II: Tensor, x_MI: Tensor) -> None:
         syrk: Any = get_blas_funcs("syrk", (total,))
         syrk(1.0, x, beta=1.0, c=total, overwrite_c=True)
         return
-    step = -(-x_MI.shape[1] // BLOCKS)
-    for i in range(0, x_MI.shape[1], step):
-        left_iM, right_MI = x_MI[:, i : i + step].T, x_MI[:, : i + step]
+    I = x_MI.shape[1]
+    for rows in even_parts(I, max(SEVERAL, -(-I // BLOCKS))):
+        left_iM, right_MI, part = x_MI[:, rows].T, x_MI[:, : rows.stop], total_II[rows, : rows.stop]
         if x_MI.dtype == total_II.dtype:
-            total_II[i : i + step, : i + step].addmm_(left_iM, right_MI)
+            part.addmm_(left_iM, right_MI)
         else:
-            total_II[i : i + step, : i + step] += left_iM @ right_MI
+            part += left_iM @ right_MI
 
 
 def on_cpu(x: Tensor) -> bool:

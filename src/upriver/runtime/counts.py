@@ -6,7 +6,7 @@ Axes: ``I`` inputs and ``O`` outputs of a layer, ``T`` tokens of a sequence, ``M
     pass                          multiplications a token and layer
     forward, backward             O I each (the backward pass goes to activations only, and not below the lowest tracked layer)
     covariances, full             O^2, and I^2 once for each input that layers share
-    covariances, symmetric        half of that (BLAS ``syrk``), or 9/16 in 8 block rows
+    covariances, symmetric        half of that (BLAS ``syrk``), or 9/16 in the 8 block rows of wide ones
     correction                    O I, and for each side the cheaper of turning tokens (I^2) and gradients (O I I / T)
     gradient of each sequence     O I
     scores                        see :func:`orders`
