@@ -38,7 +38,7 @@ def worker(tokens: int) -> None:
             print(
                 timed(lambda: sweep(computing, layers, corpus, batches, Covariance(torch.float32), Labels(0))),
                 flush=True,
-            )  # noqa: B023
+            )
 
 
 def main() -> None:
