@@ -32,13 +32,14 @@ def worker(tokens: int) -> None:
     model = up.load_model(str(demo / "speech-model"))
     corpus = up.Corpus.read(str(demo / "speeches.jsonl.xz"), model.tokenizer, seq_len=128)
     batches = corpus.plan(2048, corpus.sample(tokens, 0))
-    for line in sys.stdin:
-        with model.computing_in(line.strip()) as computing:
+
+    def covariances(dtype: str) -> float:
+        with model.computing_in(dtype) as computing:
             layers = tracked_layers(computing, corpus, "mlp")
-            print(
-                timed(lambda: sweep(computing, layers, corpus, batches, Covariance(torch.float32), Labels(0))),
-                flush=True,
-            )
+            return timed(lambda: sweep(computing, layers, corpus, batches, Covariance(torch.float32), Labels(0)))
+
+    for line in sys.stdin:
+        print(covariances(line.strip()), flush=True)
 
 
 def main() -> None:
