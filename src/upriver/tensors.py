@@ -234,17 +234,17 @@ def rotated_gradients(
     return G_NOI if Q_S_OO is None else Q_S_OO.T @ G_NOI
 
 
-def eigh(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
+def eigh(matrix_II: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, float]:
     """Eigenvalues (ascending, clamped at zero), eigenvectors, and the most negative eigenvalue over the largest.
 
-    In float64: divide and conquer (LAPACK ``syevd``).  Either library lets other threads run meanwhile, so that each core can
+    In ``dtype``: divide and conquer (LAPACK ``syevd``).  Either library lets other threads run meanwhile, so that each core can
     have a matrix of its own: torch's, MKL, takes a sixth less time than NumPy's, OpenBLAS, on processors of MKL's maker, and
     more on others (``benchmarks/kernels.py``).
 
     Raises:
         NumericalError: the matrix holds a NaN or an infinity, or the decomposition failed.
     """
-    matrix = matrix_II.double()  # of which the lower triangle counts
+    matrix = matrix_II.to(dtype)  # of which the lower triangle counts
     if not torch.isfinite(matrix).all():
         raise NumericalError("a covariance holds NaN or infinity; check the weights, or fit with --dtype float32")
     try:
@@ -256,7 +256,7 @@ def eigh(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
         raise
     except (np.linalg.LinAlgError, RuntimeError) as error:
         raise NumericalError(f"an eigendecomposition did not converge: {error}") from error
-    largest = float(values[-1].clamp(min=torch.finfo(torch.float64).tiny))
+    largest = float(values[-1].clamp(min=torch.finfo(dtype).tiny))
     return values.clamp(min=0), vectors, min(0.0, float(values[0]) / largest)
 
 

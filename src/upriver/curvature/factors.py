@@ -25,8 +25,11 @@ from upriver.tensors import eigh
 from upriver.text.batch import Sequences
 
 
-def decomposed(layer: Layer, sums: Path, sequences: int, device: torch.device) -> Tensors:
+def decomposed(layer: Layer, sums: Path, sequences: int, model: Model) -> Tensors:
     """The file of one layer in ``eigen``, from the sums of a covariance pass over so many sequences.
+
+    Decomposed in float64, or in float32 where the model computes in half precision: that has moved the matrix by more than a
+    decomposition in float32 does.
 
     Raises:
         NumericalError: the layer got no gradient at all, or the sums are not finite.
@@ -36,15 +39,16 @@ def decomposed(layer: Layer, sums: Path, sequences: int, device: torch.device) -
             raise NumericalError(f"layer {layer.name!r} got no gradient on any sequence; leave it out with --layers")
         count = int(file.get_tensor(f"count:{layer.name}"))
         dtype = file.get_tensor(f"S:{layer.name}").dtype
+        precise = torch.float32 if model.dtype.itemsize == 2 else torch.float64
 
         def mean(name: str) -> Tensor:
-            return file.get_tensor(f"{name}:{layer.name}").to(device, torch.float64, copy=True).div_(count)
+            return file.get_tensor(f"{name}:{layer.name}").to(model.device, precise, copy=True).div_(count)
 
-        eig_S_O, Q_S_OO, low = eigh(mean("S"))
+        eig_S_O, Q_S_OO, low = eigh(mean("S"), precise)
         out = {"Q_S": Q_S_OO.to(dtype), "eig_S": eig_S_O}
         del Q_S_OO
         if layer.A_of == layer.name:
-            out["eig_A"], out["Q_A"], low_A = eigh(mean("A"))
+            out["eig_A"], out["Q_A"], low_A = eigh(mean("A"), precise)
             low = min(low, low_A)
     extra = {"T_mean": torch.tensor(count / sequences, dtype=torch.float64), "clamped": torch.tensor(low)}
     return {name: value.to(dtype) for name, value in out.items()} | extra

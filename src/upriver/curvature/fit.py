@@ -311,7 +311,7 @@ def _decompose(stage: Stage, work: Work, group: list[Layer], sums: Path) -> None
     def decompose(x: Layer) -> None:
         unit = work.layers.index(x)
         if not stage.has(unit):
-            stage.commit(unit, decomposed(x, sums, work.sequences, work.model.device))
+            stage.commit(unit, decomposed(x, sums, work.sequences, work.model))
 
     shown = work.progress("eigendecomposition", len(group))
     with dist.together(), shown as advance, one_core_each(at_once) as pool:

@@ -22,6 +22,7 @@ from upriver.runtime.split import (
 UNIT_TOKENS = 65_536  # work that a kill can cost; with it store.SCHEMA must change: a run in progress counts in units
 SAMPLE = 64  # random sequences rescored with the top; and as many at most are scored on each other at the end of a fit
 SHARE = 16  # of so many that were fitted on one is, but a few at least
+FLOAT32_EIGEN = 0.75  # of the time that an eigendecomposition takes in float64
 MOVES = 6  # numbers read or written for each entry of a sequence's gradient that is squared and summed
 
 
@@ -103,7 +104,7 @@ class Passes:
 
     def __init__(self, request: Request, shape: Shape, machine: Machine, dtype: str, copies: int = 1):
         self.r, self.shape, self.machine, self.copies = request, shape, machine, copies
-        self.rates, self.exact = machine.of(dtype), machine.of("float32")
+        self.rates, self.exact, self.dtype = machine.of(dtype), machine.of("float32"), dtype
         self.layers, self.T = shape.layers, request.tokens
 
     def model(self, layers: Any = None) -> float:
@@ -153,7 +154,8 @@ class Passes:
     def eigen(self, split: FitSplit) -> Pass:
         cubes = sum(float(n) ** 3 for x in self.layers for n in ([x.O, x.I] if counts.leads(x) else [x.O]))
         size = covariance_size(self.layers)  # as large as the bases
-        seconds = self.machine.eigen * cubes / split.eigen_workers
+        each = self.machine.eigen * (FLOAT32_EIGEN if self.dtype == "bfloat16" else 1.0)
+        seconds = each * cubes / split.eigen_workers
         return self._pass("eigendecomposition", "fit", 0, 0, 9 * cubes, 2 * size, seconds, split.peak)
 
     def correction(self, split: FitSplit, kept: Keeping | None, tokens: float | None = None) -> Pass:
