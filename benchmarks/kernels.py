@@ -22,7 +22,7 @@ from upriver.influence.score import dots
 from upriver.model.kernels import FastKernels
 from upriver.runtime.process import settle_memory
 from upriver.runtime.threads import one_core_each
-from upriver.tensors import MKL_AT_HOME, Scratch, add_second_moment, matmul, sequence_gradients
+from upriver.tensors import MKL_AT_HOME, Scratch, add_second_moment, eigh, matmul, sequence_gradients
 
 Work = Callable[[], object]
 
@@ -95,6 +95,14 @@ def eigendecompositions() -> tuple[str, Work, Work]:
     return (f"{what}: NumPy over torch", numpy, mkl) if MKL_AT_HOME else (f"{what}: torch over NumPy", mkl, numpy)
 
 
+def narrow_eigendecomposition() -> tuple[str, Work, Work]:
+    """As a fit in bfloat16 does it."""
+    x = torch.randn(2048, 2048, dtype=torch.float64)
+    matrix = x @ x.T
+    narrow = matrix.float()
+    return "an eigendecomposition of 2,048: in float64, over in float32", lambda: eigh(matrix), lambda: eigh(narrow)
+
+
 def few_products(N: int, Q: int, O: int, I: int) -> tuple[str, Work, Work]:
     """Few sequences times few queries."""
     G_NOI, v_QOI = torch.randn(N, O, I), torch.randn(Q, O, I)
@@ -159,7 +167,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for what, other, ours in (
         rotation(), gradients(2048, 513), gradients(512, 2049), second_moments(513), second_moments(2049),
-        eigendecompositions(), many_products(),
+        eigendecompositions(), narrow_eigendecomposition(), many_products(),
         few_products(8, 16, 2048, 513), few_products(16, 3, 1536, 576),
         linear(512, 2048, torch.float32), linear(2048, 512, torch.float32), linear(512, 8192, torch.float32),
         linear(160, 432, torch.float32), linear(512, 2048, torch.bfloat16),

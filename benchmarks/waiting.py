@@ -24,7 +24,7 @@ def worker(tokens: int) -> None:
 
     import upriver as up
     from upriver.curvature.consumers import Covariance
-    from upriver.model.sweep import Labels, sweep, tracked_layers
+    from upriver.model.sweep import sweep, tracked_layers
     from upriver.runtime.process import settle_memory
 
     settle_memory(reuse=True)  # as a pass does where the memory allows
@@ -36,7 +36,7 @@ def worker(tokens: int) -> None:
     def covariances(dtype: str) -> float:
         with model.computing_in(dtype) as computing:
             layers = tracked_layers(computing, corpus, "mlp")
-            return timed(lambda: sweep(computing, layers, corpus, batches, Covariance(torch.float32), Labels(0)))
+            return timed(lambda: sweep(computing, layers, corpus, batches, Covariance(torch.float32)))
 
     for line in sys.stdin:
         print(covariances(line.strip()), flush=True)

@@ -107,7 +107,7 @@ def test_the_stored_share_of_parameters_and_tokens(name, fitted):
 @pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])
 def test_narrow_types_accumulate_in_float32(dtype, tmp_path, monkeypatch):
     c, types = case("gpt2"), set()
-    monkeypatch.setattr("upriver.curvature.factors.eigh", lambda x, t: (types.add(t), eigh(x, t))[1])
+    monkeypatch.setattr("upriver.curvature.factors.eigh", lambda x: (types.add(x.dtype), eigh(x))[1])
     factors = fit(c.model, c.data, tmp_path, layers=c.spec, dtype=dtype)
     assert types == {torch.float32 if dtype == "bfloat16" else torch.float64}
     layer = c.names[0]
@@ -308,7 +308,7 @@ class TestTensors:
         x = torch.randn(30, 20, dtype=dtype)
         matrix = x @ x.T  # ten eigenvalues are zero
         with one_core_each(2) as pool:  # the lower triangle counts
-            found = list(pool.map(eigh, [matrix, matrix.tril(), 2 * matrix], [dtype] * 3))
+            found = list(pool.map(eigh, [matrix, matrix.tril(), 2 * matrix]))
         for scale, (values, vectors, low) in zip((1, 1, 2), found, strict=True):
             close(vectors @ (values[:, None] * vectors.T), scale * matrix, exact)
             close(vectors.T @ vectors, torch.eye(30, dtype=dtype), exact)

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from upriver.errors import NumericalError
 
 OVERSAMPLE, RANDOM_STEPS = 16, 4
-BLOCKS, SEVERAL = 8, 384  # parts of a symmetric product at most (9/16 of the full one), columns of one at least
+BLOCKS, COLUMNS = 8, 384  # parts of a symmetric product at most (9/16 of the full one), columns of one at least
 ALIGNED = 16  # numbers of 4 bytes in 64
 FLOOR = 1e-6  # of the largest eigenvalue: the smallest weight a direction has in the low-rank factorisation
 
@@ -195,7 +195,7 @@ def add_second_moment(total_II: Tensor, x_MI: Tensor) -> None:
         syrk(1.0, x, beta=1.0, c=total, overwrite_c=True)
         return
     I = x_MI.shape[1]
-    for rows in even_parts(I, max(SEVERAL, -(-I // BLOCKS))):
+    for rows in even_parts(I, max(COLUMNS, -(-I // BLOCKS))):
         left_iM, right_MI, part = x_MI[:, rows].T, x_MI[:, : rows.stop], total_II[rows, : rows.stop]
         if x_MI.dtype == total_II.dtype:
             part.addmm_(left_iM, right_MI)
@@ -234,29 +234,28 @@ def rotated_gradients(
     return G_NOI if Q_S_OO is None else Q_S_OO.T @ G_NOI
 
 
-def eigh(matrix_II: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, float]:
+def eigh(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
     """Eigenvalues (ascending, clamped at zero), eigenvectors, and the most negative eigenvalue over the largest.
 
-    In ``dtype``: divide and conquer (LAPACK ``syevd``).  Either library lets other threads run meanwhile, so that each core can
-    have a matrix of its own: torch's, MKL, takes a sixth less time than NumPy's, OpenBLAS, on processors of MKL's maker, and
-    more on others (``benchmarks/kernels.py``).
+    In the type of the matrix: divide and conquer (LAPACK ``syevd``).  Either library lets other threads run meanwhile, so that
+    each core can have a matrix of its own: torch's, MKL, takes a sixth less time than NumPy's, OpenBLAS, on processors of MKL's
+    maker, and more on others (``benchmarks/kernels.py``).
 
     Raises:
         NumericalError: the matrix holds a NaN or an infinity, or the decomposition failed.
     """
-    matrix = matrix_II.to(dtype)  # of which the lower triangle counts
-    if not torch.isfinite(matrix).all():
+    if not torch.isfinite(matrix_II).all():
         raise NumericalError("a covariance holds NaN or infinity; check the weights, or fit with --dtype float32")
     try:
-        if matrix.is_cuda or MKL_AT_HOME:
-            values, vectors = torch.linalg.eigh(matrix)
+        if matrix_II.is_cuda or MKL_AT_HOME:  # either takes the lower triangle
+            values, vectors = torch.linalg.eigh(matrix_II)
         else:
-            values, vectors = map(torch.from_numpy, np.linalg.eigh(matrix.numpy()))
+            values, vectors = map(torch.from_numpy, np.linalg.eigh(matrix_II.numpy()))
     except torch.OutOfMemoryError:
         raise
     except (np.linalg.LinAlgError, RuntimeError) as error:
         raise NumericalError(f"an eigendecomposition did not converge: {error}") from error
-    largest = float(values[-1].clamp(min=torch.finfo(dtype).tiny))
+    largest = float(values[-1].clamp(min=torch.finfo(values.dtype).tiny))
     return values.clamp(min=0), vectors, min(0.0, float(values[0]) / largest)
 
 

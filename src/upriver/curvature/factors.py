@@ -44,11 +44,11 @@ def decomposed(layer: Layer, sums: Path, sequences: int, model: Model) -> Tensor
         def mean(name: str) -> Tensor:
             return file.get_tensor(f"{name}:{layer.name}").to(model.device, precise, copy=True).div_(count)
 
-        eig_S_O, Q_S_OO, low = eigh(mean("S"), precise)
+        eig_S_O, Q_S_OO, low = eigh(mean("S"))
         out = {"Q_S": Q_S_OO.to(dtype), "eig_S": eig_S_O}
         del Q_S_OO
         if layer.A_of == layer.name:
-            out["eig_A"], out["Q_A"], low_A = eigh(mean("A"), precise)
+            out["eig_A"], out["Q_A"], low_A = eigh(mean("A"))
             low = min(low, low_A)
     extra = {"T_mean": torch.tensor(count / sequences, dtype=torch.float64), "clamped": torch.tensor(low)}
     return {name: value.to(dtype) for name, value in out.items()} | extra

@@ -114,7 +114,7 @@ def dots(G_NOI: Tensor, v_QOI: Tensor) -> Tensor:
     (N, O, I), Q = G_NOI.shape, len(v_QOI)
     if N * Q >= FEW or G_NOI.dtype == torch.bfloat16:
         return matmul(v_QOI.flatten(1), G_NOI.flatten(1).T).T  # the other way round takes longer with few queries
-    if N > Q:  # fewer rows by more columns: up to three times as fast
+    if N > Q:  # few rows by many columns are faster than many by few (``benchmarks/kernels.py``)
         return dots(v_QOI, G_NOI).T
     rows = max(r for r in range(1, max(1, LONG // I) + 1) if O % r == 0)
     G_CNP = G_NOI.view(N, -1, rows * I).transpose(0, 1)

@@ -260,8 +260,8 @@ def _product_rates(layer: LayerSize, T: int, batch_tokens: int, like: Tensor) ->
 
 @cache
 def _eigen_rate(n: int, device: torch.device) -> float:
-    """Seconds over ``n^3``, one matrix with one thread."""
-    x = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device)
+    """Seconds over ``n^3``, one matrix in float64 with one thread."""
+    x = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
     matrix = x @ x.T
     with one_core_each(1) as pool:
         return pool.submit(_seconds, lambda: eigh(matrix), device).result() / n**3
