@@ -97,7 +97,7 @@ def test_bytes_that_stay_through_a_scan():
     assert contraction(layers, Q=200, room=0, **given).held == 2 * 200 * up
     assert contraction(layers, Q=200, room=0, at_hand=True, **given).held == 200 * (up + up + down)
     assert contraction(layers, Q=200, room=3 * waiting, **given)[1:] == (3, 2 * 200 * up + 3 * waiting)
-    assert contraction(layers, Q=200, **given).held == 200 * whole
+    assert contraction(layers, Q=200, room=200 * whole, **given).held == 200 * whole
     assert contraction(layers, Q=200, **given | {"R": None}).held == 200 * whole
     assert contraction(layers, Q=1, **given).held == up + down
 

@@ -1,5 +1,6 @@
 """The examples of the documents run as they stand; their links lead somewhere, and the files that they name are there."""
 
+import json
 import re
 import runpy
 import shlex
@@ -29,7 +30,7 @@ def anchors(page: str) -> set[str]:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=["classification", "regression", "own"])
-def test_example_of_the_tasks_page_runs(example, tmp_path, monkeypatch):
+def test_example_of_the_tasks_page_runs_to_its_report(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(example, "docs/tasks.md", "exec"), names)
@@ -38,6 +39,12 @@ def test_example_of_the_tasks_page_runs(example, tmp_path, monkeypatch):
     assert len(top) > 0
     assert top["score"].is_monotonic_decreasing
     assert (tmp_path / "scores" / "scores.parquet").exists()
+    result.report()
+    report = json.loads((tmp_path / "scores" / "report.json").read_text())
+    assert "the measurement" in report["sign"]
+    assert "the log-probability" not in report["unit"]
+    assert [x["depth"] for x in report["layers"]] == [0, 1]  # in blocks 0 and 2
+    assert report["depth"] == [{"first": b, "last": b} for b in (0, 2)]
 
 
 def test_anchors_are_those_of_headings():

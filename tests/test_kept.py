@@ -118,7 +118,10 @@ def test_a_full_disk_costs_time_only(written, tmp_path, monkeypatch, any_disk):
         return real(*args)
 
     monkeypatch.setattr(os, "pwritev", full)
+    cut, truncate = [], os.ftruncate
+    monkeypatch.setattr(os, "ftruncate", lambda file, size: cut.append(size) or truncate(file, size))
     fit(model, corpus, tmp_path / "full", fisher="empirical", **GIVEN)
+    assert cut == [0], "what was written stays in the way of the rest"
     assert len(count) > written + 1, "the disk was never full"
     assert factors_of(tmp_path / "full") == factors_of(tmp_path / "whole")
 
@@ -186,9 +189,9 @@ def test_nothing_is_kept_where_it_does_not_fit_or_is_asked_for_once():
     both = keeping(SMALL, split, 1000, "float32", True, False, 10**9)
     assert both == (True, True, True, 4 * 1000 * numbers)
     assert keeping(SMALL, split, 1000, "bfloat16", True, False, 10**9).size == 2 * 1000 * numbers
-    assert not keeping(SMALL, split, 1000, "float32", True, False, 2 * both.size - 1).any
-    assert keeping(SMALL, split, 1000, "float32", True, False, 2 * both.size).any
-    assert not keeping(SMALL, split, 1000, "float32", False, False, 10**9).any
+    assert not keeping(SMALL, split, 1000, "float32", True, False, 2 * both.size - 1).size
+    assert keeping(SMALL, split, 1000, "float32", True, False, 2 * both.size).size
+    assert not keeping(SMALL, split, 1000, "float32", False, False, 10**9).size
     assert keeping(SMALL, split, 1000, "float32", False, True, 10**9) == (False, True, False, both.size)
     tight = split._replace(covariance=[[0], [1, 2, 3]], correction=[[0, 1], [2, 3]])
     assert keeping(SMALL, tight, 1000, "float32", False, False, 10**9) == (True, True, False, 2 * both.size)

@@ -55,6 +55,35 @@ def test_a_layer_that_is_never_called_is_refused():
         probe(find_layers(module, "*"), lambda: module[0](torch.ones(1, 2)))
 
 
+class Tied(nn.Module):
+    """Its way back is its way there, turned."""
+
+    def __init__(self, **way):
+        super().__init__()
+        self.there, self.way = nn.Linear(3, 2), way
+
+    def forward(self, x):
+        h = torch.tanh(self.there(x))
+        return nn.functional.linear(h, self.there.weight.T) if self.way.get("back") else h.to(self.there.weight.dtype)
+
+
+def test_a_weight_that_is_used_outside_of_its_layer_too_is_refused():
+    module = Tied(back=True)
+    with pytest.raises(
+        ModelError, match="layer 'there' cannot be tracked: its weight or bias is used outside of it too"
+    ):
+        probe(find_layers(module, "there"), lambda: module(torch.ones(1, 3)))
+    module = Tied()  # its type may be asked for
+    assert len(probe(find_layers(module, "there"), lambda: module(torch.ones(1, 3)))) == 1
+
+
+def test_a_bias_that_layers_share_is_refused():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].bias = module[0].bias
+    with pytest.raises(ModelError, match="is used outside of it too"):
+        probe(find_layers(module, "*"), lambda: module(torch.ones(1, 2)))
+
+
 def test_a_loss_without_tracked_layers_is_refused():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with (

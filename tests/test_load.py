@@ -233,6 +233,16 @@ class Noting(nn.Module):
         return self.layers(x)
 
 
+def test_another_forward_is_another_model():
+    def own(forward):
+        torch.manual_seed(0)
+        return up.Model(type("Own", (Noting,), {"forward": forward})(), task=up.Regression()).fingerprint
+
+    squashed = own(lambda self, x: self.layers(x).tanh())
+    assert squashed == own(lambda self, x: self.layers(x).tanh())
+    assert squashed != own(lambda self, x: self.layers(x).relu())
+
+
 class Caching(up.Regression):
     def outputs(self, module, batch):
         self._mask = torch.ones(len(batch.inputs["x"]))

@@ -253,6 +253,47 @@ def test_labels_of_another_form_are_refused(tmp_path):
         up.fit(model, up.Examples({"x": torch.randn(5, 3), "y": torch.randn(5)}), out=tmp_path / "never", layers="*")
 
 
+class Columns(up.Regression):
+    def measurement(self, module, batch):
+        return module(batch.inputs["x"])
+
+
+def test_a_measurement_that_is_not_a_number_a_row_is_refused(tmp_path):
+    """Three columns of one number times three weights would be nine numbers, and every score three times as large."""
+    model, data = up.Model(mlp(0, 3, 1), task=Columns()), up.Examples({"x": torch.randn(9, 3), "y": torch.randn(9)})
+    factors = up.fit(model, data, out=tmp_path / "factors", layers="*")
+    with pytest.raises(ModelError, match=r"the measurement of Columns is not one number a row: got the shape \(9, 1\)"):
+        up.trace(model, data, up.Measurements(data), factors, out=tmp_path / "scores", rank="full", top=2)
+
+
+class Pooled(nn.Module):
+    """Sees the mean of a sequence's real positions."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config, self.after = model, model.config, nn.Linear(32, 2)
+
+    def forward(self, batch):
+        hidden_NTI, real_NT1 = self.model.model(batch.inputs["tokens"]).last_hidden_state, batch.real_NT[..., None]
+        return self.after((hidden_NTI * real_NT1).sum(1) / real_NT1.sum(1))
+
+
+class LastTwo(up.Task):
+    def loss(self, module, batch, sampler=None):
+        return module(batch).square().sum() / 2
+
+    def measurement(self, module, batch):
+        return module(batch).sum(1)
+
+
+def test_a_layer_that_sees_no_positions_is_refused_where_some_are_padding(folder):
+    model = up.load_model("path/or/name")
+    corpus = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=32)
+    pooled = up.Model(Pooled(model.module), model.tokenizer, task=LastTwo())
+    with pytest.raises(ModelError, match=r"layer 'after' cannot be tracked where sequences are padded: it sees 1 rows"):
+        up.fit(pooled, corpus, "never", layers="after", fisher="empirical")
+
+
 def test_a_corpus_longer_than_the_model_is_refused(folder):
     model = up.load_model("path/or/name")
     corpus = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=512)

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
 from importlib import resources
@@ -13,6 +14,8 @@ import pandas as pd
 import pytest
 
 from report_fixture import HOSTILE, Parts, payload, write_scores
+from upriver.show.data import _layers
+from upriver.show.exports import CSV_COLUMNS, csv_text
 from upriver.show.folder import Folder
 from upriver.show.page import SCRIPTS, code, quantised, render
 from upriver.show.passages import near_duplicates, sentences
@@ -122,6 +125,14 @@ def test_parts_that_a_run_did_not_write_are_left_out(tmp_path: Path) -> None:
     assert len(report["queries"][0]["passages"]) == 6
 
 
+def test_layers_of_a_block_whose_names_end_alike_are_told_apart() -> None:
+    names = [f"h.{block}.{name}" for block in (0, 3) for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    layers = [{"name": name, "kind": name.split(".")[-1], "block": int(name[2])} for name in names]
+    found = _layers({"layers": layers})
+    assert [x["kind"] for x in found] == ["attn.c_proj", "c_fc", "mlp.c_proj"] * 2
+    assert [x["depth"] for x in found] == [0, 0, 0, 1, 1, 1]
+
+
 # ---- the page
 
 
@@ -210,6 +221,13 @@ def test_csv_has_a_row_per_passage(scores: Path, report: dict[str, Any]) -> None
     frame = pd.read_csv(scores / "top.csv")
     assert len(frame) == sum(len(q["passages"]) for q in report["queries"])
     assert frame["score"].tolist() == [p["score"] for q in report["queries"] for p in q["passages"]]
+
+
+def test_csv_keeps_a_lone_carriage_return_in_its_cell(report: dict[str, Any]) -> None:
+    passage = report["queries"][0]["passages"][0] | {"text": "one\rtwo"}
+    text = csv_text({"queries": [{"id": "q", "passages": [passage]}]})
+    assert text.startswith(",".join(CSV_COLUMNS) + "\n")
+    assert pd.read_csv(io.StringIO(text, newline=""))["text"].tolist() == ["one\rtwo"]
 
 
 # ---- words and sentences

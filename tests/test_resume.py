@@ -253,6 +253,8 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
         with pytest.raises(MismatchError, match="not an artifact of this program"):
             fit(tiny_model(), tiny_corpus(), folder, overwrite=True)
         assert (folder / name).read_text() == content
+        assert (folder / ".draft.txt.1.tmp").read_text() == "mine too"
+        assert not (folder / ".lock").exists()
 
 
 @pytest.mark.parametrize("verb", ["factors", "scores"])
@@ -390,3 +392,12 @@ def test_a_part_that_is_missing_is_told(tmp_path):
     stage = Stage.open(tmp_path, "sum", {})
     with pytest.raises(StorageError, match="missing"):
         accumulate(stage, [0, 2], 4, lambda unit: {"x": torch.ones(1)})
+
+
+def test_factors_that_are_replaced_during_a_trace_are_refused(tmp_path):
+    model, corpus = tiny_model(), tiny_corpus()
+    factors = fit(model, corpus, tmp_path / "factors")
+    fit(model, corpus, tmp_path / "factors", seed=5, overwrite=True)
+    with pytest.raises(MismatchError, match="were replaced while they were in use"):
+        factors.check_unchanged()
+    Factors(tmp_path / "factors").check_unchanged()

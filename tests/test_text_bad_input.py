@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import sys
 
 import pandas as pd
 import pytest
@@ -57,6 +58,15 @@ def test_a_bad_line_is_named_or_skipped(tmp_path, line):
         info = Corpus.read(path, TOKENIZER, on_bad_record="skip").info
         assert (info["documents"], info["skipped"]["count"]) == (2, 1)
         assert info["skipped"]["first"][0]["where"] == f"{path}:3"
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="reads what is nested as deeply as JSON allows")
+def test_metadata_nested_too_deeply_is_a_bad_record(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps(GOOD) + '\n{"text": "we", "m": ' + "[" * 600 + "]" * 600 + "}\n")
+    with pytest.raises(CorpusError, match=r"c\.jsonl:2: its metadata is nested too deeply"):
+        Corpus.read(path, TOKENIZER)
+    assert Corpus.read(path, TOKENIZER, on_bad_record="skip").info["documents"] == 1
 
 
 def test_many_bad_lines_are_counted_and_the_first_listed(tmp_path):

@@ -70,7 +70,13 @@ def test_token_ids_hold_the_prompt_once():
     queries = Queries.of([CONTRASTED], BOTH)
     joined = BYTE("the people of the united")["input_ids"] + BYTE(" the war 日")["input_ids"]
     assert queries.token_ids(0).tolist() == joined
-    assert queries.lengths.tolist() == [queries.batch([0]).n_tokens]
+    assert queries.lengths.tolist() == [queries.batch([0]).inputs["tokens"].numel()]
+
+
+def test_batches_of_lengths_hold_the_padding_of_contrasts():
+    plain = {"id": "b", "prompt": "the people", "completion": " of the united states"}
+    queries = Queries.of([CONTRASTED, plain], BOTH)
+    assert queries.batch([0, 1]).inputs["tokens"].numel() <= 2 * queries.lengths.max()
 
 
 @pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.gz"])

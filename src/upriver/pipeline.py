@@ -117,13 +117,8 @@ def _run(
         with times("queries"):
             solved = solve_stage(job)
             give_back()
-        with exact.computing_in(scan_dtype) as computing:
-            if computing is not exact:
-                layers = tracked_layers(computing, corpus, fitted.layers)
-            scanning = job._replace(model=computing, layers=layers)
-            with times("scan"):
-                scanned = scan_stage(scanning, solved, say)
-                give_back()
+        scanned = _scanned(job, solved, times, say)
+        give_back()
         ends, sample = extremes(scanned, opts.top), random_rows(scanned, fitted.seed)
         wanted = [np.union1d(rows_q, sample) for rows_q in ends]
         with times("rescore"):
@@ -131,10 +126,21 @@ def _run(
         dist.lead(lambda: _publish(job, scanned, ranked(job, scanned, ends, sample, parts), parts, kept, times))
 
 
+def _scanned(job: Job, solved: list[Path], times: Times, say: Say) -> Scanned:
+    """The scan, in its own type: a copy of the model ends with it."""
+    with job.model.computing_in(job.scan_dtype) as computing:
+        layers = job.layers
+        if computing is not job.model:
+            layers = tracked_layers(computing, job.data, job.factors.options.layers)
+        with times("scan"):
+            return scan_stage(job._replace(model=computing, layers=layers), solved, say)
+
+
 def _publish(
     job: Job, scanned: Scanned, found: Ranked, parts: list[Part], kept: dict[str, Any] | None, times: Times
 ) -> None:
     """Write the results; the manifest last."""
+    job.factors.check_unchanged()
     folder = job.stage.path
     write_scores(folder, job.data, job.queries.ids, scanned)
     write_top(folder, top_rows(job, found.shown, parts))

@@ -19,7 +19,7 @@ from upriver.tensors import (
     rotated_gradients,
     symmetric,
 )
-from upriver.text.batch import Batch
+from upriver.text.batch import Batch, real_calls
 
 
 class Covariance:
@@ -34,17 +34,14 @@ class Covariance:
         self.real_NT = None if batch.real_NT is None or bool(batch.real_NT.all()) else batch.real_NT
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        g_MO = self._real(g_NTO)
+        g_MO = self._real(layer, g_NTO)
         self._add(f"S:{layer.name}", g_MO)
         self._counts[f"count:{layer.name}"] = self._counts.get(f"count:{layer.name}", 0) + len(g_MO)
         if layer.A_of == layer.name:
-            self._add(f"A:{layer.name}", self._real(a_NTI))
+            self._add(f"A:{layer.name}", self._real(layer, a_NTI))
 
-    def _real(self, x_NTI: Tensor) -> Tensor:
-        if self.real_NT is None:
-            return x_NTI.flatten(0, 1)
-        calls = x_NTI.shape[1] // self.real_NT.shape[1]
-        return x_NTI[self.real_NT.repeat(1, calls)]
+    def _real(self, layer: Layer, x_NTI: Tensor) -> Tensor:
+        return x_NTI.flatten(0, 1) if self.real_NT is None else x_NTI[real_calls(self.real_NT, x_NTI, layer.name)]
 
     def _add(self, name: str, x_MI: Tensor) -> None:
         if name not in self._lower:

@@ -130,6 +130,19 @@ class Factors:
                     "fit again into another folder, or go back to the earlier one"
                 )
 
+    def check_unchanged(self) -> None:
+        """Refuse what was fitted again into the folder since it was opened.
+
+        Raises:
+            MismatchError: what was read of it is of two fits.
+        """
+        file = self.path / "manifest.json"
+        if not file.exists() or read_json(file) != self.manifest:
+            raise MismatchError(
+                f"the factors in {self.path} were replaced while they were in use, so that the results are of two fits: "
+                "give the same command again with --overwrite"
+            )
+
     @property
     def reading(self) -> dict[str, Any]:
         """How the corpus that they were fitted on is read: ``seq_len``, ``pack``, ``on_bad_record``.

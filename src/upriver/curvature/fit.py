@@ -373,6 +373,7 @@ def fit_diagonal(
         return
     opts = factors.options.model_copy(update={"memory": memory})
     with locked(top.path), model.computing_in(opts.dtype) as computing:
+        factors.check_unchanged()
         work = _work(lam.parent, computing, data, opts, progress)
         batches = data.plan(work.split.batch_tokens, _fitted(data, factors))
         work = work._replace(units=split_units(batches, data.lengths_N))

@@ -14,7 +14,7 @@ from torch import Tensor
 from upriver.curvature.base import Damping, Grads
 from upriver.curvature.blocks import TokenGradient
 from upriver.curvature.factors import Factors
-from upriver.errors import NumericalError, QueryError
+from upriver.errors import ModelError, NumericalError, QueryError
 from upriver.model.capture import capture, frozen
 from upriver.model.layers import Layer
 from upriver.model.load import Model
@@ -23,7 +23,7 @@ from upriver.runtime.split import Asked, query_size
 from upriver.runtime.store import Tensors, digest, opened
 from upriver.runtime.threads import side_by_side
 from upriver.tensors import LowRank
-from upriver.text.batch import Batch, Examples, plan
+from upriver.text.batch import Batch, Examples, plan, real_calls
 from upriver.text.queries import checked_id
 
 
@@ -87,13 +87,13 @@ class TokenGradients:
         batch, found = self.batch, self.parts[layer.name]
         assert batch is not None
         assert batch.query_N is not None
+        real_NM = None if batch.real_NT is None else real_calls(batch.real_NT, a_NTI, layer.name)
         for n, query in enumerate(batch.query_N.tolist()):
-            if batch.real_NT is None:
+            if real_NM is None:
                 tokens = TokenGradient(a_NTI[n].clone(), g_NTO[n].clone())
-            else:  # a layer called twice has its calls side by side
-                real_M = batch.real_NT[n].repeat(a_NTI.shape[1] // batch.real_NT.shape[1])
-                tokens = TokenGradient(a_NTI[n, real_M], g_NTO[n, real_M])
-            found.setdefault(query, []).append(tokens)
+            else:
+                tokens = TokenGradient(a_NTI[n, real_NM[n]], g_NTO[n, real_NM[n]])
+            found[query] = [_joined([*found.get(query, []), tokens])]
 
     def pop(self, layer: Layer, indices: list[int], like: Tensor) -> list[TokenGradient]:
         """The queries ``indices`` in one layer, which is forgotten; a query that does not reach it has no tokens."""
@@ -133,6 +133,11 @@ def query_gradients(model: Model, layers: list[Layer], queries: Measured, indice
 
 def weighted_measurement(model: Model, batch: Batch) -> Tensor:
     f_N = model.task.measurement(model.module, batch)
+    if f_N.shape != batch.rows_N.shape:
+        raise ModelError(
+            f"the measurement of {type(model.task).__name__} is not one number a row: got the shape {tuple(f_N.shape)} for "
+            f"{len(batch.rows_N)} rows; return a tensor of shape [{len(batch.rows_N)}], such as values.flatten()"
+        )
     return f_N.sum() if batch.weight_N is None else (batch.weight_N.to(f_N) * f_N).sum()
 
 

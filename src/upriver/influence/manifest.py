@@ -6,7 +6,8 @@ from typing import Any
 
 from upriver.influence.passages import Ranked
 from upriver.influence.stages import Job
-from upriver.runtime.config import CONVENTIONS, POSITIVE
+from upriver.model.losses import LanguageModel
+from upriver.runtime.config import CONVENTIONS, MEASURED, POSITIVE
 from upriver.runtime.progress import Times
 from upriver.text.encode import tokenizer_fingerprint
 
@@ -48,7 +49,7 @@ def manifest(job: Job, found: Ranked, kept: dict[str, Any] | None, times: Times)
         "kernel": model.attention,
         "checks": {"token_sum": found.token_sum},
         "conventions": CONVENTIONS,
-        "sign": POSITIVE,
+        "sign": POSITIVE if isinstance(model.task, LanguageModel) else MEASURED,
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")}
         | {"python": sys.version.split()[0]},
         "timings": dict(times) | {"scan_tokens": tokens, "scan_tokens_per_second": tokens / max(times["scan"], 1e-9)},

@@ -38,17 +38,19 @@ def measured_by(task: Task) -> list[str]:
 
 
 def module_form(module: nn.Module) -> Any:
-    """The architecture of a module: its configuration without the version of transformers, or what it shows and how it is set."""
-    config = getattr(module, "config", None)
+    """The architecture of a module: its configuration without the version of transformers, or what it shows and how it is set;
+    and the code of classes that are no installed package's."""
+    config, own = getattr(module, "config", None), _own_classes(module)
     if isinstance(config, PretrainedConfig):
-        return {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
+        known = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
+        return [known, own] if own else known
     settings = {
         f"{name}.{n}": repr(x)
         for name, m in module.named_modules()
         for n, x in vars(m).items()
         if n[0] != "_" and n != "training" and _is_setting(x)
     }
-    return [ADDRESS.sub("", repr(module)), settings, content(config)]
+    return [ADDRESS.sub("", repr(module)), settings, content(config), own]
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -64,6 +66,13 @@ def content(value: Any, around: tuple[int, ...] = ()) -> Any:
     form = next(form for kinds, form in FORMS if isinstance(value, kinds))
     name = "Task" if isinstance(value, Task) else type(value).__qualname__  # one that changes no loss is the same
     return [name, form(value, lambda x: content(x, (*around, id(value))))]
+
+
+def _own_classes(module: nn.Module) -> Any:
+    """What the classes of a module and its submodules are written as, where they are no installed package's."""
+    kinds = {kind for m in module.modules() for kind in type(m).__mro__ if not _installed(kind)}
+    bodies = ({n: x for n, x in vars(kind).items() if _counts(n)} for kind in kinds)
+    return sorted((content(body) for body in bodies), key=digest)
 
 
 def _is_setting(value: Any) -> bool:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -125,6 +126,8 @@ class Kept:
                 _whole(os.pwritev, self._file.fileno(), memoryview(buffer)[:size], start)
         except OSError:
             self._failed = True
+            with suppress(OSError):  # what is left of the disk, or of a quota, is for the sums
+                os.ftruncate(self._file.fileno(), 0)
         finally:
             self._free.put(buffer)
 

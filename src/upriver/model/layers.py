@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from upriver.errors import ModelError
@@ -197,8 +199,8 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
     """Run ``forward`` once and note which layers are given the very same input, so that they share one ``A``.
 
     Raises:
-        ModelError: a layer is never called, as inside a compiled model, whose hooks do not run; or it gives other things than
-            ``W a + b`` of its weight and bias.
+        ModelError: a layer is never called, as inside a compiled model, whose hooks do not run; it gives other things than
+            ``W a + b`` of its weight and bias; or these are used outside of it too.
     """
     seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
     checked: set[nn.Module] = set()
@@ -215,8 +217,11 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
 
     # before the hooks of others, as in a captured pass: what they make of the output comes after the weight
     hooks = [m.register_forward_hook(note(x), with_kwargs=True, prepend=True) for x in layers for m in x.modules]
+    uses = _Uses(layers)
+    hooks += [m.register_forward_pre_hook(uses.enter) for x in layers for m in x.modules]
+    hooks += [m.register_forward_hook(uses.leave) for x in layers for m in x.modules]
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), uses:
             forward()
     finally:
         for hook in hooks:
@@ -228,6 +233,35 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
             "them, or is compiled; leave them out by giving globs to --layers, or give the plain model (model._orig_mod)"
         )
     return _share_inputs(layers, seen)
+
+
+class _Uses(TorchFunctionMode):
+    """Refuses a forward pass that uses a tracked parameter outside of its module: the module would see a part of its gradient."""
+
+    def __init__(self, layers: list[Layer]):
+        super().__init__()
+        self.owners = {id(p): x for x in layers for m in x.modules for p in m.parameters(recurse=False)}
+        self.inside: list[nn.Module] = []
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self.inside.append(module)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.inside.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (
+            isinstance(out, torch.Tensor) and id(out) not in self.owners
+        ):  # not what asks for a type, or changes it in place
+            for x in tree_leaves((args, kwargs)):
+                owner = self.owners.get(id(x))
+                if owner and not any(m in owner.modules for m in self.inside):
+                    raise ModelError(
+                        f"layer {owner.name!r} cannot be tracked: its weight or bias is used outside of it too, so that its own "
+                        "calls give a part of the gradient; leave it out by giving globs to --layers"
+                    )
+        return out
 
 
 def _check_linear(layer: Layer, module: nn.Module, a: torch.Tensor, output: Any) -> None:

@@ -22,6 +22,7 @@ CONVENTIONS = {
 }
 BATCH_TOKENS = 2048  # two cores are as fast with 1,024 as with 4,096, and activations take memory; a GPU may want more
 POSITIVE = "Positive means: training on this passage raises the probability of the answer."
+MEASURED = "Positive means: training on this example raises the measurement."  # of tasks that are no language model
 MIXED = "mixed"  # the model in float32, and products over what its layers saw in bfloat16
 Dtype = Literal["float32", "bfloat16", "mixed", "float64"]
 CurvatureKind = Literal["ekfac", "kfac", "diagonal", "identity"]

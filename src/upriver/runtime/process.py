@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from upriver.runtime import dist
@@ -36,6 +37,11 @@ def resident_memory() -> int | None:
 
 def peak_memory() -> int | None:
     """The most bytes that this process has had in memory so far; None where the system does not tell."""
+    with suppress(
+        OSError, StopIteration, ValueError
+    ):  # Linux, where the other figure may be that of the process before
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(x for x in lines if x.startswith("VmHWM:")).split()[1])
     try:
         import resource
     except ImportError:
@@ -112,16 +118,16 @@ def _system_available(path: Path) -> int | None:
 
 
 def _groups() -> list[tuple[Path, Path]]:
-    """Files (limit, in use) of the control groups that this process may be in, versions 2 and 1."""
+    """Files (limit, in use) of the control groups that this process may be in, and of those around them, versions 2 and 1."""
     top = Path("/sys/fs/cgroup")
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         lines = []
     own = [x.split(":", 2)[2].strip("/") for x in lines if x.startswith("0::") or ":memory:" in x]
-    places = [top / name for name in ["", *own]]
-    new = [(p / "memory.max", p / "memory.current") for p in places]
-    old = [top / "memory" / name for name in ["", *own]]
+    names = {place for name in own for place in (Path(name), *Path(name).parents)} | {Path()}
+    new = [(top / p / "memory.max", top / p / "memory.current") for p in names]
+    old = [top / "memory" / p for p in names]
     return new + [(p / "memory.limit_in_bytes", p / "memory.usage_in_bytes") for p in old]
 
 

@@ -199,11 +199,7 @@ class Keeping(NamedTuple):
     covariance: bool
     correction: bool
     one: bool  # both see the same: what the first has kept the second reads
-    size: int  # bytes on disk
-
-    @property
-    def any(self) -> bool:
-        return self.covariance or self.correction
+    size: int  # bytes on disk, 0 where nothing is kept
 
 
 def keeping(shape: Shape, split: FitSplit, tokens: float, dtype: str, one: bool, rounds: bool, space: int) -> Keeping:

@@ -159,7 +159,7 @@ class Stage:
     def _make_ready(self, overwrite: bool) -> None:
         if (self.path / "key.json").exists():
             found = read_json(self.path / "key.json")
-            if not isinstance(found, dict) or not {"stage", "schema"} <= found.keys():
+            if not _is_key(found):
                 self._refuse_foreign("key.json")
             if found == self.key and not (overwrite and self.done):
                 return
@@ -221,6 +221,18 @@ class Stage:
         return read_tensors(self.unit_path(unit))
 
 
+def _is_key(found: Any) -> bool:
+    return isinstance(found, dict) and {"stage", "schema"} <= found.keys()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder holds a key of a stage, rather than somebody's file of that name."""
+    try:
+        return _is_key(json.loads((path / "key.json").read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 def _holds_work(path: Path) -> bool:
     """Whether anything was finished here: a folder of keys alone has nothing to lose and may change its owner."""
     files = (p.name for p in path.rglob("*") if p.is_file())
@@ -259,7 +271,8 @@ def locked(path: Path) -> Iterator[None]:
 def _locked(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "w")  # noqa: SIM115 - held for the whole run
+        there = (path / ".lock").exists()
+        lock = open(path / ".lock", "a")  # noqa: SIM115 - held for the whole run
     except OSError as error:
         raise _storage_error(path, error) from error
     with lock:
@@ -271,12 +284,12 @@ def _locked(path: Path) -> Iterator[None]:
                     f"another run is writing to {path}; wait until it ends, or choose another folder"
                 ) from error
             warnings.warn(f"{path} cannot be locked ({error}): give no second command for it meanwhile", stacklevel=2)
-        if (path / "key.json").exists():
+        if _is_ours(path):
             _clear_debris(path)
         try:
             yield
         finally:
-            if not (path / "key.json").exists():  # a folder that was refused is left as it was
+            if not there and not _is_ours(path):  # a folder that was refused is left as it was
                 (path / ".lock").unlink(missing_ok=True)
 
 
@@ -292,7 +305,9 @@ def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any]
     """The first entry, in key order, in which two nested dictionaries differ: its dotted name and both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(k for k in new if k not in old)]:
-            found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+            found = first_difference(
+                old.get(key, "nothing"), new.get(key, "nothing"), f"{name}.{key}" if name else str(key)
+            )
             if found:
                 return found
         return None

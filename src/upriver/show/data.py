@@ -1,6 +1,7 @@
 """``report.json``: everything the page shows, built from a SCORES folder (format: docs/report.md)."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,12 @@ def unit(folder: Folder) -> str:
         return "Scores are dot products of gradients, without the curvature: they rank passages, and are in no unit."
     if not n_train:
         return "Scores are raw influences: the number of training sequences, which turns them into nats, is not known."
+    if all(query.get("log_prob") is None for query in folder.queries):
+        return (
+            "A score in nats, or whatever unit the measurement has, is the first-order estimate of how much the measurement "
+            f"changes when one more copy of the example is added to the {n_train:,} training sequences: the raw score divided "
+            f"by {n_train:,}."
+        )
     return (
         "A score in nats is the first-order estimate of how much the log-probability changes when one more copy of "
         f"the passage is added to the {n_train:,} training sequences: the raw score divided by {n_train:,}."
@@ -72,13 +79,20 @@ def _run(manifest: Json) -> Json:
 
 
 def _layers(manifest: Json) -> list[Json]:
-    """The tracked layers with the depth group of each: nine groups of blocks, or one per block when there are fewer."""
+    """The tracked layers with the depth group of each: nine groups of blocks, or one per block when there are fewer.
+
+    Groups without a tracked layer are left out.  Layers of a block whose names end alike are told apart by one part more.
+    """
     layers = [dict(layer) for layer in manifest.get("layers") or []]
     n_blocks = max((layer["block"] + 1 for layer in layers if layer.get("block") is not None), default=0)
     groups = min(DEPTH_BLOCKS, n_blocks)
-    for layer in layers:
-        block = layer.get("block")
-        layer["depth"] = None if block is None else block * groups // n_blocks
+    found = [None if x.get("block") is None else x["block"] * groups // n_blocks for x in layers]
+    place = {group: i for i, group in enumerate(sorted({group for group in found if group is not None}))}
+    cells = Counter((x.get("block"), x.get("kind")) for x in layers)
+    for layer, group in zip(layers, found, strict=True):
+        layer["depth"] = None if group is None else place[group]
+        if cells[layer.get("block"), layer.get("kind")] > 1:
+            layer["kind"] = ".".join(str(layer["name"]).split(".")[-2:])
     return layers
 
 

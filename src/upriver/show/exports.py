@@ -53,8 +53,10 @@ def _example(query: Json) -> Json:
 def csv_text(report: Json) -> str:
     """A row per passage and query, without the lists of tokens and layers."""
     sink = io.StringIO()
-    writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    csv.writer(sink, lineterminator="\n").writerow(CSV_COLUMNS)
+    writer = csv.writer(
+        sink, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
+    )  # else some versions leave a lone \r bare
     for query in report["queries"]:
         for passage in query["passages"]:
             metadata = json.dumps(passage["metadata"], ensure_ascii=False)

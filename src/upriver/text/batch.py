@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from upriver.errors import CorpusError
+from upriver.errors import CorpusError, ModelError
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,6 @@ class Batch:
             real_NT=None if self.real_NT is None else self.real_NT.to(device),
             weight_N=None if self.weight_N is None else self.weight_N.to(device),
         )
-
-    @property
-    def n_tokens(self) -> int:
-        """Real positions, padding left out."""
-        return len(self.rows_N) if self.real_NT is None else int(self.real_NT.sum())
 
 
 def pad(rows: np.ndarray, keys_N: np.ndarray, tokens: Sequence[np.ndarray], loss: Sequence[np.ndarray]) -> Batch:
@@ -159,7 +154,7 @@ class Examples(Sequences):
         sizes = {name: len(t) for name, t in inputs.items()}
         if len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise CorpusError(f"examples need tensors of one and the same length, at least 1: got {sizes}")
-        self.inputs = inputs
+        self.inputs = {name: t.detach().clone() for name, t in inputs.items()}  # what is hashed stays as it is
         self.lengths_N = np.ones(next(iter(sizes.values())), np.int32)
         content_NB = np.concatenate([_bytes_NB(inputs[name]) for name in sorted(inputs)], axis=1)
         if keys is None:
@@ -180,6 +175,21 @@ class Examples(Sequences):
         rows = np.asarray(rows, np.int64)
         picked = {name: t[torch.from_numpy(rows).to(t.device)] for name, t in self.inputs.items()}
         return Batch(rows, self.keys_N[rows], picked, None)
+
+
+def real_calls(real_NT: Tensor, x_NTI: Tensor, layer: str) -> Tensor:
+    """Which positions of what a layer saw are real, ``[N, T]``; one that is called twice has its calls side by side.
+
+    Raises:
+        ModelError: the layer saw something else than the positions of the sequences.
+    """
+    seen, T = x_NTI.shape[1], real_NT.shape[1]
+    if seen % T:
+        raise ModelError(
+            f"layer {layer!r} cannot be tracked where sequences are padded: it sees {seen} rows of a sequence of {T} positions, "
+            "of which it is not known what is padding; leave it out by giving globs to --layers, or give sequences of one length"
+        )
+    return real_NT.repeat(1, seen // T)
 
 
 def _bytes_NB(tensor: Tensor) -> np.ndarray:

@@ -205,8 +205,12 @@ class Queries:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each query, int32 ``[Q]``, its contrast included."""
-        return np.array([sum(len(self.rows[r].loss_T) for r in rows) for rows in self._rows_of_query], np.int32)
+        """Tokens that each query counts for, int32 ``[Q]``: its longest row, for each row that a query with a contrast has.
+
+        In a batch all rows are padded to the longest, so no batch of these lengths holds more.
+        """
+        most = max(map(len, self._rows_of_query))
+        return np.array([most * max(len(self.rows[r].loss_T) for r in rows) for rows in self._rows_of_query], np.int32)
 
     @cached_property
     def _keys(self) -> np.ndarray:

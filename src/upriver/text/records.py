@@ -69,6 +69,8 @@ def read_records(sources: list[Source], bad: BadRecords) -> Iterator[Record]:
                     raise _BadRowError(f"a second document with the id {record.id!r}; {_first(sources, first)}")
             except _BadRowError as reason:
                 bad.report(where, str(reason))
+            except RecursionError:
+                bad.report(where, "its metadata is nested too deeply; leave it out")
             else:
                 yield record
 

@@ -26,7 +26,7 @@ function number(x, digits = 3) {
   if (x === null || x === undefined) return "–";
   const size = Math.abs(x), sign = x < 0 ? "−" : "";
   if (size === 0) return "0";
-  if (size >= 1000) return sign + Math.round(size).toLocaleString("en");
+  if (size >= Math.min(1000, 10 ** (digits - 1))) return sign + Math.round(size).toLocaleString("en");
   if (size >= 0.001) return sign + size.toPrecision(digits);
   const [mantissa, exponent] = size.toExponential(digits - 1).split("e");
   return `${sign}${mantissa}×10${superscript(Number(exponent))}`;
