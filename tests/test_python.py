@@ -278,7 +278,7 @@ class Pooled(nn.Module):
         return self.after((hidden_NTI * real_NT1).sum(1) / real_NT1.sum(1))
 
 
-class LastTwo(up.Task):
+class Squares(up.Task):
     def loss(self, module, batch, sampler=None):
         return module(batch).square().sum() / 2
 
@@ -289,7 +289,7 @@ class LastTwo(up.Task):
 def test_a_layer_that_sees_no_positions_is_refused_where_some_are_padding(folder):
     model = up.load_model("path/or/name")
     corpus = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=32)
-    pooled = up.Model(Pooled(model.module), model.tokenizer, task=LastTwo())
+    pooled = up.Model(Pooled(model.module), model.tokenizer, task=Squares())
     with pytest.raises(ModelError, match=r"layer 'after' cannot be tracked where sequences are padded: it sees 1 rows"):
         up.fit(pooled, corpus, "never", layers="after", fisher="empirical")
 

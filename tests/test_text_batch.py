@@ -73,6 +73,7 @@ def test_examples_are_a_corpus_of_single_positions():
     batch = examples.batch(np.array([4, 0]))
     assert batch.inputs["x"].tolist() == [[8.0, 9.0], [0.0, 1.0]]
     assert batch.real_NT is None
+    assert len(batch.rows_N) == 2
     order = torch.tensor([5, 3, 1, 0, 2, 4])
     permuted = Examples({name: tensor[order] for name, tensor in inputs.items()})
     assert (permuted.keys_N == examples.keys_N[order.numpy()]).all()

@@ -77,7 +77,7 @@ class TokenGradients:
     """
 
     def __init__(self, layers: list[Layer]):
-        self.parts: dict[str, dict[int, list[TokenGradient]]] = {x.name: {} for x in layers}
+        self.parts: dict[str, dict[int, TokenGradient]] = {x.name: {} for x in layers}
         self.batch: Batch | None = None
 
     def begin(self, batch: Batch) -> None:
@@ -93,13 +93,13 @@ class TokenGradients:
                 tokens = TokenGradient(a_NTI[n].clone(), g_NTO[n].clone())
             else:
                 tokens = TokenGradient(a_NTI[n, real_NM[n]], g_NTO[n, real_NM[n]])
-            found[query] = [_joined([*found.get(query, []), tokens])]
+            found[query] = _joined([found[query], tokens] if query in found else [tokens])
 
     def pop(self, layer: Layer, indices: list[int], like: Tensor) -> list[TokenGradient]:
         """The queries ``indices`` in one layer, which is forgotten; a query that does not reach it has no tokens."""
         found = self.parts.pop(layer.name)
         nothing = TokenGradient(like.new_zeros(0, layer.I), like.new_zeros(0, layer.O))
-        return [_joined(found.get(query, [nothing])) for query in indices]
+        return [found.get(query, nothing) for query in indices]
 
 
 def _joined(parts: list[TokenGradient]) -> TokenGradient:

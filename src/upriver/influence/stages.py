@@ -87,8 +87,6 @@ def divide(
     """
     asked = Asked(len(queries), int(np.max(queries.lengths)), rank_within(layers, opts), opts.layer_scores)
     memory = memory_budget(model, data, opts.batch_tokens, opts.memory, dtype)
-    if model.dtype == torch.float64:  # queries and the top, whatever the scan is in
-        memory = memory._replace(dtype="float64")
     shape = model_shape(model, layers, data)
 
     def make() -> TraceSplit:

@@ -70,9 +70,8 @@ def content(value: Any, around: tuple[int, ...] = ()) -> Any:
 
 def _own_classes(module: nn.Module) -> Any:
     """What the classes of a module and its submodules are written as, where they are no installed package's."""
-    kinds = {kind for m in module.modules() for kind in type(m).__mro__ if not _installed(kind)}
-    bodies = ({n: x for n, x in vars(kind).items() if _counts(n)} for kind in kinds)
-    return sorted((content(body) for body in bodies), key=digest)
+    kinds = {kind for m in module.modules() for kind in type(m).__mro__}
+    return sorted((content(_body(kind)) for kind in kinds if not _installed(kind)), key=digest)
 
 
 def _is_setting(value: Any) -> bool:
@@ -142,8 +141,12 @@ def _class(kind: type, inner: Inner) -> Any:
     if _installed(kind) and not issubclass(kind, Task):
         return kind.__qualname__
     untold = UNTOLD if issubclass(kind, Task) else set()
-    bodies = ({n: x for n, x in vars(k).items() if n not in untold and _counts(n)} for k in kind.__mro__)
+    bodies = ({n: x for n, x in _body(k).items() if n not in untold} for k in kind.__mro__)
     return [inner(body) for body in bodies if body]
+
+
+def _body(kind: type) -> dict[str, Any]:
+    return {n: x for n, x in vars(kind).items() if _counts(n)}
 
 
 def _counts(name: str) -> bool:

@@ -251,9 +251,7 @@ class _Uses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if (
-            isinstance(out, torch.Tensor) and id(out) not in self.owners
-        ):  # not what asks for a type, or changes it in place
+        if isinstance(out, torch.Tensor) and id(out) not in self.owners:  # neither a question nor a change in place
             for x in tree_leaves((args, kwargs)):
                 owner = self.owners.get(id(x))
                 if owner and not any(m in owner.modules for m in self.inside):

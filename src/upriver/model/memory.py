@@ -49,7 +49,9 @@ def memory_budget(model: Model, data: Sequences, batch_tokens: int, memory: str 
     cores = 1 if model.device.type == "cuda" else torch.get_num_threads()
     most = max(map(len, data.plan(batch_tokens)))
     longest, accelerator = int(data.lengths_N.max()), model.device.type != "cpu"
-    return Budget(limit, fixed, batch_tokens, longest, dtype or own, cores, most, copy, accelerator)
+    # queries and the top stay in the model's type, whatever the scan is in
+    widest = own if own == "float64" else dtype or own
+    return Budget(limit, fixed, batch_tokens, longest, widest, cores, most, copy, accelerator)
 
 
 def settle(peak: Mapping[str, int], budget: Budget, device: torch.device) -> None:

@@ -18,9 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 
 Order = Literal["tokens", "dense", "rebuilt"]
 NUMBER = 4  # bytes
-DENSE_BYTES = (
-    1 << 30
-)  # queries, or batches that wait for them, held through a scan: twice as much gains a tenth at most
+DENSE_BYTES = 1 << 30  # queries, or batches that wait for them, held through a scan; twice as much gains little
 WAITING_BYTES = 768 << 20  # of batches that wait, at most, or so many times the compressed queries:
 WAITING_SHARE = 1.5
 ENOUGH = 3  # batches wait until multiplying out takes a third of forming their gradients: longer pays little, and takes memory

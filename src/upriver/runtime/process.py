@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from upriver.runtime import dist
@@ -15,7 +14,7 @@ DEFAULT_SHARE = 0.8  # of the available memory, when no limit is given
 
 def available_memory() -> int | None:
     """Bytes that this process may still take: what the system has left, or what its control group allows if that is less."""
-    found = [_system_available(Path("/proc/meminfo")), *map(_group_left, _groups())]
+    found = [_told(Path("/proc/meminfo"), "MemAvailable:"), *map(_group_left, _groups())]
     known = [x for x in found if x is not None]
     return min(known) if known else None
 
@@ -37,11 +36,9 @@ def resident_memory() -> int | None:
 
 def peak_memory() -> int | None:
     """The most bytes that this process has had in memory so far; None where the system does not tell."""
-    with suppress(
-        OSError, StopIteration, ValueError
-    ):  # Linux, where the other figure may be that of the process before
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(x for x in lines if x.startswith("VmHWM:")).split()[1])
+    most = _told(Path("/proc/self/status"), "VmHWM:")
+    if most is not None:  # the figure below may be that of the process which started this one
+        return most
     try:
         import resource
     except ImportError:
@@ -109,9 +106,10 @@ def _process_seconds() -> float:
         return time.process_time()
 
 
-def _system_available(path: Path) -> int | None:
+def _told(path: Path, name: str) -> int | None:
+    """The bytes that a file of the system tells under a name."""
     try:
-        line = next(x for x in path.read_text().splitlines() if x.startswith("MemAvailable:"))
+        line = next(x for x in path.read_text().splitlines() if x.startswith(name))
         return int(line.split()[1]) * 1024
     except (OSError, ValueError, StopIteration):
         return None

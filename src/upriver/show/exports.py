@@ -54,9 +54,8 @@ def csv_text(report: Json) -> str:
     """A row per passage and query, without the lists of tokens and layers."""
     sink = io.StringIO()
     csv.writer(sink, lineterminator="\n").writerow(CSV_COLUMNS)
-    writer = csv.writer(
-        sink, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
-    )  # else some versions leave a lone \r bare
+    # quoted, as some versions of Python leave a lone \r bare otherwise
+    writer = csv.writer(sink, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     for query in report["queries"]:
         for passage in query["passages"]:
             metadata = json.dumps(passage["metadata"], ensure_ascii=False)
