@@ -104,8 +104,14 @@ def test_bytes_that_stay_through_a_scan():
 
 def test_waiting_batches_take_three_quarters_of_a_gigabyte_or_as_queries_ask():
     layers = [Layer(n, (), 1024, 1024, False, 0, n) for n in "abcdefgh"]
-    holds = [contraction(layers, M=2048, N=8, Q=Q, R=32, room=1 << 32).hold for Q in (200, 400, 800)]
-    assert holds == [6, 9, 18]  # a batch is 128 MiB, and 64 queries are as much: of them half as much again waits
+
+    def holds(*many, number=4):
+        return [contraction(layers, M=2048, N=8, Q=Q, R=32, room=1 << 32, number=number).hold for Q in many]
+
+    # a batch is 128 MiB, and 64 queries are as much: of them half as much again waits
+    assert holds(200, 400, 800) == [6, 9, 18]
+    # half the bytes a batch, of queries that are read in float32 as before
+    assert holds(384, 448, 832, number=2) == [18, 21, 39]
 
 
 def test_rebuilt_queries_are_read_for_each_wait_and_not_held():

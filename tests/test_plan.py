@@ -9,6 +9,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,8 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cases import case
+from in_memory import TokenCorpus, TokenQueries
 from upriver.curvature.fit import fit
 from upriver.errors import ConfigError, ModelError
+from upriver.influence.gradients import weighted_measurement
 from upriver.influence.stages import divide
 from upriver.model import calibrate
 from upriver.model.calibrate import Blank, plan_here, plan_model
@@ -27,7 +30,7 @@ from upriver.model.capture import capture
 from upriver.model.layers import find_layers, probe
 from upriver.model.load import Model
 from upriver.model.memory import memory_budget
-from upriver.model.shape import config_only, config_shape, model_shape, module_shape
+from upriver.model.shape import config_only, config_shape, model_shape, module_shape, observe
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import counts
 from upriver.runtime.config import TraceOptions
@@ -38,6 +41,7 @@ from upriver.runtime.plan import describe, parse_sizes, plan_run
 from upriver.runtime.process import available_memory, peak_memory, resident_memory, start_seconds
 from upriver.runtime.split import (
     LAYER_SCORES_BYTES,
+    SLACK,
     Asked,
     Budget,
     batch_size,
@@ -548,6 +552,22 @@ def test_a_shape_is_looked_at_once_and_again_when_more_or_less_is_kept():
     assert model_shape(model, layers, c.data) is first
     model.module.set_attn_implementation("eager")
     assert model_shape(model, layers, c.data) is not first
+
+
+def test_queries_longer_than_every_passage_are_counted_by_what_they_keep_themselves():
+    """Eager attention keeps as many numbers for a token as the sequence has tokens."""
+    config = AutoConfig.for_model("gpt2", vocab_size=23, n_positions=400, n_embd=8, n_layer=2, n_head=4)
+    model = Model(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+    rng = np.random.default_rng(0)
+    corpus = TokenCorpus([rng.integers(0, 23, 8) for _ in range(4)])
+    queries = TokenQueries([rng.integers(0, 23, n) for n in (8, 400)], [4, 200])
+    layers = tracked_layers(model, corpus, "mlp")
+    kept = observe(
+        model.module, layers, 400, lambda: weighted_measurement(model, queries.batch([1])).requires_grad_()
+    ).held
+    split = divide(model, layers, corpus, queries, TraceOptions(batch_tokens=16, memory="3GB"), "float32")
+    assert split.peak["queries"] - split.made_for.fixed - SLACK > kept
+    assert kept > 10 * 400 * 4 * model_shape(model, layers, corpus).activation / 4
 
 
 def test_rounds_are_planned_to_the_end_of_the_sample():

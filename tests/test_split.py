@@ -329,18 +329,20 @@ def test_what_a_scan_holds_stays_within_what_was_counted(monkeypatch):
     assert few == {200}
 
 
-def test_scores_by_layer_are_kept_a_few_sequences_at_a_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("by_layer", "limit"), [(True, "LAYER_SCORES_BYTES"), (False, "SCORES_BYTES")])
+def test_scores_are_kept_a_few_sequences_at_a_time(by_layer, limit, tmp_path, monkeypatch):
     model, corpus = tiny_model(), tiny_corpus()
     factors = fit(model, corpus, tmp_path / "factors", **GIVEN)
     monkeypatch.setattr(sweep, "UNIT_TOKENS", 10**6)
-    given = {"rank": 4, "top": 3, "layer_scores": True, "batch_tokens": 13}
+    given = {"rank": 4, "top": 3, "layer_scores": by_layer, "batch_tokens": 13}
     trace(model, corpus, tiny_queries(), factors, tmp_path / "whole", **given)
     sizes, tensors = [], Score.tensors
     monkeypatch.setattr(Score, "tensors", lambda self: sizes.append(sum(map(len, self.rows))) or tensors(self))
-    monkeypatch.setattr(stages, "LAYER_SCORES_BYTES", 4 * 3 * len(factors.layers) * 5)
+    monkeypatch.setattr(stages, limit, 4 * 3 * (len(factors.layers) if by_layer else 1) * 5)
     trace(model, corpus, tiny_queries(), factors, tmp_path / "parts", **given)
     assert max(sizes) <= 5
     assert sum(sizes) == len(corpus)
-    np.testing.assert_array_equal(
-        np.load(tmp_path / "whole" / "layers.npy"), np.load(tmp_path / "parts" / "layers.npy")
-    )
+    whole, parts = (pd.read_parquet(tmp_path / name / "scores.parquet") for name in ("whole", "parts"))
+    pd.testing.assert_frame_equal(whole, parts)
+    if by_layer:
+        np.testing.assert_array_equal(*(np.load(tmp_path / name / "layers.npy") for name in ("whole", "parts")))

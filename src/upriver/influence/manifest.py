@@ -16,7 +16,6 @@ def manifest(job: Job, found: Ranked, kept: dict[str, Any] | None, times: Times)
     """What a trace was made from, how, and how far it can be trusted: ``manifest.json``; see ``docs/formats.md``."""
     factors, opts, model = job.factors.manifest, job.opts, job.model
     fitted, known = job.factors.options, [x for x in found.agreement if x is not None]
-    tokens = int(job.data.lengths_N[job.rows].sum())
     return {
         "upriver": version("upriver"),
         "stage": "trace",
@@ -52,5 +51,5 @@ def manifest(job: Job, found: Ranked, kept: dict[str, Any] | None, times: Times)
         "sign": POSITIVE if isinstance(model.task, LanguageModel) else MEASURED,
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")}
         | {"python": sys.version.split()[0]},
-        "timings": dict(times) | {"scan_tokens": tokens, "scan_tokens_per_second": tokens / max(times["scan"], 1e-9)},
+        "timings": dict(times) | {"scan_tokens": int(job.data.lengths_N[job.rows].sum())},
     }

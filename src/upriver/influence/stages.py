@@ -9,20 +9,20 @@ import torch
 
 from upriver.curvature.base import Damping
 from upriver.curvature.factors import Factors
-from upriver.influence.gradients import Measured, Solver, query_chunks, read_solved
+from upriver.influence.gradients import Measured, Solver, query_chunks, read_solved, weighted_measurement
 from upriver.influence.scanned import Scan, Scanned, gather
 from upriver.influence.score import Route, Score, route
 from upriver.influence.tokens import Rescored, rescore
 from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.model.memory import memory_budget, settle, settled_split
-from upriver.model.shape import model_shape
+from upriver.model.shape import batch_shape, model_shape
 from upriver.model.sweep import UNIT_TOKENS, Labels, split_units, sweep, tokens_of
 from upriver.runtime import dist
 from upriver.runtime.config import TraceOptions
-from upriver.runtime.counts import contraction
+from upriver.runtime.counts import Shape, contraction
 from upriver.runtime.progress import Progress, Say, mute
-from upriver.runtime.split import LAYER_SCORES_BYTES, SUM, Asked, TraceSplit, split_trace
+from upriver.runtime.split import LAYER_SCORES_BYTES, SCORES_BYTES, SUM, Asked, TraceSplit, split_trace
 from upriver.runtime.store import Stage, Tensors, read_tensors
 from upriver.tensors import Scratch, on_cpu
 from upriver.text.batch import Sequences
@@ -87,7 +87,7 @@ def divide(
     """
     asked = Asked(len(queries), int(np.max(queries.lengths)), rank_within(layers, opts), opts.layer_scores)
     memory = memory_budget(model, data, opts.batch_tokens, opts.memory, dtype)
-    shape = model_shape(model, layers, data)
+    shape = _shape(model, layers, data, queries)
 
     def make() -> TraceSplit:
         return split_trace(shape, asked, memory)
@@ -95,6 +95,15 @@ def divide(
     split = settled_split(folder, TraceSplit, make, memory, say) if folder else make()
     settle(split.peak, memory, model.device)
     return split
+
+
+def _shape(model: Model, layers: list[Layer], data: Sequences, queries: Measured) -> Shape:
+    """As seen on the corpus, with the activations of the longest query where it is longer than every sequence."""
+    shape, longest = model_shape(model, layers, data), int(np.argmax(queries.lengths))
+    if queries.lengths[longest] <= np.max(data.lengths_N):
+        return shape
+    asked = batch_shape(model, layers, queries.batch([longest]), lambda b: weighted_measurement(model, b))
+    return shape._replace(activation=max(shape.activation, asked.activation))
 
 
 def solve_stage(job: Job) -> list[Path]:
@@ -135,8 +144,8 @@ def scan_stage(job: Job, solved: list[Path], note: Say) -> Scanned:
     """Score every wanted sequence against all queries, in as few passes as memory allows, committed unit by unit."""
     batches = job.data.plan(job.split.batch_tokens, job.rows)
     Q, at_once = len(job.queries), job.split.scan_queries
-    most = max(1, LAYER_SCORES_BYTES // (SUM * at_once * len(job.layers))) if job.opts.layer_scores else None
-    units = split_units(batches, job.data.lengths_N, most)
+    room, columns = (LAYER_SCORES_BYTES, len(job.layers)) if job.opts.layer_scores else (SCORES_BYTES, 1)
+    units = split_units(batches, job.data.lengths_N, max(1, room // (SUM * at_once * columns)))
     parts = [slice(q, min(q + at_once, Q)) for q in range(0, Q, at_once)]
     passes = [Scan(_scan(job, solved, batches, units, part, note), len(units), part) for part in parts]
     return gather(passes, np.sort(job.rows), len(job.layers) if job.opts.layer_scores else None)

@@ -22,7 +22,7 @@ from upriver.model.head import hidden_states
 from upriver.model.layers import Layer, block_number, find_layers, given, layer_kind, probe, weight_shape
 from upriver.model.load import Model, text_config
 from upriver.runtime.counts import Block, LayerSize, Shape, lowest_block
-from upriver.text.batch import Sequences
+from upriver.text.batch import Batch, Sequences
 
 PROBE_TOKENS = 8  # of a module without weights
 
@@ -72,22 +72,31 @@ def model_shape(model: Model, layers: list[Layer], data: Sequences) -> Shape:
     This is the longest; with fused kernels the longest whose attention goes by blocks and keeps its probabilities, if there
     is one.  Each is looked at once in a process: a fit, a trace and their plans all ask.
     """
-    config = getattr(model.module, "config", None)  # what decides how much a pass keeps may be switched meanwhile
-    kernel = getattr(config, "_attn_implementation", None)
     ascending = np.argsort(data.lengths_N, kind="stable")
-    fused, few = kernel not in (None, "eager"), int((data.lengths_N <= LONGEST).sum())
-    batch = data.batch(ascending[[max(0, few - 1) if fused else -1]]).to(model.device)
-    form = tuple((name, tuple(x.shape)) for name, x in batch.inputs.items())
+    fused, few = _kernel(model) not in (None, "eager"), int((data.lengths_N <= LONGEST).sum())
+    batch = data.batch(ascending[[max(0, few - 1) if fused else -1]])
+    return batch_shape(model, layers, batch, lambda b: model.task.loss(model.module, b))
+
+
+def batch_shape(model: Model, layers: list[Layer], batch: Batch, forward: Callable[[Batch], Tensor]) -> Shape:
+    """The shape of a loaded model, seen while ``forward`` goes over ``batch``."""
     checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.module.modules())
-    how = model.dtype, kernel, checkpointing
+    how = model.dtype, _kernel(model), checkpointing  # what decides how much a pass keeps may be switched meanwhile
+    form = tuple((name, tuple(x.shape)) for name, x in batch.inputs.items())
     key = (tuple((x.name, x.A_of) for x in layers), form, model.n_parameters, *how)
     known = _SEEN.setdefault(model.module, {})
     if key not in known:
+        batch = batch.to(model.device)
         with torch.no_grad(), frozen(model.module):
-            model.task.loss(model.module, batch)  # the first pass runs the head whole
-        tokens = model.task.positions(batch) or 1
-        known[key] = module_shape(model.module, layers, tokens, lambda: model.task.loss(model.module, batch))
+            forward(batch)  # the first pass runs the head whole
+        tokens = len(batch.rows_N) * (model.task.positions(batch) or 1)
+        known[key] = module_shape(model.module, layers, tokens, lambda: forward(batch))
     return known[key]
+
+
+def _kernel(model: Model) -> str | None:
+    """Of its attention; None where the module's configuration names none."""
+    return getattr(getattr(model.module, "config", None), "_attn_implementation", None)
 
 
 def config_only(path: str | Path) -> Path | None:

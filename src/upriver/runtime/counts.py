@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Protocol
 Order = Literal["tokens", "dense", "rebuilt"]
 NUMBER = 4  # bytes
 DENSE_BYTES = 1 << 30  # queries, or batches that wait for them, held through a scan; twice as much gains little
-WAITING_BYTES = 768 << 20  # of batches that wait, at most, or so many times the compressed queries:
+WAITING_BYTES = 768 << 20  # of batches that wait, at most, or so many times the solved queries:
 WAITING_SHARE = 1.5
 ENOUGH = 3  # batches wait until multiplying out takes a third of forming their gradients: longer pays little, and takes memory
 MOVED = 32  # multiplications in the time of a number to or from the memory: `benchmarks/queries.py --queries 16 24 32`
@@ -235,6 +235,10 @@ def contraction(
     def compressed(some: Sequence[Sized]) -> float:
         return number * Q * (R or 0) * sum(x.O + x.I for x in some)
 
+    def solved(some: Sequence[Sized]) -> float:
+        """As they are read: in float32 at least."""
+        return max(1.0, NUMBER / number) * compressed(some)
+
     def waiting(some: Sequence[Sized]) -> float:
         return number * M * sum(x.O + x.I for x in some)
 
@@ -245,7 +249,7 @@ def contraction(
 
     def shared(some: Sequence[Sized]) -> int:
         """How many batches wait for the queries of some layers to be multiplied out."""
-        free = min(room - dense(whole), max(WAITING_BYTES, WAITING_SHARE * compressed(some)))
+        free = min(room - dense(whole), max(WAITING_BYTES, WAITING_SHARE * solved(some)))
         return max(1, min(int(free / waiting(some)), round(ENOUGH * Q * R / M))) if some else 1
 
     whole = formed if dense(formed) <= room else []
@@ -258,7 +262,7 @@ def contraction(
     while not at_hand and by_token and compressed(by_token) > most:
         rebuilt.append(by_token.pop())  # the one that gains most, or loses least, for the bytes
         hold = shared(rebuilt)
-    again = max(1.0, NUMBER / number) * max((compressed([x]) for x in rebuilt), default=0.0)  # solved in float32
+    again = max((solved([x]) for x in rebuilt), default=0.0)
     read = again + (compressed(rebuilt) if at_hand else again)
     held = compressed(by_token) + dense(whole) + read + (waiting(rebuilt) * hold if hold > 1 else 0.0)
     chosen: dict[str, Order] = dict.fromkeys((x.name for x in layers), "tokens")

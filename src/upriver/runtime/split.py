@@ -29,7 +29,8 @@ SEQUENCE_BYTES = 128  # of a sequence: its places in the tables of the corpus an
 SLACK = 160 << 20  # what the allocator, the BLAS libraries and their threads keep to themselves
 MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met on average
 SYMMETRIC_COPIES = 3  # of the largest matrix, while a triangle is made whole and added to the sums on disk
-LAYER_SCORES_BYTES = 128 << 20  # of a unit of work, where scores are kept by layer
+SCORES_BYTES = 32 << 20  # of a unit of work, within what is counted as slack:
+LAYER_SCORES_BYTES = 128 << 20  # where scores are kept by layer, which is counted
 QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
 REBUILD_BYTES = 64 << 20  # rows of multiplied-out queries held at once in one layer, with those of gradients
 
