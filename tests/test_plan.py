@@ -174,7 +174,7 @@ def test_a_configuration_alone_gives_the_shape_of_the_model(name, tmp_path):
     config(name).save_pretrained(tmp_path)
     architecture, found = config_shape(tmp_path, "mlp")
     assert architecture == type(module(name)).__name__
-    assert found._replace(activation=0) == shape(name, "mlp")[0]._replace(activation=0)
+    assert found._replace(activation=0, narrow=None) == shape(name, "mlp")[0]._replace(activation=0)
     assert found == config_shape(tmp_path / "config.json", "mlp")[1]
 
 
@@ -568,6 +568,25 @@ def test_queries_longer_than_every_passage_are_counted_by_what_they_keep_themsel
     split = divide(model, layers, corpus, queries, TraceOptions(batch_tokens=16, memory="3GB"), "float32")
     assert split.peak["queries"] - split.made_for.fixed - SLACK > kept
     assert kept > 10 * 400 * 4 * model_shape(model, layers, corpus).activation / 4
+
+
+def test_a_bfloat16_pass_is_counted_by_what_a_bfloat16_model_keeps(tmp_path):
+    """More than half of the bytes: norms keep float32 beside."""
+    config = AutoConfig.for_model("llama", vocab_size=23, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                  intermediate_size=24)  # fmt: skip
+    model, corpus = Model(AutoModelForCausalLM.from_config(config).eval()), Blank(4, T)
+    layers = tracked_layers(model, corpus, "mlp")
+    shape = model_shape(model, layers, corpus, ["float32", "bfloat16"])
+    with model.computing_in("bfloat16") as copy:
+        own, batch = tracked_layers(copy, corpus, "mlp"), corpus.batch(np.array([0]))
+        kept = observe(copy.module, own, T, lambda: copy.task.loss(copy.module, batch)).held
+    assert kept == 2 * T * shape.narrow
+    assert shape.narrow > 1.1 * shape.activation
+    sizes = [batch_size(shape._replace(widest=0, vocabulary=0), 100, dtype) for dtype in ("bfloat16", "float32")]
+    assert sizes == [int(200 * shape.narrow), int(400 * shape.activation)]
+    assert model_shape(model, layers, corpus, ["mixed", "float32"]).narrow is None
+    config.save_pretrained(tmp_path)
+    assert config_shape(tmp_path, "mlp")[1].narrow > 1.1 * shape.activation
 
 
 def test_rounds_are_planned_to_the_end_of_the_sample():

@@ -87,7 +87,7 @@ def divide(
     """
     asked = Asked(len(queries), int(np.max(queries.lengths)), rank_within(layers, opts), opts.layer_scores)
     memory = memory_budget(model, data, opts.batch_tokens, opts.memory, dtype)
-    shape = _shape(model, layers, data, queries)
+    shape = _shape(model, layers, data, queries, dtype)
 
     def make() -> TraceSplit:
         return split_trace(shape, asked, memory)
@@ -97,9 +97,9 @@ def divide(
     return split
 
 
-def _shape(model: Model, layers: list[Layer], data: Sequences, queries: Measured) -> Shape:
+def _shape(model: Model, layers: list[Layer], data: Sequences, queries: Measured, dtype: str) -> Shape:
     """As seen on the corpus, with the activations of the longest query where it is longer than every sequence."""
-    shape, longest = model_shape(model, layers, data), int(np.argmax(queries.lengths))
+    shape, longest = model_shape(model, layers, data, [dtype]), int(np.argmax(queries.lengths))
     if queries.lengths[longest] <= np.max(data.lengths_N):
         return shape
     asked = batch_shape(model, layers, queries.batch([longest]), lambda b: weighted_measurement(model, b))

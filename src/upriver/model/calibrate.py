@@ -80,7 +80,7 @@ def plan_here(
         ConfigError: the run cannot be kept within the memory.
         NumericalError: the model's loss is not finite.
     """
-    shape = model_shape(model, layers, data)
+    shape = model_shape(model, layers, data, () if split else request.dtypes)
     most = max(map(len, data.plan(request.batch_tokens)))
     request = dataclasses.replace(request, batch_sequences=most)
     if split is not None:
@@ -118,7 +118,7 @@ def plan_model(
     layers = tracked_layers(model, data, spec)
     if machine is None:
         return plan_here(model, layers, data, request, left=left)
-    return plan_run(request, model_shape(model, layers, data), machine)
+    return plan_run(request, model_shape(model, layers, data, request.dtypes), machine)
 
 
 class Blank(Sequences):

@@ -103,6 +103,12 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
     return [_layer(names[0], [module.get_submodule(n) for n in names]) for names in groups]
 
 
+def same_layers(layers: list[Layer], module: nn.Module, copy: nn.Module) -> list[Layer]:
+    """The layers of ``module`` in a copy of it."""
+    names = {m: name for name, m in module.named_modules()}
+    return [x._replace(modules=tuple(copy.get_submodule(names[m]) for m in x.modules)) for x in layers]
+
+
 def _users(module: nn.Module) -> dict[int, list[str]]:
     """The names of the modules that hold each parameter."""
     users: dict[int, list[str]] = {}

@@ -4,7 +4,7 @@ import copy
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,12 +19,13 @@ from upriver.errors import ModelError
 from upriver.model.attention import LONGEST
 from upriver.model.capture import capture, frozen
 from upriver.model.head import hidden_states
-from upriver.model.layers import Layer, block_number, find_layers, given, layer_kind, probe, weight_shape
-from upriver.model.load import Model, text_config
+from upriver.model.layers import Layer, block_number, find_layers, given, layer_kind, probe, same_layers, weight_shape
+from upriver.model.load import Model, dtype_named, text_config
 from upriver.runtime.counts import Block, LayerSize, Shape, lowest_block
 from upriver.text.batch import Batch, Sequences
 
 PROBE_TOKENS = 8  # of a module without weights
+BFLOAT16 = "bfloat16"
 
 _SEEN: WeakKeyDictionary[nn.Module, dict[tuple, Shape]] = WeakKeyDictionary()
 
@@ -66,12 +67,19 @@ def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: C
     )
 
 
-def model_shape(model: Model, layers: list[Layer], data: Sequences) -> Shape:
+def model_shape(model: Model, layers: list[Layer], data: Sequences, dtypes: Collection[str] = ()) -> Shape:
     """The shape of a loaded model, seen on the sequence that takes the most memory for a token.
 
     This is the longest; with fused kernels the longest whose attention goes by blocks and keeps its probabilities, if there
     is one.  Each is looked at once in a process: a fit, a trace and their plans all ask.
+
+    Args:
+        dtypes: in which passes will compute, where it matters what a bfloat16 copy of the model holds.
     """
+    if BFLOAT16 in dtypes and model.dtype != dtype_named(BFLOAT16):
+        with model.computing_in(BFLOAT16) as copy:
+            narrow = model_shape(copy, same_layers(layers, model.module, copy.module), data).activation
+        return model_shape(model, layers, data)._replace(narrow=narrow)
     ascending = np.argsort(data.lengths_N, kind="stable")
     fused, few = _kernel(model) not in (None, "eager"), int((data.lengths_N <= LONGEST).sum())
     batch = data.batch(ascending[[max(0, few - 1) if fused else -1]])
@@ -148,8 +156,12 @@ def _fake_shape(config: Any, spec: str) -> tuple[str, Shape]:
                 with FakeTensorMode(), warnings.catch_warnings():
                     # experts look at addresses, of which torch 2.6 complains
                     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-                    module = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
-                    return type(module).__name__, _run_fake(module, spec)
+                    wide, narrow = (
+                        AutoModelForCausalLM.from_config(copy.deepcopy(config), **more | options)
+                        for more in ({}, {"dtype": torch.bfloat16})
+                    )
+                    shape = _run_fake(wide, spec)._replace(narrow=_run_fake(narrow, spec).activation)
+                    return type(wide).__name__, shape
             except (ValueError, RuntimeError) as failed:
                 error = failed
     finally:

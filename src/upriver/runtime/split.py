@@ -116,7 +116,8 @@ def batch_size(shape: Shape, tokens: int, dtype: str, work: int = 0) -> int:
         work: what a layer's consumer takes in the backward pass.
     """
     logits = min(HEAD_BYTES, SUM * shape.vocabulary * min(HEAD_ROWS, tokens))
-    held, backward = shape.activation * tokens, TRANSIENT * shape.widest * tokens
+    numbers = shape.narrow if dtype == "bfloat16" and shape.narrow else shape.activation
+    held, backward = numbers * tokens, TRANSIENT * shape.widest * tokens
     return int(ITEM[dtype] * held) + max(HEAD_COPIES * logits, int(ITEM[dtype] * backward) + work)
 
 
