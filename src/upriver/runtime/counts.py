@@ -71,9 +71,8 @@ class Shape(NamedTuple):
     activation: float  # numbers a token held for the backward pass
     widest: int  # numbers a token of the widest layer
     vocabulary: int
-    narrow: float | None = (
-        None  # as ``activation``, in bfloat16, where norms and the like hold float32; None: no more numbers
-    )
+    # as ``activation``, in bfloat16, where norms and the like hold float32 beside; None: taken as no more numbers
+    narrow: float | None = None
 
     def forward(self, T: float) -> float:
         """Multiplications a token."""
