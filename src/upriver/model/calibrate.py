@@ -113,7 +113,7 @@ def plan_model(
     """
     machine = hardware(hardware_name) if hardware_name else None
     if isinstance(model, Path):
-        shape = config_shape(model, spec)[1]
+        shape = config_shape(model, spec, request.dtypes)[1]
         return plan_run(request, shape, machine or machine_without(shape, request))
     layers = tracked_layers(model, data, spec)
     if machine is None:

@@ -118,11 +118,12 @@ def config_only(path: str | Path) -> Path | None:
     return place if not weights and (place / "config.json").is_file() else None
 
 
-def config_shape(path: str | Path, spec: str) -> tuple[str, Shape]:
+def config_shape(path: str | Path, spec: str, dtypes: Collection[str] = ()) -> tuple[str, Shape]:
     """The architecture and shape of a model of which only the configuration is there; nothing of its size is allocated.
 
     Args:
         path: a ``config.json``, or a folder with one.
+        dtypes: as for :func:`model_shape`.
 
     Raises:
         ModelError: no configuration there, or a module that does not run without weights.
@@ -131,7 +132,7 @@ def config_shape(path: str | Path, spec: str) -> tuple[str, Shape]:
 
     try:
         config = AutoConfig.from_pretrained(path)
-        return _fake_shape(config, spec)
+        return _fake_shape(config, spec, dtypes)
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds here
@@ -142,7 +143,7 @@ def config_shape(path: str | Path, spec: str) -> tuple[str, Shape]:
         ) from error
 
 
-def _fake_shape(config: Any, spec: str) -> tuple[str, Shape]:
+def _fake_shape(config: Any, spec: str, dtypes: Collection[str]) -> tuple[str, Shape]:
     """Build and run the module with shapes alone; its experts may run in bfloat16 only, and it may have no fused attention."""
     from transformers import AutoModelForCausalLM
 
@@ -156,12 +157,13 @@ def _fake_shape(config: Any, spec: str) -> tuple[str, Shape]:
                 with FakeTensorMode(), warnings.catch_warnings():
                     # experts look at addresses, of which torch 2.6 complains
                     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-                    wide, narrow = (
-                        AutoModelForCausalLM.from_config(copy.deepcopy(config), **more | options)
-                        for more in ({}, {"dtype": torch.bfloat16})
-                    )
-                    shape = _run_fake(wide, spec)._replace(narrow=_run_fake(narrow, spec).activation)
-                    return type(wide).__name__, shape
+                    module = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+                    shape = _run_fake(module, spec)
+                    if BFLOAT16 in dtypes:
+                        more = options | {"dtype": torch.bfloat16}
+                        narrow = AutoModelForCausalLM.from_config(copy.deepcopy(config), **more)
+                        shape = shape._replace(narrow=_run_fake(narrow, spec).activation)
+                    return type(module).__name__, shape
             except (ValueError, RuntimeError) as failed:
                 error = failed
     finally:
