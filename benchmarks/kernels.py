@@ -20,7 +20,7 @@ from scipy.linalg.blas import ssyrk
 import upriver  # noqa: F401 - sets how threads wait
 from upriver.influence.score import dots
 from upriver.model.kernels import FastKernels
-from upriver.runtime.process import settle_memory
+from upriver.runtime.system import settle_memory
 from upriver.runtime.threads import one_core_each
 from upriver.tensors import MKL_AT_HOME, Scratch, add_second_moment, eigh, matmul, sequence_gradients
 

@@ -20,9 +20,9 @@ import upriver as up
 from upriver.influence.score import Score
 from upriver.influence.stages import Job, divide, plan_routes, solve_stage
 from upriver.model.sweep import Labels, sweep, tracked_layers
+from upriver.runtime.artifact import Artifact
 from upriver.runtime.config import TraceOptions
 from upriver.runtime.progress import silent
-from upriver.runtime.store import Stage
 
 
 def scan(job: Job, solved: list[Path], batches: list[np.ndarray]) -> np.ndarray:
@@ -59,7 +59,7 @@ def main() -> None:
         place = args.factors or Path(folder) / "factors"
         factors = up.Factors(place) if args.factors else up.fit(model, corpus, place, max_tokens=args.fit_tokens)
         opts, rows = TraceOptions(), corpus.sample(args.tokens, 0)
-        stage = Stage.open(Path(folder) / "scores", "bench", {})
+        stage = Artifact.open(Path(folder) / "scores", "bench", {})
         jobs = {}
         for name, m in (("float32", model), ("mixed", mixed), ("bfloat16", rough)):
             layers = tracked_layers(m, corpus, factors.options.layers)

@@ -16,7 +16,7 @@ from command import Ran, upriver
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from upriver.runtime.store import file_digest
+from upriver.runtime.artifact import file_digest
 
 WORDS = 512
 

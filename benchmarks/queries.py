@@ -24,7 +24,7 @@ from upriver.model.shape import model_shape
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.runtime import counts
 from upriver.runtime.config import BATCH_TOKENS
-from upriver.runtime.process import settle_memory
+from upriver.runtime.system import settle_memory
 from upriver.tensors import LowRank, Scratch
 from upriver.text.batch import Examples
 

@@ -19,9 +19,9 @@ import upriver as up
 from upriver.influence.score import Score
 from upriver.influence.stages import Job, divide, plan_routes, solve_stage
 from upriver.model.sweep import Labels, sweep, tracked_layers
+from upriver.runtime.artifact import Artifact
 from upriver.runtime.config import TraceOptions
 from upriver.runtime.progress import silent
-from upriver.runtime.store import Stage
 
 
 def training_pass(model, corpus, batches):
@@ -68,7 +68,7 @@ def main():
         opts = TraceOptions()
         rows = corpus.sample(args.tokens, 0)
         batches = corpus.plan(opts.batch_tokens, rows)
-        stage = Stage.open(Path(folder) / "scores", "bench", {})
+        stage = Artifact.open(Path(folder) / "scores", "bench", {})
         layers = tracked_layers(model, corpus, "mlp")
         split = divide(model, layers, corpus, queries, opts, "float32")
         job = Job(stage, model, layers, corpus, queries, factors, rows, opts, silent, split)

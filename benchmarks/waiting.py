@@ -25,7 +25,7 @@ def worker(tokens: int) -> None:
     import upriver as up
     from upriver.curvature.consumers import Covariance
     from upriver.model.sweep import sweep, tracked_layers
-    from upriver.runtime.process import settle_memory
+    from upriver.runtime.system import settle_memory
 
     settle_memory(reuse=True)  # as a pass does where the memory allows
     demo = resources.files("upriver") / "demo"

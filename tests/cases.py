@@ -17,7 +17,7 @@ from upriver.influence.gradients import Measurements
 from upriver.model.layers import Layer, find_layers
 from upriver.model.load import Model
 from upriver.model.losses import Classification, LanguageModel, Regression, Sampler, sample
-from upriver.runtime.store import digest
+from upriver.runtime.artifact import digest
 from upriver.text import batch as batches
 from upriver.text.batch import Batch, Examples, Sequences
 

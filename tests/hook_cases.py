@@ -182,7 +182,7 @@ def fit_and_trace(rank: int, folder: Path, fitted: dict | None = None, traced: d
 def fail_alone(rank: int, folder: Path) -> None:
     """One process fails in its part of a sum: the others do not wait for it, and every process is told why."""
     from upriver.errors import NumericalError
-    from upriver.runtime.store import Stage
+    from upriver.runtime.artifact import Artifact
     from upriver.runtime.sums import accumulate
 
     def compute(unit: int) -> dict[str, torch.Tensor]:
@@ -190,7 +190,7 @@ def fail_alone(rank: int, folder: Path) -> None:
             raise NumericalError("unit 1 holds NaN")
         return {"x": torch.ones(2)}
 
-    stage = Stage.open(folder / "stage", "sum", {})
+    stage = Artifact.open(folder / "stage", "sum", {})
     units = list(range(rank, 4, dist.get_world_size()))
     with pytest.raises(NumericalError, match="unit 1 holds NaN"):
         accumulate(stage, units, 4, compute)

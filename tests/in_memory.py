@@ -6,7 +6,7 @@ Axes: N sequences, T tokens, Q queries.
 import numpy as np
 import torch
 
-from upriver.runtime.store import digest
+from upriver.runtime.artifact import digest
 from upriver.text import batch as batches
 from upriver.text.batch import Batch, Sequences
 

@@ -56,7 +56,7 @@ def child(log: Path, args: list[str]) -> None:
     from upriver.curvature import fit
     from upriver.influence import stages
     from upriver.model import sweep
-    from upriver.runtime.store import digest
+    from upriver.runtime.artifact import digest
     from upriver.text import corpus
 
     sweep.UNIT_TOKENS = stages.UNIT_TOKENS = UNIT_TOKENS

@@ -32,8 +32,8 @@ from cli_cases import (
 from text_cases import write_jsonl
 from upriver import cli
 from upriver.curvature.fit import Factors
-from upriver.runtime import store
-from upriver.runtime.store import locked
+from upriver.runtime import artifact
+from upriver.runtime.artifact import locked
 from upriver.show.scores import Scores
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -360,8 +360,8 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkey
     def flock(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(store.fcntl, "flock", flock)
-    with pytest.warns(UserWarning, match="cannot be locked"), store.locked(tmp_path):
+    monkeypatch.setattr(artifact.fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="cannot be locked"), artifact.locked(tmp_path):
         pass
 
 

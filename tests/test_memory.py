@@ -10,13 +10,13 @@ from upriver.model import memory
 from upriver.model.load import Model
 from upriver.model.losses import Regression
 from upriver.model.memory import ROOMY, settle
-from upriver.runtime import process
+from upriver.runtime import system
 from upriver.runtime.split import SEQUENCE_BYTES, Budget
 from upriver.text.batch import Examples
 
 FAULTS = """
 import resource, torch
-from upriver.runtime.process import settle_memory
+from upriver.runtime.system import settle_memory
 settle_memory(reuse={reuse})
 for _ in range(24):  # until the heap has grown: a small allocation may take a corner of what was freed
     torch.ones(16 << 20)
@@ -52,18 +52,18 @@ def test_what_a_control_group_holds_of_files_is_free(tmp_path):
     limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
     limit.write_text("1000\n")
     used.write_text("900\n")
-    assert process._group_left((limit, used)) == 100
+    assert system._group_left((limit, used)) == 100
     (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 600\nactive_file 100\n")
-    assert process._group_left((limit, used)) == 700
+    assert system._group_left((limit, used)) == 700
     (tmp_path / "memory.stat").write_text("inactive_file 0\ntotal_inactive_file 700\n")
-    assert process._group_left((limit, used)) == 800
+    assert system._group_left((limit, used)) == 800
     limit.write_text("max\n")
-    assert process._group_left((limit, used)) is None
+    assert system._group_left((limit, used)) is None
 
 
 def test_the_places_of_sequences_are_taken_memory_and_raise_no_limit(monkeypatch):
     monkeypatch.setattr(memory, "resident_memory", lambda: 10**8)
-    monkeypatch.setattr(process, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(system, "available_memory", lambda: 10**9)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     model = Model(torch.nn.Linear(3, 1), task=Regression())
     few, many = (memory.memory_budget(model, Examples({"x": torch.randn(n, 3)}), 100, None) for n in (10, 1010))
@@ -72,8 +72,8 @@ def test_the_places_of_sequences_are_taken_memory_and_raise_no_limit(monkeypatch
 
 
 def test_neighbours_share_what_is_free(monkeypatch):
-    monkeypatch.setattr(process, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(system, "available_memory", lambda: 10**9)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    alone = process.default_limit(10**8) - 10**8
+    alone = system.default_limit(10**8) - 10**8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert process.default_limit(10**8) - 10**8 == alone / 4 == 2 * 10**8
+    assert system.default_limit(10**8) - 10**8 == alone / 4 == 2 * 10**8

@@ -38,7 +38,6 @@ from upriver.runtime.counts import Block, LayerSize, Shape
 from upriver.runtime.hardware import Machine, Rates, hardware
 from upriver.runtime.passes import Request, request_for
 from upriver.runtime.plan import describe, parse_sizes, plan_run
-from upriver.runtime.process import available_memory, peak_memory, resident_memory, start_seconds
 from upriver.runtime.split import (
     LAYER_SCORES_BYTES,
     SLACK,
@@ -51,7 +50,8 @@ from upriver.runtime.split import (
     split_fit,
     split_trace,
 )
-from upriver.runtime.units import parse_memory, show_bytes, show_flop
+from upriver.runtime.system import available_memory, peak_memory, resident_memory, start_seconds
+from upriver.runtime.words import parse_memory, show_bytes, show_flop
 from upriver.tensors import add_second_moment, rotated_gradients
 
 N, T = 3, 16
@@ -414,7 +414,7 @@ def test_a_model_too_large_for_one_device_is_spread():
 
 def test_a_second_piece_of_work_does_not_count_the_first_as_its_start(tmp_path, monkeypatch):
     """`upriver run` fits and traces in one process."""
-    monkeypatch.setattr("upriver.runtime.process._ended", 0.0)
+    monkeypatch.setattr("upriver.runtime.system._ended", 0.0)
     c, before = case("neox"), start_seconds()
     fit(c.model, c.data, tmp_path, layers=c.spec, dtype="float64")
     assert 0 <= start_seconds() < before

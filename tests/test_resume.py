@@ -22,9 +22,9 @@ from upriver.influence import stages
 from upriver.model import sweep
 from upriver.model.load import Model
 from upriver.pipeline import trace
-from upriver.runtime import dist, store, sums
+from upriver.runtime import artifact, dist, sums
+from upriver.runtime.artifact import Artifact, locked
 from upriver.runtime.config import CONVENTIONS, FitOptions, TraceOptions
-from upriver.runtime.store import Stage, locked
 from upriver.runtime.sums import accumulate
 
 GIVEN = {"batch_tokens": 40}
@@ -94,7 +94,7 @@ class Count:
 
     def __init__(self, monkeypatch, room: int, after: bool):
         self.room, self.after, self.replace, self.names = room, after, os.replace, []
-        monkeypatch.setattr(store.os, "replace", self)
+        monkeypatch.setattr(artifact.os, "replace", self)
 
     def __call__(self, temporary, path) -> None:
         if len(self.names) == self.room and not self.after:
@@ -236,7 +236,7 @@ def test_an_overwrite_that_dies_can_be_given_again(deaths: int, alone, tmp_path,
         return step
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.shutil, "rmtree", dying(store.shutil.rmtree))
+        patch.setattr(artifact.shutil, "rmtree", dying(artifact.shutil.rmtree))
         patch.setattr(Path, "unlink", dying(Path.unlink))
         with pytest.raises(Died):
             run(tmp_path, overwrite=True)
@@ -276,7 +276,7 @@ def test_disk_full_is_one_error_and_the_run_goes_on_afterwards(files: int, alone
         sync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", full)
+        patch.setattr(artifact.os, "fsync", full)
         with pytest.raises(StorageError, match=r"disk is full.*same command") as caught:
             run(tmp_path)
     assert caught.value.exit_status == 1
@@ -321,9 +321,9 @@ def test_sums_held_in_memory_have_the_same_bits(share: float, after: bool, alone
 def test_what_is_held_goes_on_from_the_newest_sum(share: float, tmp_path, monkeypatch):
     monkeypatch.setattr(sums, "COMMIT_SHARE", share)
     values = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    stage, computed = Stage.open(tmp_path, "sum", {}), []
+    stage, computed = Artifact.open(tmp_path, "sum", {}), []
 
-    def compute(unit: int) -> store.Tensors:
+    def compute(unit: int) -> artifact.Tensors:
         if unit == 4 and 4 not in computed:
             computed.append(unit)
             raise Died
@@ -334,7 +334,7 @@ def test_what_is_held_goes_on_from_the_newest_sum(share: float, tmp_path, monkey
         accumulate(stage, list(range(6)), 6, compute, hold=True)
     kept = 4 if share else 1
     assert [p.name for p in tmp_path.glob("sum-*")] == [f"sum-{kept:06d}.safetensors"]
-    total = store.read_tensors(accumulate(stage, list(range(6)), 6, compute, hold=True))
+    total = artifact.read_tensors(accumulate(stage, list(range(6)), 6, compute, hold=True))
     assert computed == [0, 1, 2, 3, 4, *range(kept, 6)]
     assert total["late"] == 4
     assert [p.name for p in tmp_path.glob("sum-*")] == ["sum-000006.safetensors"]
@@ -353,9 +353,9 @@ def test_ranks_that_stop_anywhere_add_up_to_the_same_sum(died: int, ranks: int, 
     expected = torch.zeros(4)
     for value in values:
         expected = expected + value
-    stage, computed, most = Stage.open(tmp_path, "sum", {}), [], 0
+    stage, computed, most = Artifact.open(tmp_path, "sum", {}), [], 0
 
-    def compute(unit: int) -> store.Tensors:
+    def compute(unit: int) -> artifact.Tensors:
         computed.append(unit)
         return {"x": values[unit].clone()} | ({"late": torch.ones(1)} if unit > 1 else {})
 
@@ -365,7 +365,9 @@ def test_ranks_that_stop_anywhere_add_up_to_the_same_sum(died: int, ranks: int, 
     late = [u for turn in zip_longest(*shares[1:]) for u in turn if u is not None and not stage.has(u)]
     arrivals = iter(late if ranks > 1 else [])
 
-    def meanwhile(unit: int) -> store.Tensors:  # each of the others finishes a unit for each that the first one makes
+    def meanwhile(
+        unit: int,
+    ) -> artifact.Tensors:  # each of the others finishes a unit for each that the first one makes
         nonlocal most
         most = max(most, len(list(stage.path.glob("unit-*"))))
         for other in islice(arrivals, ranks - 1):
@@ -376,7 +378,7 @@ def test_ranks_that_stop_anywhere_add_up_to_the_same_sum(died: int, ranks: int, 
     with monkeypatch.context() as patch:
         patch.setattr(dist, "barrier", lambda: [stage.commit(u, compute(u)) for u in next(barriers)])
         path = accumulate(stage, shares[0], n_units, meanwhile)
-    total = store.read_tensors(path)
+    total = artifact.read_tensors(path)
     assert torch.equal(total["x"], expected)
     assert float(total.get("late", torch.zeros(1))) == max(0, n_units - 2)
     assert sorted(computed) == list(range(n_units))
@@ -384,12 +386,12 @@ def test_ranks_that_stop_anywhere_add_up_to_the_same_sum(died: int, ranks: int, 
     assert ranks == 1 or most <= ranks + len(range(n_units)[died::3])
     for share in shares[1:]:
         again = accumulate(stage, share, n_units, compute)
-        assert torch.equal(store.read_tensors(again)["x"], total["x"])
+        assert torch.equal(artifact.read_tensors(again)["x"], total["x"])
     assert len(computed) == n_units
 
 
 def test_a_part_that_is_missing_is_told(tmp_path):
-    stage = Stage.open(tmp_path, "sum", {})
+    stage = Artifact.open(tmp_path, "sum", {})
     with pytest.raises(StorageError, match="missing"):
         accumulate(stage, [0, 2], 4, lambda unit: {"x": torch.ones(1)})
 

@@ -14,7 +14,7 @@ from text_cases import byte_tokenizer, write_jsonl
 from upriver.errors import NumericalError
 from upriver.influence import results, scanned
 from upriver.influence.scanned import Scan, Scanned, Table, extremes, gather, random_rows, scores_of
-from upriver.runtime.store import Stage
+from upriver.runtime.artifact import Artifact
 from upriver.text.batch import Examples
 from upriver.text.corpus import Corpus
 
@@ -29,7 +29,7 @@ def _chunks(request, monkeypatch):
 
 def on_disk(folder, rows_N, scores_NQ, layers_NQL=None) -> Scanned:
     """The arrays as a scan of one unit leaves them."""
-    stage = Stage.open(folder, "scan", {})
+    stage = Artifact.open(folder, "scan", {})
     part = {"rows": torch.from_numpy(rows_N), "scores": torch.from_numpy(scores_NQ)}
     stage.commit(0, part if layers_NQL is None else part | {"layers": torch.from_numpy(layers_NQL)})
     whole = Scan(stage, 1, slice(0, scores_NQ.shape[1]))
@@ -65,7 +65,7 @@ def test_units_of_several_passes_are_put_in_the_order_of_the_corpus(tmp_path):
     layers_NQL = rng.standard_normal((N, Q, L)).astype(np.float32)
     scores_NQ, passes = layers_NQL.sum(2), []
     for number, queries in enumerate((slice(0, 2), slice(2, 3), slice(3, Q))):
-        stage = Stage.open(tmp_path / f"scan-{number}", "scan", {})
+        stage = Artifact.open(tmp_path / f"scan-{number}", "scan", {})
         units = np.array_split(rng.permutation(N), 1 + 3 * number)
         for unit, at in enumerate(units):
             part = {"rows": rows_N[at], "scores": scores_NQ[at][:, queries], "layers": layers_NQL[at][:, queries]}

@@ -26,9 +26,9 @@ from upriver.model.memory import DIVISION, settled_split
 from upriver.model.shape import module_shape
 from upriver.model.sweep import tracked_layers
 from upriver.pipeline import trace
+from upriver.runtime.artifact import Artifact
 from upriver.runtime.counts import Block, LayerSize, Shape, contraction
 from upriver.runtime.split import SLACK, Asked, Budget, FitSplit, fits, scan_size, split_fit, split_trace
-from upriver.runtime.store import Stage
 
 GIVEN = {"batch_tokens": 40}
 
@@ -291,13 +291,13 @@ def test_until_goes_over_the_same_sequences_in_any_batches_and_order(tmp_path, m
 
 def test_a_kill_early_in_a_round_decomposes_nothing_again(tmp_path, monkeypatch):
     model, corpus, made = tiny_model(), long_corpus(), []
-    commit = Stage.commit
+    commit = Artifact.commit
 
     def committed(stage, unit, tensors):
         commit(stage, unit, tensors)
         made.append((stage.path.name, unit, stage.key.get("units")))
 
-    monkeypatch.setattr(Stage, "commit", committed)
+    monkeypatch.setattr(Artifact, "commit", committed)
     for room in range(1, 40):  # most of them end while the sums of a round are made
         try:
             killed(monkeypatch, room, lambda: fit(model, corpus, tmp_path / "killed", until=0.94, **GIVEN))

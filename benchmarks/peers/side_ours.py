@@ -17,10 +17,10 @@ from upriver.influence.stages import Job as Trace
 from upriver.influence.stages import divide, scan_stage, solve_stage
 from upriver.model.load import Model
 from upriver.model.sweep import tracked_layers
+from upriver.runtime.artifact import Artifact
 from upriver.runtime.config import BATCH_TOKENS, TraceOptions, options
-from upriver.runtime.process import give_back
 from upriver.runtime.progress import mute, silent
-from upriver.runtime.store import Stage
+from upriver.runtime.system import give_back
 from upriver.text.batch import Examples
 
 
@@ -85,7 +85,7 @@ class Side:
         asked = Measurements(Sequences(self.job.queries_QT[:queries], self.job.prompt))
         layers, rows = tracked_layers(self.model, self.corpus, "mlp"), np.arange(len(self.corpus))
         split = divide(self.model, layers, self.corpus, asked, opts, dtype)
-        stage = Stage.open(place, "trace", {})
+        stage = Artifact.open(place, "trace", {})
         return Trace(stage, self.model, layers, self.corpus, asked, factors, rows, opts, silent, split)
 
     def reference(self, queries: int) -> np.ndarray:

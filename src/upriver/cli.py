@@ -21,12 +21,12 @@ from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
 from upriver.model.shape import config_only
 from upriver.pipeline import trace
+from upriver.runtime.artifact import write_json
 from upriver.runtime.config import BATCH_TOKENS, FitOptions, Options, RunOptions, TraceOptions, options
 from upriver.runtime.passes import Request, request_for
 from upriver.runtime.plan import describe, parse_sizes
-from upriver.runtime.process import give_back, resident_memory
-from upriver.runtime.store import write_json
-from upriver.runtime.units import parse_memory
+from upriver.runtime.system import give_back, resident_memory
+from upriver.runtime.words import parse_memory
 from upriver.show.bars import bars, running_bar, say
 from upriver.show.report import report_files, write_report
 from upriver.show.terminal import terminal_summary

@@ -22,11 +22,11 @@ from upriver.model.load import Model
 from upriver.model.memory import DIVISION
 from upriver.model.sweep import check_length, tracked_layers
 from upriver.runtime import dist
+from upriver.runtime.artifact import Artifact, digest, locked, write_json
 from upriver.runtime.config import CONVENTIONS, TraceOptions, options
 from upriver.runtime.passes import Request, request_for
-from upriver.runtime.process import give_back, work_ended
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
-from upriver.runtime.store import Stage, digest, locked, write_json
+from upriver.runtime.system import give_back, work_ended
 from upriver.show.scores import Scores
 from upriver.text.batch import Sequences
 from upriver.text.candidates import candidates
@@ -78,9 +78,9 @@ def trace(
         "conventions": CONVENTIONS,
     }
     with locked(out):
-        stage = Stage.open(out, "trace", key, overwrite)
+        stage = Artifact.open(out, "trace", key, overwrite)
         if stage.done:
-            dist.lead(lambda: _tidy(out))  # a kill may have come between the two
+            dist.on_first(lambda: _tidy(out))  # a kill may have come between the two
             say(f"scores: {out} is complete and was made from the same inputs; used as it is")
             say(f"layers: {Coverage.of(factors.manifest['coverage']).line()}")
         else:
@@ -90,7 +90,7 @@ def trace(
 
 
 def _run(
-    stage: Stage,
+    stage: Artifact,
     model: Model,
     corpus: Sequences,
     queries: Measured,
@@ -123,7 +123,7 @@ def _run(
         wanted = [np.union1d(rows_q, sample) for rows_q in ends]
         with times("rescore"):
             parts = rescore_stage(job, wanted)
-        dist.lead(lambda: _publish(job, scanned, ranked(job, scanned, ends, sample, parts), parts, kept, times))
+        dist.on_first(lambda: _publish(job, scanned, ranked(job, scanned, ends, sample, parts), parts, kept, times))
 
 
 def _scanned(job: Job, solved: list[Path], times: Times, say: Say) -> Scanned:

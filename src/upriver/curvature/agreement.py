@@ -13,8 +13,8 @@ from torch import Tensor
 from upriver.curvature.base import Damping
 from upriver.curvature.blocks import Moments
 from upriver.model.layers import Layer
+from upriver.runtime.artifact import Tensors, read_tensor
 from upriver.runtime.passes import compared
-from upriver.runtime.store import Tensors, read_tensor
 from upriver.tensors import even_parts, rotated_gradients
 from upriver.text.batch import Batch
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from upriver.curvature.blocks import Moments
 from upriver.model.layers import Layer
+from upriver.runtime.artifact import Tensors
 from upriver.runtime.split import GRADIENT_BYTES
-from upriver.runtime.store import Tensors
 from upriver.tensors import (
     Scratch,
     add_second_moment,

@@ -18,9 +18,9 @@ from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
 from upriver.errors import ConfigError, InputError, MismatchError, NumericalError
 from upriver.model.layers import Layer
 from upriver.model.load import Model
+from upriver.runtime.artifact import Tensors, opened, read_json
 from upriver.runtime.config import CONVENTIONS, CURVATURES, FitOptions
 from upriver.runtime.counts import LayerSize, Sized
-from upriver.runtime.store import Tensors, opened, read_json
 from upriver.tensors import eigh
 from upriver.text.batch import Sequences
 

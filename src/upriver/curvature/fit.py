@@ -32,14 +32,14 @@ from upriver.model.memory import DIVISION, memory_budget, settle, settled_split
 from upriver.model.shape import model_shape
 from upriver.model.sweep import Labels, check_length, check_loss, doubled, split_units, sweep, tokens_of, tracked_layers
 from upriver.runtime import dist
+from upriver.runtime.artifact import Artifact, Tensors, locked, opened, read_json, read_tensor, write_stream
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.counts import Shape
 from upriver.runtime.passes import request_for
-from upriver.runtime.process import available_memory, free_space, give_back, work_ended
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.split import FitSplit, covariance_size, keeping, split_fit
-from upriver.runtime.store import Stage, Tensors, locked, opened, read_json, read_tensor, write_stream
 from upriver.runtime.sums import accumulate, remaining
+from upriver.runtime.system import available_memory, free_space, give_back, work_ended
 from upriver.runtime.threads import one_core_each
 from upriver.tensors import accumulator_dtype
 from upriver.text.batch import Sequences
@@ -77,11 +77,11 @@ class Work(NamedTuple):
     def groups(self, parts: list[list[int]]) -> list[list[Layer]]:
         return [[self.layers[i] for i in part] for part in parts]
 
-    def key(self, top: Stage) -> dict[str, Any]:
+    def key(self, top: Artifact) -> dict[str, Any]:
         """The key of an inner stage; with the size of its batches, as sums of other batches must not be added to it."""
         return top.key | {"split": self.split.batch_tokens}
 
-    def whole_key(self, top: Stage) -> dict[str, Any]:
+    def whole_key(self, top: Artifact) -> dict[str, Any]:
         """The key of what is made from all the units."""
         return self.key(top) | {"units": len(self.units)}
 
@@ -119,9 +119,9 @@ def fit(
         "conventions": CONVENTIONS,
     }
     with locked(out):
-        stage = Stage.open(out, "fit", key, overwrite)
+        stage = Artifact.open(out, "fit", key, overwrite)
         if stage.done:
-            dist.lead(lambda: _tidy(out))  # a kill may have come between the two
+            dist.on_first(lambda: _tidy(out))  # a kill may have come between the two
             say(f"factors: {out} is complete and was made from the same inputs; used as it is")
             say(f"layers: {Coverage.of(stage.manifest['coverage']).line()}")
             said = stage.manifest["fit"]
@@ -164,7 +164,7 @@ def _asked_again(work: Work, opts: FitOptions, out: Path) -> set[Labels]:
     return found | ({Labels()} if again.correction and len(work.split.correction) > 1 else set())
 
 
-def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
+def _run(stage: Artifact, work: Work, opts: FitOptions, say: Say) -> None:
     started, times = time.perf_counter(), Times()
     cover = coverage(work.model.module, work.layers)
     say(f"layers: {cover.line()}")
@@ -180,7 +180,7 @@ def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
     clamped, halves = 0.0, {}
     for part in _rounds(stage, work):
         clamped = _bases(stage, part, times, keep=opts.until is not None)
-        halves = dist.told(_eigenvalues(stage, part, times))
+        halves = dist.broadcast(_eigenvalues(stage, part, times))
         say(_convergence(halves, part.tokens if opts.until else None))
         if opts.until is not None and (halves["mean"] or -1.0) >= opts.until:
             break
@@ -203,7 +203,7 @@ def _run(stage: Stage, work: Work, opts: FitOptions, say: Say) -> None:
         stage.finish(manifest)
         _tidy(stage.path)
 
-    dist.lead(finish)
+    dist.on_first(finish)
 
 
 def _passes(split: FitSplit) -> dict[str, int]:
@@ -212,7 +212,7 @@ def _passes(split: FitSplit) -> dict[str, int]:
     return parts | {"batch_tokens": split.batch_tokens}
 
 
-def _rounds(top: Stage, work: Work) -> Iterator[Work]:
+def _rounds(top: Artifact, work: Work) -> Iterator[Work]:
     """The sample in each round, from the one that an earlier run had come to."""
     eigen = top.path / "eigen" / "key.json"
     summed = [int(p.stem.removeprefix("sum-")) for p in (top.path / "covariance").glob("layers-*/sum-*")]
@@ -249,15 +249,15 @@ def _convergence(halves: dict[str, Any], tokens: int | None) -> str:
     return f"convergence: {halves['what']}: {mean}, worst layer {worst}{after}"
 
 
-def _pass(top: Stage, name: str, work: Work, group: list[Layer], make: Callable[[], Any]) -> Path:
+def _pass(top: Artifact, name: str, work: Work, group: list[Layer], make: Callable[[], Any]) -> Path:
     """One accumulating pass over the units of ``work`` for a group of layers, committed unit by unit; the file of the sums."""
     at, first = work.layers.index(group[0]), name == "covariance"
     labels = work.labels[not first]
     key = work.key(top) if first else work.whole_key(top)  # covariances go on from round to round
-    stage = Stage.open(top.path / name / f"layers-{at}-{at + len(group) - 1}", name, key, overwrite=True)
+    stage = Artifact.open(top.path / name / f"layers-{at}-{at + len(group) - 1}", name, key, overwrite=True)
     label = name if len(group) == len(work.layers) else f"{name}, layers {at + 1} to {at + len(group)}"
 
-    mine = dist.share(len(work.units))
+    mine = dist.dealt(len(work.units))
     with work.progress(label, tokens_of(work.data, [work.units[u] for u in remaining(stage, mine)])) as advance:
 
         def compute(unit: int) -> Tensors:
@@ -277,13 +277,13 @@ def _in_memory(work: Work, group: list[Layer]) -> bool:
     return room is not None and HELD_COPIES * covariance_size(group) < room
 
 
-def _bases(top: Stage, work: Work, times: Times, keep: bool) -> float:
+def _bases(top: Artifact, work: Work, times: Times, keep: bool) -> float:
     """Covariance pass and eigendecompositions, group by group; returns the most negative share of an eigenvalue.
 
     Args:
         keep: the sums, because a next round adds to them.
     """
-    stage = Stage.open(top.path / "eigen", "eigen", work.whole_key(top), overwrite=True)
+    stage = Artifact.open(top.path / "eigen", "eigen", work.whole_key(top), overwrite=True)
     for group in work.groups(work.split.covariance):
         if all(stage.has(work.layers.index(x)) for x in group):
             continue
@@ -294,7 +294,7 @@ def _bases(top: Stage, work: Work, times: Times, keep: bool) -> float:
             _decompose(stage, work, group, sums)
             give_back()
         if not keep:
-            dist.lead(lambda done=sums.parent: shutil.rmtree(done, ignore_errors=True))
+            dist.on_first(lambda done=sums.parent: shutil.rmtree(done, ignore_errors=True))
     found = []
     for unit in range(len(work.layers)):
         with opened(stage.unit_path(unit)) as file:
@@ -302,9 +302,9 @@ def _bases(top: Stage, work: Work, times: Times, keep: bool) -> float:
     return min(found)
 
 
-def _decompose(stage: Stage, work: Work, group: list[Layer], sums: Path) -> None:
+def _decompose(stage: Artifact, work: Work, group: list[Layer], sums: Path) -> None:
     """Eigendecompose ``A`` and ``S`` of every layer: on the CPU one matrix on each core, with one thread."""
-    mine = [group[i] for i in dist.share(len(group))]
+    mine = [group[i] for i in dist.dealt(len(group))]
     mine.sort(key=lambda x: -max(x.O, x.I))
     at_once = work.split.eigen_workers if work.model.device.type == "cpu" else 1
 
@@ -319,7 +319,7 @@ def _decompose(stage: Stage, work: Work, group: list[Layer], sums: Path) -> None
             advance(1)
 
 
-def _eigenvalues(top: Stage, work: Work, times: Times) -> dict[str, Any]:
+def _eigenvalues(top: Artifact, work: Work, times: Times) -> dict[str, Any]:
     """The correction pass, group by group; writes ``lam`` of every layer and returns how well the halves' scores agree."""
     files, pairs = [], []
     for group in work.groups(work.split.correction):
@@ -330,7 +330,7 @@ def _eigenvalues(top: Stage, work: Work, times: Times) -> dict[str, Any]:
         with times("agreement"):
             pairs.append(_probe(work, group, moments, sums))
         files += [(sums, x) for x in group]
-    dist.lead(lambda: _write_lam(top.path / "correction" / "lam.safetensors", files))
+    dist.on_first(lambda: _write_lam(top.path / "correction" / "lam.safetensors", files))
     return agreement(pairs)
 
 
@@ -366,10 +366,10 @@ def fit_diagonal(
 ) -> None:
     """Measure the diagonal of the Fisher in the weights' own basis, on the sample that the factors were fitted on."""
     factors.check(model, data)
-    top = Stage(factors.path, factors.manifest["key"])
+    top = Artifact(factors.path, factors.manifest["key"])
     lam = top.path / "diagonal" / "lam.safetensors"
     if lam.exists():
-        dist.lead(lambda: _remove_parts(lam.parent))  # a kill may have come between the two
+        dist.on_first(lambda: _remove_parts(lam.parent))  # a kill may have come between the two
         return
     opts = factors.options.model_copy(update={"memory": memory})
     with locked(top.path), model.computing_in(opts.dtype) as computing:
@@ -381,8 +381,8 @@ def fit_diagonal(
         for group in work.groups(work.split.correction):
             sums = _pass(top, "diagonal", work, group, partial(Correction, work.dtype, None))
             files += [(sums, x) for x in group]
-        dist.lead(lambda: _write_lam(lam, files))
-        dist.lead(lambda: _remove_parts(lam.parent))
+        dist.on_first(lambda: _write_lam(lam, files))
+        dist.on_first(lambda: _remove_parts(lam.parent))
         dist.barrier()
 
 

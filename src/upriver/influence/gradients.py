@@ -18,9 +18,9 @@ from upriver.errors import ModelError, NumericalError, QueryError
 from upriver.model.capture import capture, frozen
 from upriver.model.layers import Layer
 from upriver.model.load import Model
+from upriver.runtime.artifact import Tensors, digest, opened
 from upriver.runtime.config import BATCH_TOKENS
 from upriver.runtime.split import Asked, query_size
-from upriver.runtime.store import Tensors, digest, opened
 from upriver.runtime.threads import side_by_side
 from upriver.tensors import LowRank
 from upriver.text.batch import Batch, Examples, plan, real_calls

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from upriver.influence.scanned import Scanned, chunk_rows, chunks, publish
 from upriver.influence.tokens import Rescored
-from upriver.runtime.store import atomic
+from upriver.runtime.artifact import atomic
 from upriver.text.batch import Sequences
 from upriver.text.corpus import Corpus
 

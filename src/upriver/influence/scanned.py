@@ -15,9 +15,9 @@ import numpy as np
 
 from upriver.errors import NumericalError, StorageError
 from upriver.runtime import dist
+from upriver.runtime.artifact import Artifact, atomic
 from upriver.runtime.best import Best
 from upriver.runtime.passes import SAMPLE
-from upriver.runtime.store import Stage, atomic
 
 CHUNK_BYTES = 8 << 20  # of scores in memory at once
 ITEM = 4  # bytes of a float32
@@ -113,7 +113,7 @@ def scores_of(scanned: Scanned, rows: np.ndarray) -> np.ndarray:
 class Scan(NamedTuple):
     """One pass over the corpus: the stage that holds its units, their number, and the queries that it scored."""
 
-    stage: Stage
+    stage: Artifact
     n_units: int
     queries: slice
 
@@ -130,7 +130,7 @@ def gather(passes: list[Scan], rows_N: np.ndarray, n_layers: int | None = None) 
     folder, Q = passes[0].stage.path, max(p.queries.stop for p in passes)
     shapes = {"scores": (len(rows_N), Q)} | ({"layers": (len(rows_N), Q, n_layers)} if n_layers else {})
     paths = {name: folder / f"{name}.npy" for name in shapes}
-    dist.lead(lambda: all(path.exists() for path in paths.values()) or _fill(passes, rows_N, paths, shapes))
+    dist.on_first(lambda: all(path.exists() for path in paths.values()) or _fill(passes, rows_N, paths, shapes))
     return Scanned(rows_N, Table(paths["scores"]), Table(paths["layers"]) if n_layers else None)
 
 

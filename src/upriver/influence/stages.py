@@ -19,11 +19,11 @@ from upriver.model.memory import memory_budget, settle, settled_split
 from upriver.model.shape import batch_shape, model_shape
 from upriver.model.sweep import UNIT_TOKENS, Labels, split_units, sweep, tokens_of
 from upriver.runtime import dist
+from upriver.runtime.artifact import Artifact, Tensors, read_tensors
 from upriver.runtime.config import TraceOptions
 from upriver.runtime.counts import Shape, contraction
 from upriver.runtime.progress import Progress, Say, mute
 from upriver.runtime.split import LAYER_SCORES_BYTES, SCORES_BYTES, SUM, Asked, TraceSplit, split_trace
-from upriver.runtime.store import Stage, Tensors, read_tensors
 from upriver.tensors import Scratch, on_cpu
 from upriver.text.batch import Sequences
 
@@ -31,7 +31,7 @@ from upriver.text.batch import Sequences
 class Job(NamedTuple):
     """What one trace works on, decided before it starts."""
 
-    stage: Stage
+    stage: Artifact
     model: Model
     layers: list[Layer]
     data: Sequences
@@ -59,9 +59,11 @@ class Job(NamedTuple):
         asked = self.model, self.layers, self.factors, self.queries
         return Solver(*asked, self.opts.curvature, self.damping, self.split.batch_tokens)
 
-    def open(self, name: str, **how: Any) -> Stage:
+    def open(self, name: str, **how: Any) -> Artifact:
         """Open an inner stage; one that was begun with another division of the work is begun again."""
-        return Stage.open(self.stage.path / name, name.split("/")[0], self.stage.key | {"split": how}, overwrite=True)
+        return Artifact.open(
+            self.stage.path / name, name.split("/")[0], self.stage.key | {"split": how}, overwrite=True
+        )
 
 
 def rank_within(layers: list[Layer], opts: TraceOptions) -> int | None:
@@ -111,7 +113,7 @@ def solve_stage(job: Job) -> list[Path]:
     stage = job.open("solved", bytes=job.split.solve_bytes)
     chunks = query_chunks(job.layers, job.queries, job.rank, job.split.solve_bytes)
     with dist.together(), job.progress("queries", len(job.queries)) as advance:
-        for unit in dist.share(len(chunks)):
+        for unit in dist.dealt(len(chunks)):
             if not stage.has(unit):
                 stage.commit(unit, _solved(job, chunks[unit]))
             advance(len(chunks[unit]))
@@ -158,7 +160,7 @@ def _scan(
     units: list[list[np.ndarray]],
     queries: slice,
     note: Say,
-) -> Stage:
+) -> Artifact:
     """One pass over the corpus for some of the queries."""
     divided = {"batch_tokens": job.split.batch_tokens, "queries": job.split.scan_queries}
     stage = job.open(f"scan/queries-{queries.start}-{queries.stop - 1}", **divided)
@@ -170,7 +172,7 @@ def _scan(
     Q = queries.stop - queries.start
     name = "scan" if len(job.queries) == Q else f"scan, queries {queries.start + 1} to {queries.stop}"
     scratch = Scratch()
-    left = [unit for unit in dist.share(len(units)) if not stage.has(unit)]
+    left = [unit for unit in dist.dealt(len(units)) if not stage.has(unit)]
     with dist.together(), job.progress(name, tokens_of(job.data, [units[unit] for unit in left])) as advance:
         for unit in left:
             consumer = Score(routes, Q, job.opts.layer_scores, hold, scratch=scratch)
@@ -201,7 +203,7 @@ def rescore_stage(job: Job, wanted: list[np.ndarray]) -> list[Part]:
     stage = job.open("rescored", bytes=job.split.rescore_bytes, batch_tokens=job.split.batch_tokens)
     chunks = _rescore_chunks(job, wanted)
     with dist.together(), job.progress("rescore", sum(len(rows) for rows in wanted)) as advance:
-        for unit in dist.share(len(chunks)):
+        for unit in dist.dealt(len(chunks)):
             if not stage.has(unit):
                 found = _rescored(job, chunks[unit], wanted)
                 stage.commit(unit, {k: torch.as_tensor(v) for k, v in found._asdict().items()})

@@ -26,7 +26,9 @@ from upriver.runtime.counts import LayerSize, Shape
 from upriver.runtime.hardware import LIBRARIES, Machine, Rates, hardware
 from upriver.runtime.passes import Request
 from upriver.runtime.plan import PAYS, Plan, describe, plan_run, smallest_batch
-from upriver.runtime.process import (
+from upriver.runtime.progress import Say, mute
+from upriver.runtime.split import ITEM, FitSplit, TraceSplit
+from upriver.runtime.system import (
     DEFAULT_SHARE,
     default_limit,
     free_space,
@@ -35,8 +37,6 @@ from upriver.runtime.process import (
     resident_memory,
     start_seconds,
 )
-from upriver.runtime.progress import Say, mute
-from upriver.runtime.split import ITEM, FitSplit, TraceSplit
 from upriver.runtime.threads import one_core_each
 from upriver.tensors import accumulator_dtype, add_second_moment, eigh, matmul, sequence_gradients
 from upriver.text.batch import Batch, Sequences, pad

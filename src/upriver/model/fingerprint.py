@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PretrainedConfig
 
 from upriver.model.losses import LanguageModel, Task
-from upriver.runtime.store import digest
+from upriver.runtime.artifact import digest
 
 ADDRESS = re.compile(r" at 0x[0-9a-f]+", re.IGNORECASE)  # of a function that a module shows
 LIBRARIES = {"upriver", "torch", "transformers", "numpy", *sys.stdlib_module_names}  # told by name: versions differ

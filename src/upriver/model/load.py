@@ -22,8 +22,8 @@ from upriver.model.convert import converted, in_dtype
 from upriver.model.fingerprint import module_form, task_form, tensor_hash
 from upriver.model.losses import LanguageModel, Task
 from upriver.runtime import dist
+from upriver.runtime.artifact import digest
 from upriver.runtime.config import MIXED, weights_in
-from upriver.runtime.store import digest
 from upriver.text.encode import largest_token, require_offsets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

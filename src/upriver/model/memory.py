@@ -8,12 +8,12 @@ import torch
 
 from upriver.model.load import Model, dtype_named
 from upriver.runtime import dist
+from upriver.runtime.artifact import read_json, write_json
 from upriver.runtime.config import weights_in
-from upriver.runtime.process import DEFAULT_SHARE, default_limit, give_back, resident_memory, settle_memory
 from upriver.runtime.progress import Say
 from upriver.runtime.split import SEQUENCE_BYTES, Budget, FitSplit, TraceSplit, fits
-from upriver.runtime.store import read_json, write_json
-from upriver.runtime.units import parse_memory, show_bytes
+from upriver.runtime.system import DEFAULT_SHARE, default_limit, give_back, resident_memory, settle_memory
+from upriver.runtime.words import parse_memory, show_bytes
 from upriver.text.batch import Sequences
 
 Split = TypeVar("Split", FitSplit, TraceSplit)
@@ -84,7 +84,7 @@ def settled_split(folder: Path, kind: type[Split], make: Callable[[], Split], bu
             limit = show_bytes(begun.made_for.limit)
             say(f"memory: the work stays divided as it was when it began, for {limit}; another --out divides it anew")
 
-    dist.lead(decide)
+    dist.on_first(decide)
     found = _read(file, kind)
     assert found is not None
     return found

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from upriver.errors import ConfigError
-from upriver.runtime.units import parse_memory
+from upriver.runtime.words import parse_memory
 
 CONVENTIONS = {
     "loss": "sum of -log p over the loss tokens of a sequence",

@@ -30,7 +30,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def lead(work: Callable[[], Any]) -> None:
+def on_first(work: Callable[[], Any]) -> None:
     """Run ``work`` on the first process while the others wait; its error is raised on all of them."""
     if world() == 1:
         work()
@@ -41,12 +41,12 @@ def lead(work: Callable[[], Any]) -> None:
             work()
         except Exception as error:  # raised again below, here and on every other process
             failed = error
-    failed = told(failed)
+    failed = broadcast(failed)
     if failed is not None:
         raise failed
 
 
-def told(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What the first process found, on all of them: they decide the same, though their last bits may differ."""
     held = [value]
     if world() > 1:
@@ -71,7 +71,7 @@ def together() -> Iterator[None]:
         raise failed
 
 
-def share(n_units: int) -> list[int]:
+def dealt(n_units: int) -> list[int]:
     """The units of this process."""
     return list(range(rank(), n_units, world()))
 

@@ -19,7 +19,9 @@ from upriver.runtime.split import (
     keeping,
 )
 
-UNIT_TOKENS = 65_536  # work that a kill can cost; with it store.SCHEMA must change: a run in progress counts in units
+UNIT_TOKENS = (
+    65_536  # work that a kill can cost; with it artifact.SCHEMA must change: a run in progress counts in units
+)
 SAMPLE = 64  # random sequences rescored with the top; and as many at most are scored on each other at the end of a fit
 SHARE = 16  # of so many that were fitted on one is, but a few at least
 FLOAT32_EIGEN = 0.75  # of the time that an eigendecomposition takes in float64

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from upriver.errors import StorageError
 from upriver.runtime import dist
-from upriver.runtime.store import (
+from upriver.runtime.artifact import (
+    Artifact,
     Form,
-    Stage,
     Tensors,
     form_of,
     opened,
@@ -25,7 +25,7 @@ COMMIT_SHARE = 0.05  # of the time, at most, goes into writing sums that are hel
 
 
 def accumulate(
-    stage: Stage,
+    stage: Artifact,
     units: list[int],
     n_units: int,
     compute: Callable[[int], Tensors],
@@ -54,7 +54,7 @@ def accumulate(
                 if 0 in units:
                     _fold_ready(stage, n_units)
     dist.barrier()
-    dist.lead(lambda: _fold_ready(stage, n_units))
+    dist.on_first(lambda: _fold_ready(stage, n_units))
     dist.barrier()
     if not sum_path(stage, n_units).exists():
         raise StorageError(f"parts of a sum are missing in {stage.path}; give the same command again")
@@ -62,7 +62,7 @@ def accumulate(
 
 
 def _sum_alone(
-    stage: Stage, units: list[int], compute: Callable[[int], Tensors], committed: int, n_units: int, hold: bool
+    stage: Artifact, units: list[int], compute: Callable[[int], Tensors], committed: int, n_units: int, hold: bool
 ) -> None:
     made = ((unit, stage.read(unit) if stage.has(unit) else compute(unit)) for unit in units)
     if hold and units:
@@ -72,13 +72,13 @@ def _sum_alone(
             _fold(stage, unit, part)
 
 
-def remaining(stage: Stage, units: list[int]) -> list[int]:
+def remaining(stage: Artifact, units: list[int]) -> list[int]:
     """Those of ``units`` that are still to be computed."""
     first = _newest_sum(stage)
     return [u for u in units if u >= first and not stage.has(u)]
 
 
-def _fold_ready(stage: Stage, n_units: int) -> None:
+def _fold_ready(stage: Artifact, n_units: int) -> None:
     """Add up the units that come next, as far as they are there, one tensor at a time, and remove them."""
     first = ready = _newest_sum(stage)
     while ready < n_units and stage.has(ready):
@@ -91,7 +91,7 @@ def _fold_ready(stage: Stage, n_units: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sum_in_memory(stage: Stage, made: Iterable[tuple[int, Tensors]], committed: int, n_units: int) -> None:
+def _sum_in_memory(stage: Artifact, made: Iterable[tuple[int, Tensors]], committed: int, n_units: int) -> None:
     """Go on from the sum of the first ``committed`` units."""
     total = read_tensors(sum_path(stage, committed)) if committed else {}
     since, cost = time.perf_counter(), 0.0
@@ -107,11 +107,11 @@ def _sum_in_memory(stage: Stage, made: Iterable[tuple[int, Tensors]], committed:
             cost = since - now
 
 
-def sum_path(stage: Stage, n_units: int) -> Path:
+def sum_path(stage: Artifact, n_units: int) -> Path:
     return stage.path / f"sum-{n_units:06d}.safetensors"
 
 
-def _newest_sum(stage: Stage) -> int:
+def _newest_sum(stage: Artifact) -> int:
     """How many units the newest sum holds."""
     sums = sorted(stage.path.glob("sum-*.safetensors"))
     for older in sums[:-1]:  # a kill came between writing the next sum and removing this one
@@ -119,7 +119,7 @@ def _newest_sum(stage: Stage) -> int:
     return int(sums[-1].stem.removeprefix("sum-")) if sums else 0
 
 
-def _fold(stage: Stage, unit: int, part: Tensors) -> None:
+def _fold(stage: Artifact, unit: int, part: Tensors) -> None:
     """Add a unit's part, whose tensors are let go as they are written."""
     held = {name: (form_of(tensor), partial(part.pop, name)) for name, tensor in part.items()}
     old = sum_path(stage, unit)

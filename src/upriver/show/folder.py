@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from upriver.errors import InputError
-from upriver.runtime.store import read_json
+from upriver.runtime.artifact import read_json
 
 Json = dict[str, Any]
 SPAN = ["sequence", "document", "start", "end"]

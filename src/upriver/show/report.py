@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 from upriver.errors import ConfigError
-from upriver.runtime.store import atomic
+from upriver.runtime.artifact import atomic
 from upriver.show.data import build_report
 from upriver.show.exports import CSV_COLUMNS, csv_text, json_text, jsonl_text
 from upriver.show.folder import read_folder

@@ -6,7 +6,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from upriver.errors import QueryError
-from upriver.runtime.store import read_json
+from upriver.runtime.artifact import read_json
 from upriver.show.data import SIDES
 from upriver.show.folder import Json, read_manifest
 from upriver.show.report import write_report

@@ -29,7 +29,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import ConfigError, CorpusError, ModelError, StorageError
-from upriver.runtime.store import write_array, write_json
+from upriver.runtime.artifact import write_array, write_json
 from upriver.text.batch import sequence_hash, sequence_keys
 from upriver.text.encode import largest_token
 from upriver.text.records import BadRecords, dump, read_records

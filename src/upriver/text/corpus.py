@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import ConfigError, StorageError
-from upriver.runtime.store import digest, read_json
+from upriver.runtime.artifact import digest, read_json
 from upriver.text.batch import Batch, Sequences, pad
 from upriver.text.build import TABLES, Progress, Settings, Stream, build, exclusive
 from upriver.text.encode import encode, tokenizer_fingerprint

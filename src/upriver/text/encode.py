@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import ModelError
-from upriver.runtime.store import digest
+from upriver.runtime.artifact import digest
 
 
 class Encoded(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import QueryError
-from upriver.runtime.store import digest
+from upriver.runtime.artifact import digest
 from upriver.text.batch import Batch, pad, sequence_hash, sequence_keys
 from upriver.text.encode import Encoded, encode, tokenizer_fingerprint
 from upriver.text.records import half_pair

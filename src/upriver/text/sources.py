@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from upriver.errors import CorpusError, InputError
-from upriver.runtime.store import digest, file_digest
+from upriver.runtime.artifact import digest, file_digest
 
 KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv",

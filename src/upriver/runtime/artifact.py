@@ -127,13 +127,13 @@ def read_tensor(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-class Stage:
+class Artifact:
     """One stage's directory, opened to be filled or, when its key matches, to be used as it is.
 
     Example:
-        >>> stage = Stage.open(Path("factors/covariance"), "covariance", {"seed": 0})
+        >>> stage = Artifact.open(Path("factors/covariance"), "covariance", {"seed": 0})
         >>> if not stage.done:
-        ...     total = accumulate(stage, dist.share(n_units), n_units, compute)
+        ...     total = accumulate(stage, dist.dealt(n_units), n_units, compute)
         ...     stage.finish({"tokens": 1000})
     """
 
@@ -142,7 +142,7 @@ class Stage:
         self.key = key
 
     @classmethod
-    def open(cls, path: Path, name: str, key: dict[str, Any], overwrite: bool = False) -> "Stage":
+    def open(cls, path: Path, name: str, key: dict[str, Any], overwrite: bool = False) -> "Artifact":
         """Open ``path`` for the stage ``name`` made from ``key``; ``overwrite`` replaces what is done or made from another key.
 
         Raises:
@@ -151,7 +151,7 @@ class Stage:
         """
         head = {"stage": name, "schema": SCHEMA}  # first: the first difference is the one that is named
         stage = cls(path, json.loads(json.dumps(head | key | head)))
-        dist.lead(lambda: stage._make_ready(overwrite))
+        dist.on_first(lambda: stage._make_ready(overwrite))
         if read_json(path / "key.json") != stage.key:  # a process that was started with something else
             stage._refuse(read_json(path / "key.json"))
         return stage
@@ -263,7 +263,7 @@ def locked(path: Path) -> Iterator[None]:
             f"the folder's name is not UTF-8, which its files could not be read by: got {str(path)!r}; choose another"
         )
     with ExitStack() as held:
-        dist.lead(lambda: held.enter_context(_locked(path)))
+        dist.on_first(lambda: held.enter_context(_locked(path)))
         yield
 
 
