@@ -1,46 +1,79 @@
 """The main path: solve the queries, stream the corpus past them, look again at the top, write it down."""
 
 import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from upriver.curvature.choose import needs_factors, solver
 from upriver.curvature.factors import Factors
 from upriver.curvature.fit import fit_diagonal
-from upriver.errors import QueryError
-from upriver.influence.gradients import Measured
+from upriver.errors import ConfigError, MismatchError, QueryError
+from upriver.influence.judge import judge
 from upriver.influence.manifest import manifest
-from upriver.influence.passages import Ranked, answers, ranked, top_rows
+from upriver.influence.passages import answers, ranked, top_rows
+from upriver.influence.queries import Measured
+from upriver.influence.rescore import Pairs, rescore_top
 from upriver.influence.results import write_scores, write_top
-from upriver.influence.scanned import Scanned, extremes, random_rows
-from upriver.influence.stages import Job, Part, divide, rescore_stage, scan_stage, solve_stage
-from upriver.model.calibrate import announce
+from upriver.influence.scan import Part, Scanned, scan, scan_units
+from upriver.influence.solve import Job, solve
+from upriver.model.check import check_length, tracked_layers
 from upriver.model.fingerprint import measured_by
-from upriver.model.layers import Coverage
-from upriver.model.load import Model
-from upriver.model.memory import DIVISION
-from upriver.model.sweep import check_length, tracked_layers
+from upriver.model.layers import Coverage, coverage
+from upriver.model.load import Model, load_model
+from upriver.model.memory import division_file
+from upriver.model.planned import announce, divided
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, locked, write_json
 from upriver.runtime.config import CONVENTIONS, TraceOptions, options
-from upriver.runtime.passes import Request, request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
-from upriver.runtime.system import give_back, work_ended
+from upriver.runtime.system import give_back
 from upriver.show.scores import Scores
 from upriver.text.batch import Sequences
 from upriver.text.candidates import candidates
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
+Checkpoint = tuple[str | Path | Model, float]  # a model as it was in training, and its learning rate there
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a trace was given, once it has been checked."""
+
+    model: Model
+    data: Sequences
+    queries: Measured
+    factors: Factors | None
+    opts: TraceOptions  # with what is not named taken from the factors
+    checkpoints: Sequence[Checkpoint]
+    progress: Progress
+    say: Say
+
+    @property
+    def exact(self) -> str:
+        """The type in which queries are solved and the top is looked at again."""
+        fitted = self.factors.options.dtype if self.factors else self.opts.dtype
+        return "float64" if "float64" in (fitted, self.opts.dtype) else "float32"
+
+    @property
+    def sample(self) -> np.ndarray:
+        """The sequences that a matrix-free solver goes over: those of the fit, or some of as many tokens as are asked for."""
+        fitted = self.factors.manifest["fit"]["tokens"] if self.factors else int(self.data.lengths_N.sum(dtype=np.int64))
+        return self.data.sample(self.opts.refine_tokens or fitted, self.opts.seed or 0)
+
 
 def trace(
     model: Model,
     corpus: Sequences,
     queries: Measured,
-    factors: Factors,
-    out: str | Path,
+    factors: Factors | None = None,
+    out: str | Path | None = None,
     *,
+    checkpoints: Sequence[Checkpoint] = (),
     overwrite: bool = False,
     progress: Progress = silent,
     say: Say = mute,
@@ -49,8 +82,11 @@ def trace(
     """Score every sequence of ``corpus`` by its influence on every query, and look again at the most influential.
 
     Args:
-        given: ``rank``, ``damping``, ``top``, ``candidates``, ``curvature``, ``layer_scores``, ``dtype`` (of the scan),
-            ``batch_tokens``, ``memory``; see :class:`TraceOptions`.
+        factors: of the fit; None for a curvature that needs none (``identity``, ``exact``, ``arnoldi``, ``nystrom``, ``cg``,
+            ``lissa``, ``tracincp``).
+        checkpoints: for ``tracincp``: models (or their folders) with the learning rate that each was trained with.
+        given: ``curvature``, ``refine``, ``rank``, ``damping``, ``top``, ``candidates``, ``layer_scores``, ``dtype`` (of the
+            scan), ``batch_tokens``, ``memory``, and more; see :class:`TraceOptions`.
 
     Returns:
         The results in ``out``: raw scores are ``I_f`` (eq. 25); divided by the number of training sequences they are nats.
@@ -63,17 +99,23 @@ def trace(
         >>> result = up.trace(model, corpus, up.Queries.read("queries.jsonl", model.tokenizer), factors, out="scores")
         >>> result.top("q1", 10)
     """
-    opts, out = options(TraceOptions, given), Path(out)
+    if out is None:
+        raise ConfigError("the trace has no folder for its results: got out=None; give one, such as out='scores'")
     if isinstance(queries, Queries):
         queries = queries.bound(model.tokenizer, model.longest)
-    factors.check(model)
+    opts = _settled(options(TraceOptions, given), model, factors, checkpoints)
+    asked, out = Given(model, corpus, queries, factors, opts, checkpoints, progress, say), Path(out)
+    if factors:
+        factors.check(model)
     check_length(model, corpus)
     key = {
-        "model": factors.manifest["key"]["model"],  # which has been checked: hashing a large model again takes seconds
+        "model": factors.manifest["key"]["model"] if factors else model.fingerprint,  # which has been checked
         "corpus": corpus.fingerprint,
         "queries": queries.fingerprint,
-        "factors": digest([factors.manifest["key"], factors.manifest["fit"]["tokens"]]),  # until may end at any of some
-        "options": opts.key() | {"dtype": opts.dtype or factors.options.dtype},
+        "factors": factors and digest([factors.manifest["key"], factors.manifest["fit"]["tokens"]]),  # ``until`` may end early
+        "checkpoints": [[_loaded(which, model).fingerprint, weight] for which, weight in checkpoints],
+        "kernel": model.attention,
+        "options": opts.key(),
         "measurement": measured_by(model.task),
         "conventions": CONVENTIONS,
     }
@@ -82,88 +124,137 @@ def trace(
         if stage.done:
             dist.on_first(lambda: _tidy(out))  # a kill may have come between the two
             say(f"scores: {out} is complete and was made from the same inputs; used as it is")
-            say(f"layers: {Coverage.of(factors.manifest['coverage']).line()}")
+            say(f"layers: {Coverage.of(stage.manifest['coverage']).line()}")
         else:
-            _run(stage, model, corpus, queries, factors, opts, progress, say)
-            work_ended()
+            _run(stage, asked)
     return Scores(out)
 
 
-def _run(
-    stage: Artifact,
-    model: Model,
-    corpus: Sequences,
-    queries: Measured,
-    factors: Factors,
-    opts: TraceOptions,
-    progress: Progress,
-    say: Say,
-) -> None:
-    times = Times()
-    fitted = factors.options
-    say(f"layers: {Coverage.of(factors.manifest['coverage']).line()}")
-    if opts.curvature == "diagonal":
-        say(
-            f"diagonal: measured once, on the {factors.manifest['fit']['tokens']:,} tokens that the factors were fitted on"
+def _settled(
+    opts: TraceOptions, model: Model, factors: Factors | None, checkpoints: Sequence[Checkpoint]
+) -> TraceOptions:
+    """The options with what they do not name, and nothing among them that would be passed over."""
+    kind = opts.curvature
+    if factors is None and (needs_factors(kind) or (opts.refine and kind == "ekfac")):
+        raise ConfigError(f"curvature {kind!r} needs factors: got none; make them with upriver fit, and give --factors")
+    if (kind == "tracincp") != bool(checkpoints):
+        raise ConfigError(
+            f"checkpoints go with the curvature tracincp, and it with them: got curvature {kind!r} and {len(checkpoints)} "
+            "checkpoints; give --curvature tracincp --checkpoints FOLDER=RATE,FOLDER=RATE"
         )
-        fit_diagonal(model, corpus, factors, opts.memory, progress)
-    rows, kept = _candidates(corpus, queries, opts.candidates)
-    with model.computing_in("float64" if fitted.dtype == "float64" else "float32") as exact:
-        layers = tracked_layers(exact, corpus, fitted.layers)
-        scan_dtype = opts.dtype or fitted.dtype
-        split = divide(exact, layers, corpus, queries, opts, scan_dtype, stage.path, say)
-        job = Job(stage, exact, layers, corpus, queries, factors, rows, opts, progress, split)
-        announce(say, exact, layers, corpus, _request(job), split)
+    if kind in ("identity", "tracincp") and (len(opts.dampings) > 1 or opts.refine):
+        raise ConfigError(f"curvature {kind!r} inverts nothing: got --damping {opts.damping} and --refine {opts.refine}")
+    told = factors.options if factors else None
+    if told and opts.layers not in (None, told.layers):
+        raise MismatchError(
+            f"the factors were fitted for other layers: got --layers {opts.layers!r} now, {told.layers!r} then; leave it out"
+        )
+    own = str(model.dtype).removeprefix("torch.")
+    missing = {
+        "layers": opts.layers or (told.layers if told else "mlp"),
+        "dtype": opts.dtype or (told.dtype if told else own),
+        "seed": opts.seed if opts.seed is not None else (told.seed if told else 0),
+    }
+    return opts.model_copy(update=missing)
+
+
+def _loaded(which: str | Path | Model, like: Model) -> Model:
+    """A checkpoint: as it was given, or read from its folder."""
+    return which if isinstance(which, Model) else load_model(which, device=str(like.device))
+
+
+def _run(stage: Artifact, asked: Given) -> None:
+    times, opts, data, say = Times(), asked.opts, asked.data, asked.say
+    rows, kept = _candidates(data, asked.queries, opts.candidates)
+    if opts.curvature == "diagonal" and asked.factors:
+        fitted = asked.factors.manifest["fit"]["tokens"]
+        say(f"diagonal: measured once, on the {fitted:,} tokens that the factors were fitted on")
+        fit_diagonal(asked.model, data, asked.factors, opts.memory, asked.progress)
+    job = _first(stage, asked, rows)
+    cover = asked.factors.manifest["coverage"] if asked.factors else _coverage(job)
+    say(f"layers: {Coverage.of(cover).line()}")
+    announce(say, job.model, job.layers, data, job.division, queries=asked.queries, rows=rows, options=opts)
+    parts: list[Part] = []
+    for each_job in _jobs(job, asked):
         with times("queries"):
-            solved = solve_stage(job)
+            solved = solve(each_job)
             give_back()
-        scanned = _scanned(job, solved, times, say)
-        give_back()
-        ends, sample = extremes(scanned, opts.top), random_rows(scanned, fitted.seed)
-        wanted = [np.union1d(rows_q, sample) for rows_q in ends]
+        with times("scan"), each_job.model.computing_in(str(opts.dtype)) as computing:
+            scanning = each_job
+            if computing is not each_job.model:
+                scanning = each_job._replace(model=computing, layers=tracked_layers(computing, data, str(opts.layers)))
+            parts += scan(scanning, solved, say)
+            give_back()
+    scanned = Scanned(scan_units(job), parts, len(job.columns), len(job.layers) if opts.layer_scores else None)
+    ends, sample = scanned.extremes(opts.top, len(asked.queries)), scanned.random_rows(int(opts.seed or 0))
+    wanted = [np.union1d(rows_q, sample) for rows_q in ends]
+    looked: list[list[Pairs]] = []
+    judged: list[dict[str, Any]] = []
+    for each_job in _jobs(job, asked):
         with times("rescore"):
-            parts = rescore_stage(job, wanted)
-        dist.on_first(lambda: _publish(job, scanned, ranked(job, scanned, ends, sample, parts), parts, kept, times))
+            looked.append(rescore_top(each_job, wanted))
+        with times("judging"):
+            judged = judge(each_job, asked.sample, say) if not asked.checkpoints else [{"converged": True}] * len(ends)
+    pairs = [Pairs(some[0].queries, [p.paths[0] for p in some]) for some in zip(*looked, strict=True)]
+
+    def publish() -> None:
+        """Write the results; the manifest last."""
+        if asked.factors:
+            asked.factors.check_unchanged()
+        found = ranked(job, scanned, ends, sample, pairs)
+        write_scores(stage.path, data, job.columns, scanned)
+        write_top(stage.path, top_rows(job, found.shown, pairs))
+        write_json(stage.path / "queries.json", answers(job.model, asked.queries, found.agreement, judged))
+        stage.finish(manifest(job, found, kept, cover, judged, str(opts.dtype), times))
+        _tidy(stage.path)
+
+    dist.on_first(publish)
 
 
-def _scanned(job: Job, solved: list[Path], times: Times, say: Say) -> Scanned:
-    """The scan, in its own type: a copy of the model ends with it."""
-    with job.model.computing_in(job.scan_dtype) as computing:
-        layers = job.layers
-        if computing is not job.model:
-            layers = tracked_layers(computing, job.data, job.factors.options.layers)
-        with times("scan"):
-            return scan_stage(job._replace(model=computing, layers=layers), solved, say)
+def _first(stage: Artifact, asked: Given, rows: np.ndarray) -> Job:
+    """The work on the model itself, divided so that it stays within the memory."""
+    with asked.model.computing_in(asked.exact) as exact:
+        layers = tracked_layers(exact, asked.data, str(asked.opts.layers))
+        division = divided(exact, layers, asked.data, asked.queries, asked.opts, stage.path, asked.say)
+        chosen = _solver(exact, layers, asked)
+        return Job(
+            stage, exact, layers, asked.data, asked.queries, asked.factors, rows, asked.opts, asked.progress, division, chosen
+        )
 
 
-def _publish(
-    job: Job, scanned: Scanned, found: Ranked, parts: list[Part], kept: dict[str, Any] | None, times: Times
-) -> None:
-    """Write the results; the manifest last."""
-    job.factors.check_unchanged()
-    folder = job.stage.path
-    write_scores(folder, job.data, job.queries.ids, scanned)
-    write_top(folder, top_rows(job, found.shown, parts))
-    write_json(folder / "queries.json", answers(job.model, job.queries, found.agreement))
-    job.stage.finish(manifest(job, found, kept, times))
-    _tidy(folder)
+def _solver(model: Model, layers: list, asked: Given) -> Any:
+    opts = asked.opts
+    kind = "identity" if opts.curvature == "tracincp" else opts.curvature
+    how = {"refine": opts.refine, "rank": opts.solver_rank, "steps": opts.solver_steps, "seed": opts.seed}
+    given = {name: value for name, value in how.items() if value is not None}
+    return solver(kind, model, layers, asked.data, asked.sample, asked.factors, batch_tokens=opts.batch_tokens, **given)
 
 
-def _request(job: Job) -> Request:
-    """What is planned of the trace."""
-    opts = job.opts
-    return request_for(
-        job.data.lengths_N[job.rows], fit=False, queries=len(job.queries), rank=job.rank, top=opts.top, scan_dtype=job.scan_dtype,
-        query_tokens=max(1, round(float(np.mean(job.queries.lengths)))), batch_tokens=opts.batch_tokens,
-        layer_scores=opts.layer_scores,
-    )  # fmt: skip
+def _jobs(first: Job, asked: Given) -> Iterator[Job]:
+    """The work on the model, or on each checkpoint, whose scores add up."""
+    for number, (which, weight) in enumerate(asked.checkpoints or [(asked.model, 1.0)]):
+        with _loaded(which, asked.model).computing_in(asked.exact) as exact:
+            if exact is first.model:
+                yield first
+                continue
+            layers = tracked_layers(exact, asked.data, str(asked.opts.layers))
+            if [x[2:] for x in layers] != [x[2:] for x in first.layers]:
+                raise ConfigError(f"checkpoint {number + 1} has other layers than the model; give one of the same architecture")
+            part = f"checkpoint-{number}" if asked.checkpoints else ""
+            chosen = _solver(exact, layers, asked)
+            yield first._replace(model=exact, layers=layers, curvature=chosen, weight=weight, part=part)
+
+
+def _coverage(job: Job) -> dict[str, Any]:
+    found = coverage(job.model.module, job.layers)
+    return found._asdict() | {"share": found.share}
 
 
 def _tidy(folder: Path) -> None:
     """Remove what the stages left: all that counts of it is in the tables."""
-    for name in ("solved", "scan", "rescored"):
+    for name in ("solution", "solved", "scan", "rescored", "judged"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / DIVISION).unlink(missing_ok=True)
+    division_file(folder).unlink(missing_ok=True)
 
 
 def _candidates(

@@ -13,66 +13,62 @@ from torch import Tensor
 from upriver.curvature.base import Damping
 from upriver.curvature.blocks import Moments
 from upriver.model.layers import Layer
+from upriver.model.load import Model
+from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import Tensors, read_tensor
-from upriver.runtime.passes import compared
-from upriver.tensors import even_parts, rotated_gradients
-from upriver.text.batch import Batch
+from upriver.runtime.cost import COMPARED
+from upriver.tensors import rotated_gradients
+from upriver.text.batch import Batch, Sequences
 
-
-def probes(total: int, fitted: int, at_once: int) -> list[np.ndarray]:
-    """Random ones of ``total`` sequences, in batches of about ``at_once``, for a sample of ``fitted``."""
-    rows = np.sort(np.random.default_rng(0).permutation(total)[: compared(fitted, at_once)])
-    return [rows[at] for at in even_parts(len(rows), at_once) if len(rows[at]) > 1]
-
-
-def probed(batches: list[np.ndarray], fitted: int, at_once: int) -> list[np.ndarray]:
-    """Random ones of the sample's own ``batches``, of which the first ``at_once`` sequences are compared.
-
-    They are batches that the passes have seen, with the same labels where these are the corpus's: a disk may hold them.
-    """
-    found: list[np.ndarray] = []
-    for i in np.random.default_rng(0).permutation(len(batches)):
-        if sum(min(len(rows), at_once) for rows in found) >= compared(fitted, at_once):
-            break
-        found += [batches[i]] * (len(batches[i]) > 1)
-    return found
-
-
-def denominators(sums: Path, group: list[Layer]) -> Tensors:
-    """``lam + lambda`` of each half, ``[2, O, I]`` for every layer, from the sums of a correction pass."""
-    n_2, found = read_tensor(sums, "sequences"), {}
-    for x in group:
-        lam_2OI = read_tensor(sums, f"lam:{x.name}") / n_2[:, None, None]
-        found[x.name] = lam_2OI.add_(torch.tensor([Damping().of(lam_OI) for lam_OI in lam_2OI])[:, None, None])
-    return found
+PROBES, SHARE = 64, 16  # sequences that are looked at, and at most one for so many that were fitted on, but 16 at least
 
 
 class Agreement:
     """Consumer: the scores of the sequences of a batch on each other, by the eigenvalues of either half of the sample.
 
-    ``pairs_2LP``: for each half and layer the scores of P pairs; every two of a batch's first ``at_once`` sequences are a pair.
+    Every two of a batch's first ``COMPARED`` sequences are a pair; ``parts`` holds ``[2, L, P]`` of each batch: for each half
+    and layer the scores of its pairs.
     """
 
-    def __init__(self, moments: dict[str, Moments], denominators: dict[str, Tensor], at_once: int):
+    def __init__(self, moments: dict[str, Moments], denominators: Tensors):
         self.moments, self.denominators = moments, denominators  # lam + lambda: [2, O, I] of each layer
-        self.at_once = at_once
         self.parts: list[Tensor] = []
         self.place = {name: i for i, name in enumerate(moments)}
 
     def begin(self, batch: Batch) -> None:
-        N = min(self.at_once, len(batch.rows_N))
+        N = min(COMPARED, len(batch.rows_N))
         self.upper = torch.triu_indices(N, N, 1)
         self.parts.append(torch.zeros(2, len(self.place), self.upper.shape[1]))
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         m = self.moments[layer.name]
-        G_NW = rotated_gradients(a_NTI[: self.at_once], g_NTO[: self.at_once], m.Q_A_II, m.Q_S_OO).flatten(1)
+        G_NW = rotated_gradients(a_NTI[:COMPARED], g_NTO[:COMPARED], m.Q_A_II, m.Q_S_OO).flatten(1)
         for half, denominator_OI in enumerate(self.denominators[layer.name]):
             scores_NN = (G_NW / denominator_OI.flatten().to(G_NW)) @ G_NW.T
             self.parts[-1][half, self.place[layer.name]] = scores_NN[self.upper[0], self.upper[1]].float().cpu()
 
-    def result(self) -> Tensor:
-        return torch.cat(self.parts, 2)
+
+def compare(
+    model: Model, group: list[Layer], data: Sequences, fitted: int, moments: dict[str, Moments], sums: Path
+) -> Tensor | None:
+    """Scores of a few random sequences on each other in a group of layers, ``[2, L, P]``; None when a half is empty.
+
+    Args:
+        fitted: how many sequences the eigenvalues were measured on.
+        sums: the file of a correction pass.
+    """
+    n_2, denominators = read_tensor(sums, "sequences"), {}
+    if not int(n_2.min()):
+        return None
+    for x in group:
+        lam_2OI = read_tensor(sums, f"lam:{x.name}") / n_2[:, None, None]
+        denominators[x.name] = lam_2OI.add_(torch.tensor([Damping().of(lam) for lam in lam_2OI])[:, None, None])
+    count = max(2 * COMPARED, min(PROBES, fitted // SHARE))
+    rows = np.random.default_rng(0).permutation(len(data))[:count]
+    source = Source.of(data, rows, COMPARED * int(np.max(np.asarray(data.lengths_N)[rows])))
+    consumer = Agreement(moments, denominators)
+    sweep(model, group, source, rows, consumer)
+    return torch.cat(consumer.parts, 2)
 
 
 def agreement(pairs: list[Tensor | None]) -> dict[str, Any]:

@@ -3,102 +3,114 @@
 Axes: N sequences, T positions, M real tokens, I inputs of a layer (+1 with a bias), O outputs.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from upriver.curvature.blocks import Moments
 from upriver.model.layers import Layer
+from upriver.model.load import Model
+from upriver.model.planned import Probe
+from upriver.model.sweep import Consumer, Source
 from upriver.runtime.artifact import Tensors
-from upriver.runtime.split import GRADIENT_BYTES
-from upriver.tensors import (
-    Scratch,
-    add_second_moment,
-    aligned,
-    even_parts,
-    rotated_gradients,
-    symmetric,
-)
+from upriver.runtime.cost import CORRECTION, COVARIANCE, GRADIENT_BYTES, Spec
+from upriver.tensors import Scratch, accumulator_dtype, add_second_moment, aligned, even_parts, rotated_gradients
 from upriver.text.batch import Batch, real_calls
 
 
 class Covariance:
-    """Consumer: sums ``A`` over the real tokens of each input, ``S`` over the same tokens of each output (eq. 16)."""
+    """Consumer: sums ``A`` over the real tokens of each input, ``S`` over the same tokens of each output (eq. 16).
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype, self.real_NT = dtype, None
-        self._lower: Tensors = {}
-        self._counts: dict[str, int] = {}
+    Into ``sums`` it adds the lower triangles of ``A:layer`` ``[I, I]`` and ``S:layer`` ``[O, O]``, and ``count:layer``, the
+    number of tokens in them.
+    """
+
+    def __init__(self, sums: Tensors, dtype: torch.dtype):
+        self.sums, self.dtype = sums, dtype
+        self.real_NT: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
         self.real_NT = None if batch.real_NT is None or bool(batch.real_NT.all()) else batch.real_NT
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        g_MO = self._real(layer, g_NTO)
-        self._add(f"S:{layer.name}", g_MO)
-        self._counts[f"count:{layer.name}"] = self._counts.get(f"count:{layer.name}", 0) + len(g_MO)
-        if layer.A_of == layer.name:
-            self._add(f"A:{layer.name}", self._real(layer, a_NTI))
-
-    def _real(self, layer: Layer, x_NTI: Tensor) -> Tensor:
-        return x_NTI.flatten(0, 1) if self.real_NT is None else x_NTI[real_calls(self.real_NT, x_NTI, layer.name)]
-
-    def _add(self, name: str, x_MI: Tensor) -> None:
-        if name not in self._lower:
-            self._lower[name] = x_MI.new_zeros(x_MI.shape[1], x_MI.shape[1], dtype=self.dtype)
-        add_second_moment(self._lower[name], x_MI)
-
-    def result(self) -> Tensors:
-        """``A:layer`` ``[I, I]``, ``S:layer`` ``[O, O]`` and ``count:layer``, the number of tokens in them; given once."""
-        sums = {name: symmetric(self._lower.pop(name)) for name in list(self._lower)}
-        return sums | {name: torch.tensor([n], dtype=torch.int64) for name, n in self._counts.items()}
+        moments = {f"S:{layer.name}": g_NTO} | ({f"A:{layer.name}": a_NTI} if layer.A_of == layer.name else {})
+        for name, x_NTI in moments.items():
+            x_MI = x_NTI.flatten(0, 1)
+            if self.real_NT is not None:
+                x_MI = x_NTI[real_calls(self.real_NT, x_NTI, layer.name)]
+            if name not in self.sums:
+                self.sums[name] = x_MI.new_zeros(x_MI.shape[1], x_MI.shape[1], dtype=self.dtype)
+            add_second_moment(self.sums[name], x_MI)
+            count = f"count:{layer.name}"
+            if name[0] == "S":
+                self.sums[count] = self.sums.get(count, torch.zeros(1, dtype=torch.int64)) + len(x_MI)
 
 
 class Correction:
     """Consumer: sums squared rotated sequence gradients (eq. 20), in two halves by the parity of the sequences' keys.
 
-    A rotated input is wider than I, with zeros at its end: a product into rows that do not start at multiples of 64 bytes takes
-    up to a third longer, and those of a layer with a bias, with its column of ones, never do.
+    Into ``sums`` it adds ``lam:layer`` ``[2, O, I]``, and ``sequences`` ``[2]``, how many are in each half.  A rotated input is
+    wider than I, with zeros at its end: a product into rows that do not start at multiples of 64 bytes takes up to a third
+    longer, and those of a layer with a bias, with its column of ones, never do.
+
+    Args:
+        moments: the eigenbases; None for the weights' own basis.
     """
 
-    def __init__(self, dtype: torch.dtype, moments: dict[str, Moments] | None):
-        self.dtype, self.moments = dtype, moments
-        self._sums: Tensors = {}
-        self._sequences_2 = torch.zeros(2, dtype=torch.int64)
+    def __init__(self, sums: Tensors, dtype: torch.dtype, moments: dict[str, Moments] | None):
+        self.sums, self.dtype, self.moments = sums, dtype, moments
         self._half_N: list[int] = []
         self._scratch = Scratch()
         self._rotated: tuple[str, Tensor] = ("", torch.empty(0))  # the last input, which the next layer may share
 
     def begin(self, batch: Batch) -> None:
         half_N = torch.from_numpy((batch.keys_N & np.uint64(1)).astype(np.int64))
-        self._sequences_2 += torch.bincount(half_N, minlength=2)
+        none_2 = torch.zeros(2, dtype=torch.int64)
+        self.sums["sequences"] = self.sums.get("sequences", none_2).cpu() + torch.bincount(half_N, minlength=2)
         self._half_N = half_N.tolist()
         self._rotated = ("", torch.empty(0))
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        (N, T, I), O = a_NTI.shape, g_NTO.shape[2]
-        name = f"lam:{layer.name}"
-        if name not in self._sums:
-            self._sums[name] = g_NTO.new_zeros(2, O, I, dtype=self.dtype)
+        (N, T, I), O, name = a_NTI.shape, g_NTO.shape[2], f"lam:{layer.name}"
+        if name not in self.sums:
+            self.sums[name] = g_NTO.new_zeros(2, O, I, dtype=self.dtype)
         Q_A_II, Q_S_OO = None, None
         if self.moments is not None:
-            moments = self.moments[layer.name]
-            Q_A_II, Q_S_OO = moments.Q_A_II, moments.Q_S_OO
+            Q_A_II, Q_S_OO = self.moments[layer.name].Q_A_II, self.moments[layer.name].Q_S_OO
             if T <= O:  # the input is rotated token by token, once for the layers that share it
-                a_NTI, Q_A_II = self._rotated_input(layer, a_NTI, Q_A_II), None
+                if self._rotated[0] != layer.A_of:
+                    self._rotated = (layer.A_of, self._scratch.product("input", a_NTI, Q_A_II, aligned(I)))
+                a_NTI, Q_A_II = self._rotated[1], None
             if T <= I:
                 g_NTO, Q_S_OO = self._scratch.product("g", g_NTO, Q_S_OO), None
-        sums_2OI = self._sums[name]
         for part in even_parts(N, max(1, GRADIENT_BYTES // (g_NTO.element_size() * O * a_NTI.shape[2]))):
             G_NOI = rotated_gradients(a_NTI[part], g_NTO[part], Q_A_II, Q_S_OO, self._scratch)
             for half, G_OI in zip(self._half_N[part], G_NOI[..., :I].to(self.dtype), strict=True):
-                sums_2OI[half].addcmul_(G_OI, G_OI)
+                self.sums[name][half].addcmul_(G_OI, G_OI)
 
-    def _rotated_input(self, layer: Layer, a_NTI: Tensor, Q_A_II: Tensor) -> Tensor:
-        if self._rotated[0] != layer.A_of:
-            self._rotated = (layer.A_of, self._scratch.product("input", a_NTI, Q_A_II, aligned(a_NTI.shape[2])))
-        return self._rotated[1]
 
-    def result(self) -> Tensors:
-        """``lam:layer`` ``[2, O, I]``, sums of each half, and ``sequences`` ``[2]``, how many are in it; given once."""
-        return {name: self._sums.pop(name) for name in list(self._sums)} | {"sequences": self._sequences_2}
+def _probe(
+    spec: Spec, make: Callable[[Model, list[Layer]], Any], model: Model, layers: list[Layer], source: Source, rows: np.ndarray
+) -> tuple[Consumer, float]:
+    T = float(np.mean(np.asarray(source.lengths_N)[rows]))
+    return make(model, layers), 2 * source.tokens(rows) * sum(spec.multiplications(x, T) for x in layers)
+
+
+def _correction(model: Model, layers: list[Layer]) -> Correction:
+    """Bases of zeros take as long as any."""
+    like, shared, moments = model.like, {}, {}
+    for x in layers:
+        shared.setdefault(x.A_of, like.new_zeros(x.I, x.I))
+        sides = like.new_zeros(x.O, x.O), torch.zeros(0), torch.zeros(0), 1.0
+        moments[x.name] = Moments(shared[x.A_of], *sides)
+    return Correction({}, accumulator_dtype(like.dtype), moments)
+
+
+FIT_PROBES: dict[str, Probe] = {
+    "covariance": partial(_probe, COVARIANCE, lambda model, layers: Covariance({}, accumulator_dtype(model.like.dtype))),
+    "correction": partial(_probe, CORRECTION, _correction),
+}

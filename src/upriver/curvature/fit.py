@@ -6,13 +6,13 @@
 
 FACTORS/covariance/layers-A-B/    sums of A and S of a group; removed when the fit is done
 FACTORS/correction/layers-A-B/    sums of squared rotated gradients; likewise
+
 """
 
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,70 +20,63 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upriver.curvature.agreement import Agreement, agreement, denominators, probed, probes
-from upriver.curvature.blocks import Moments
-from upriver.curvature.consumers import Correction, Covariance
+from upriver.curvature.agreement import agreement, compare
+from upriver.curvature.consumers import FIT_PROBES, Correction, Covariance
 from upriver.curvature.factors import Factors, decomposed, read_moments
-from upriver.model.calibrate import announce
-from upriver.model.kept import Kept
+from upriver.model.check import check_length, check_loss, tracked_layers
 from upriver.model.layers import Coverage, Layer, coverage
 from upriver.model.load import Model
-from upriver.model.memory import DIVISION, memory_budget, settle, settled_split
+from upriver.model.memory import division_file, memory_budget, settled
+from upriver.model.planned import announce, plan_here
 from upriver.model.shape import model_shape
-from upriver.model.sweep import Labels, check_length, check_loss, doubled, split_units, sweep, tokens_of, tracked_layers
+from upriver.model.sweep import Consumer, Labels, Source, sweep
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, Tensors, locked, opened, read_json, read_tensor, write_stream
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
-from upriver.runtime.counts import Shape
-from upriver.runtime.passes import request_for
+from upriver.runtime.cost import CORRECTION, COVARIANCE, DIAGONAL, Spec
+from upriver.runtime.divide import Division, divide_fit
+from upriver.runtime.plan import request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
-from upriver.runtime.split import FitSplit, covariance_size, keeping, split_fit
-from upriver.runtime.sums import accumulate, remaining
-from upriver.runtime.system import available_memory, free_space, give_back, work_ended
+from upriver.runtime.system import give_back
 from upriver.runtime.threads import one_core_each
+from upriver.runtime.units import remaining, total
 from upriver.tensors import accumulator_dtype
 from upriver.text.batch import Sequences
 
-HELD_COPIES = 4  # of sums, while some are added to others; those of a correction are about as large at most
 COVARIANCE_STREAM, CORRECTION_STREAM = 1, 2  # the two passes draw different labels
 
 
 class Work(NamedTuple):
     """What a fit goes over, decided before it starts."""
 
+    top: Artifact
     model: Model
     data: Sequences
     layers: list[Layer]
-    shape: Shape
-    units: list[list[np.ndarray]]
-    rounds: list[int]  # how many of the units each round goes over
-    labels: tuple[Labels, Labels]
+    units: list[np.ndarray]  # spans of the sample's rows
+    labels: dict[str, Labels]  # by pass
+    division: Division
     progress: Progress
-    split: FitSplit
-    kept: Kept | None = None
+
+    @property
+    def rows(self) -> np.ndarray:
+        return np.concatenate(self.units)
 
     @property
     def tokens(self) -> int:
-        return tokens_of(self.data, self.units)
-
-    @property
-    def sequences(self) -> int:
-        return sum(len(rows) for unit in self.units for rows in unit)
+        return int(self.data.lengths_N[self.rows].sum(dtype=np.int64))
 
     @property
     def dtype(self) -> torch.dtype:
         return accumulator_dtype(self.model.dtype)
 
-    def groups(self, parts: list[list[int]]) -> list[list[Layer]]:
-        return [[self.layers[i] for i in part] for part in parts]
+    def groups(self, spec: Spec) -> list[list[Layer]]:
+        return [[self.layers[i] for i in group] for group in self.division.groups[spec.name]]
 
-    def key(self, top: Artifact) -> dict[str, Any]:
-        """The key of an inner stage; with the size of its batches, as sums of other batches must not be added to it."""
-        return top.key | {"split": self.split.batch_tokens}
-
-    def whole_key(self, top: Artifact) -> dict[str, Any]:
-        """The key of what is made from all the units."""
-        return self.key(top) | {"units": len(self.units)}
+    def open(self, name: str, **key: Any) -> Artifact:
+        """An inner stage; sums of other batches or other units must not be added to its own."""
+        divided = {"batch_tokens": self.division.batch_tokens, "unit": len(self.units[0]), **key}
+        return Artifact.open(self.top.path / name, name.split("/")[0], self.top.key | divided, overwrite=True)
 
 
 def fit(
@@ -123,64 +116,53 @@ def fit(
         if stage.done:
             dist.on_first(lambda: _tidy(out))  # a kill may have come between the two
             say(f"factors: {out} is complete and was made from the same inputs; used as it is")
-            say(f"layers: {Coverage.of(stage.manifest['coverage']).line()}")
-            said = stage.manifest["fit"]
+            said, cover = stage.manifest["fit"], Coverage.of(stage.manifest["coverage"])
+            say(f"layers: {cover.line()}")
             say(_convergence(said["halves"], said["tokens"] if opts.until else None))
         else:
-            with model.computing_in(opts.dtype) as computing, ExitStack() as files:
-                work = _work(out, computing, data, opts, progress, say)
-                if again := _asked_again(work, opts, out):
-                    work = work._replace(kept=files.enter_context(Kept(out, work.layers, again)))
-                _run(stage, work, opts, say)
-            work_ended()
+            with model.computing_in(opts.dtype) as computing:
+                _run(_work(stage, computing, data, opts, progress, say), opts, say)
     return Factors(out)
 
 
-def _work(folder: Path, model: Model, data: Sequences, opts: FitOptions, progress: Progress, say: Say = mute) -> Work:
+def _work(top: Artifact, model: Model, data: Sequences, opts: FitOptions, progress: Progress, say: Say) -> Work:
     layers = tracked_layers(model, data, opts.layers)
-    shape = model_shape(model, layers, data)
-    budget = memory_budget(model, data, opts.batch_tokens, opts.memory)
-    split = settled_split(folder, FitSplit, lambda: split_fit(shape, budget), budget, say)
-    settle(split.peak, budget, model.device)
-    drawn = opts.fisher == "sampled"
-    check_loss(model, data, drawn)
-    labels = [Labels(opts.seed, stream) if drawn else Labels() for stream in (COVARIANCE_STREAM, CORRECTION_STREAM)]
+    check_loss(model, data, opts.fisher == "sampled")
+    shape, budget = model_shape(model, layers, data), memory_budget(model, data, opts.batch_tokens, opts.memory)
+    division = settled(top.path, divide_fit(shape, budget), model.device, say)
+    drawn = {"covariance": Labels(opts.seed, COVARIANCE_STREAM), "correction": Labels(opts.seed, CORRECTION_STREAM)}
+    labels = drawn if opts.fisher == "sampled" else dict.fromkeys(drawn, Labels())
     most = opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64))
-    segments = [data.sample(most, opts.seed)] if opts.until is None else doubled(data, most, opts.seed)
-    parts = [split_units(data.plan(split.batch_tokens, rows), data.lengths_N) for rows in segments]
-    rounds = np.cumsum([len(part) for part in parts]).tolist()
-    units = [unit for part in parts for unit in part]
-    return Work(model, data, layers, shape, units, rounds, (labels[0], labels[1]), progress, split)
+    unit = opts.unit_tokens
+    samples = [data.sample(size, opts.seed) for size in (doublings(most, unit) if opts.until else [most])]
+    added = [np.setdiff1d(rows, before) for before, rows in pairwise([samples[0][:0], *samples])]
+    sources = [Source.of(data, rows, division.batch_tokens) for rows in added if len(rows)]
+    return Work(top, model, data, layers, [u for s in sources for u in s.units(unit)], labels, division, progress)
 
 
-def _asked_again(work: Work, opts: FitOptions, out: Path) -> set[Labels]:
-    """Labels with which several passes go over the same tokens, so that what the layers see is kept on the disk."""
-    first, second = work.labels
-    again = keeping(
-        work.shape, work.split, work.tokens, opts.dtype, first == second, opts.until is not None, free_space(out)
-    )
-    found = {first} if again.covariance else set()
-    found |= {second} if again.correction else set()
-    return found | ({Labels()} if again.correction and len(work.split.correction) > 1 else set())
+def doublings(tokens: int, first: int) -> list[int]:
+    """The sizes of a sample that begins with ``first`` tokens and doubles up to ``tokens``."""
+    sizes = [first]
+    while sizes[-1] < tokens:
+        sizes.append(2 * sizes[-1])
+    return [*sizes[:-1], tokens]
 
 
-def _run(stage: Artifact, work: Work, opts: FitOptions, say: Say) -> None:
-    started, times = time.perf_counter(), Times()
+def _run(work: Work, opts: FitOptions, say: Say) -> None:
+    started, times, stage = time.perf_counter(), Times(), work.top
     cover = coverage(work.model.module, work.layers)
     say(f"layers: {cover.line()}")
     say(
-        f"fit: {'at most ' if opts.until else ''}{work.tokens:,} tokens in {work.sequences:,} of {len(work.data):,} "
+        f"fit: {'at most ' if opts.until else ''}{work.tokens:,} tokens in {len(work.rows):,} of {len(work.data):,} "
         f"sequences, {opts.fisher} labels, seed {opts.seed}"
     )
-    request = request_for(
-        work.data.lengths_N, fit_tokens=work.tokens, dtype=opts.dtype, batch_tokens=opts.batch_tokens,
-        own_labels=work.labels[0] == work.labels[1], rounds=opts.until is not None, space=free_space(stage.path),
-    )  # fmt: skip
-    announce(say, work.model, work.layers, work.data, request, work.split)
-    clamped, halves = 0.0, {}
-    for part in _rounds(stage, work):
-        clamped = _bases(stage, part, times, keep=opts.until is not None)
-        halves = dist.broadcast(_eigenvalues(stage, part, times))
+    asked = {"dtype": opts.dtype, "batch_tokens": opts.batch_tokens, "rounds": opts.until is not None}
+    request = request_for(work.data.lengths_N, fit_tokens=work.tokens, memory=None, **asked)
+    announce(say, lambda: plan_here(work.model, work.layers, work.data, request, FIT_PROBES, work.division))
+    clamped, halves, part = 0.0, {}, work
+    for part in _rounds(work, opts):
+        clamped = _bases(part, times, keep=opts.until is not None)
+        halves = dist.broadcast(_eigenvalues(part, times))
         say(_convergence(halves, part.tokens if opts.until else None))
         if opts.until is not None and (halves["mean"] or -1.0) >= opts.until:
             break
@@ -189,14 +171,15 @@ def _run(stage: Artifact, work: Work, opts: FitOptions, say: Say) -> None:
             say(f"the agreement asked for, {opts.until}, was not reached: there are no more tokens (see --max-tokens)")
     if clamped < -1e-6:
         say(f"rank-deficient covariance: negative eigenvalues down to {clamped:.1e} of the largest were set to zero")
+    passes = {name: len(found) for name, found in work.division.groups.items()}
     manifest = {
-        "layers": [
-            {"name": x.name, "shape": [x.O, x.I], "block": x.block, "kind": x.kind, "A_of": x.A_of} for x in part.layers
-        ],
+        "layers": [x.told() for x in part.layers],
         "coverage": cover._asdict() | {"share": cover.share},
-        "fit": {"sequences": part.sequences, "tokens": part.tokens, "halves": halves, "clamped": clamped},
+        "fit": {"sequences": len(part.rows), "tokens": part.tokens, "halves": halves, "clamped": clamped},
         "data": getattr(part.data, "info", {}),
-        "timings": times | {"passes": _passes(part.split), "total": time.perf_counter() - started},
+        "n_train": len(part.data),
+        "timings": times
+        | {"passes": passes | {"batch_tokens": work.division.batch_tokens}, "total": time.perf_counter() - started},
     }
 
     def finish() -> None:
@@ -206,38 +189,31 @@ def _run(stage: Artifact, work: Work, opts: FitOptions, say: Say) -> None:
     dist.on_first(finish)
 
 
-def _passes(split: FitSplit) -> dict[str, int]:
-    """How the work was divided, which changes no result."""
-    parts = {"covariance": len(split.covariance), "correction": len(split.correction)}
-    return parts | {"batch_tokens": split.batch_tokens}
-
-
-def _rounds(top: Artifact, work: Work) -> Iterator[Work]:
-    """The sample in each round, from the one that an earlier run had come to."""
-    eigen = top.path / "eigen" / "key.json"
-    summed = [int(p.stem.removeprefix("sum-")) for p in (top.path / "covariance").glob("layers-*/sum-*")]
-    first = max(summed, default=0)
-    if eigen.exists():
-        first = max(first, read_json(eigen).get("units", 0))
-    elif summed:  # stopped where the next round begins
-        first += 1
+def _rounds(work: Work, opts: FitOptions) -> Iterator[Work]:
+    """The sample in each round, from the one that an earlier run had come to: all of it, or more and more."""
+    counts = [len(work.units)]
+    if opts.until is not None:
+        ends_U = np.cumsum([work.data.lengths_N[rows].sum(dtype=np.int64) for rows in work.units])
+        sizes = doublings(int(ends_U[-1]), opts.unit_tokens)
+        counts = sorted({int(np.searchsorted(ends_U, size, side="right")) or 1 for size in sizes} | set(counts))
+    begun = 0
+    for path in (work.top.path / "covariance").glob("layers-*/sum-*-of-*"):
+        rank, _, world = path.stem.removeprefix("sum-").partition("-of-")
+        begun = max(begun, (int(read_tensor(path, "units")) - 1) * int(world) + int(rank) + 1)
+    if (eigen := work.top.path / "eigen" / "key.json").exists():
+        begun = max(begun, read_json(eigen).get("units", 0))
     dist.barrier()  # all have read it before one goes on
-    for count in work.rounds:
-        if count >= min(first, work.rounds[-1]):
+    for count in counts:
+        if count >= min(begun, counts[-1]):
             yield work._replace(units=work.units[:count])
 
 
 def _tidy(folder: Path) -> None:
     """Remove the sums of finished passes: all that counts of them is in ``eigen`` and ``lam``."""
     shutil.rmtree(folder / "covariance", ignore_errors=True)
-    _remove_parts(folder / "correction")
-    (folder / DIVISION).unlink(missing_ok=True)
-
-
-def _remove_parts(folder: Path) -> None:
-    for sums in folder.glob("layers-*"):
+    for sums in folder.glob("correction/layers-*"):
         shutil.rmtree(sums, ignore_errors=True)
-    (folder / DIVISION).unlink(missing_ok=True)
+    division_file(folder).unlink(missing_ok=True)
 
 
 def _convergence(halves: dict[str, Any], tokens: int | None) -> str:
@@ -249,69 +225,52 @@ def _convergence(halves: dict[str, Any], tokens: int | None) -> str:
     return f"convergence: {halves['what']}: {mean}, worst layer {worst}{after}"
 
 
-def _pass(top: Artifact, name: str, work: Work, group: list[Layer], make: Callable[[], Any]) -> Path:
-    """One accumulating pass over the units of ``work`` for a group of layers, committed unit by unit; the file of the sums."""
-    at, first = work.layers.index(group[0]), name == "covariance"
-    labels = work.labels[not first]
-    key = work.key(top) if first else work.whole_key(top)  # covariances go on from round to round
-    stage = Artifact.open(top.path / name / f"layers-{at}-{at + len(group) - 1}", name, key, overwrite=True)
-    label = name if len(group) == len(work.layers) else f"{name}, layers {at + 1} to {at + len(group)}"
+def _summed(work: Work, spec: Spec, group: list[Layer], make: Callable[[Tensors], Consumer], **key: Any) -> Path:
+    """One pass over the units for a group of layers, committed unit by unit; the file of the sums."""
+    at = work.layers.index(group[0])
+    stage = work.open(f"{spec.name}/layers-{at}-{at + len(group) - 1}", **key)
+    labels = work.labels.get(spec.name, work.labels["correction"])
+    source = Source.of(work.data, work.rows, work.division.batch_tokens, labels)
+    label = spec.name if len(group) == len(work.layers) else f"{spec.name}, layers {at + 1} to {at + len(group)}"
+    left = sum(source.tokens(work.units[unit]) for unit in remaining(stage, len(work.units)))
+    with work.progress(label, left) as advance:
 
-    mine = dist.dealt(len(work.units))
-    with work.progress(label, tokens_of(work.data, [work.units[u] for u in remaining(stage, mine)])) as advance:
+        def add(unit: int, sums: Tensors) -> None:
+            sweep(work.model, group, source, work.units[unit], make(sums), advance)
 
-        def compute(unit: int) -> Tensors:
-            consumer = make()
-            sweep(work.model, group, work.data, work.units[unit], consumer, labels, advance, work.kept)
-            return {key: value.cpu() for key, value in consumer.result().items()}
-
-        hold = _in_memory(work, group)
-        return accumulate(stage, mine, len(work.units), compute, hold)
+        return total(stage, len(work.units), add, work.model.device)
 
 
-def _in_memory(work: Work, group: list[Layer]) -> bool:
-    """Whether the sums of a group stay in memory from unit to unit: on an accelerator, where the memory beside it is free."""
-    if work.model.device.type == "cpu":
-        return False
-    room = available_memory()
-    return room is not None and HELD_COPIES * covariance_size(group) < room
-
-
-def _bases(top: Artifact, work: Work, times: Times, keep: bool) -> float:
+def _bases(work: Work, times: Times, keep: bool) -> float:
     """Covariance pass and eigendecompositions, group by group; returns the most negative share of an eigenvalue.
 
     Args:
         keep: the sums, because a next round adds to them.
     """
-    stage = Artifact.open(top.path / "eigen", "eigen", work.whole_key(top), overwrite=True)
-    for group in work.groups(work.split.covariance):
+    stage = work.open("eigen", units=len(work.units))
+    for group in work.groups(COVARIANCE):
         if all(stage.has(work.layers.index(x)) for x in group):
             continue
         with times("covariance"):
-            sums = _pass(top, "covariance", work, group, partial(Covariance, work.dtype))
+            sums = _summed(work, COVARIANCE, group, lambda sums: Covariance(sums, work.dtype))
             give_back()
         with times("eigendecomposition"):
             _decompose(stage, work, group, sums)
             give_back()
         if not keep:
             dist.on_first(lambda done=sums.parent: shutil.rmtree(done, ignore_errors=True))
-    found = []
-    for unit in range(len(work.layers)):
-        with opened(stage.unit_path(unit)) as file:
-            found.append(float(file.get_tensor("clamped")))
-    return min(found)
+    return min(float(read_tensor(stage.unit_path(unit), "clamped")) for unit in range(len(work.layers)))
 
 
 def _decompose(stage: Artifact, work: Work, group: list[Layer], sums: Path) -> None:
     """Eigendecompose ``A`` and ``S`` of every layer: on the CPU one matrix on each core, with one thread."""
-    mine = [group[i] for i in dist.dealt(len(group))]
-    mine.sort(key=lambda x: -max(x.O, x.I))
-    at_once = work.split.eigen_workers if work.model.device.type == "cpu" else 1
+    mine = sorted((group[i] for i in dist.dealt(len(group))), key=lambda x: -max(x.O, x.I))
+    at_once = work.division.eigen_workers if work.model.device.type == "cpu" else 1
 
     def decompose(x: Layer) -> None:
         unit = work.layers.index(x)
         if not stage.has(unit):
-            stage.commit(unit, decomposed(x, sums, work.sequences, work.model))
+            stage.commit(unit, decomposed(x, sums, len(work.rows), work.model))
 
     shown = work.progress("eigendecomposition", len(group))
     with dist.together(), shown as advance, one_core_each(at_once) as pool:
@@ -319,46 +278,34 @@ def _decompose(stage: Artifact, work: Work, group: list[Layer], sums: Path) -> N
             advance(1)
 
 
-def _eigenvalues(top: Artifact, work: Work, times: Times) -> dict[str, Any]:
+def _eigenvalues(work: Work, times: Times) -> dict[str, Any]:
     """The correction pass, group by group; writes ``lam`` of every layer and returns how well the halves' scores agree."""
-    files, pairs = [], []
-    for group in work.groups(work.split.correction):
-        moments = read_moments(top.path, work.layers, group, work.model.like)
+    files: dict[str, Path] = {}
+    pairs = []
+    for group in work.groups(CORRECTION):
+        moments = read_moments(work.top.path, work.layers, group, work.model.like)
         with times("correction"):
-            make = partial(Correction, work.dtype, moments)
-            sums = _pass(top, "correction", work, group, make)
+            make = lambda sums, m=moments: Correction(sums, work.dtype, m)  # noqa: E731
+            sums = _summed(work, CORRECTION, group, make, units=len(work.units))
         with times("agreement"):
-            pairs.append(_probe(work, group, moments, sums))
-        files += [(sums, x) for x in group]
-    dist.on_first(lambda: _write_lam(top.path / "correction" / "lam.safetensors", files))
+            pairs.append(compare(work.model, group, work.data, len(work.rows), moments, sums))
+        files |= dict.fromkeys((x.name for x in group), sums)
+    dist.on_first(lambda: _write_lam(work.top.path / "correction" / "lam.safetensors", files))
     return agreement(pairs)
 
 
-def _write_lam(path: Path, files: list[tuple[Path, Layer]]) -> None:
-    sums = {x.name: file for file, x in files}
+def _write_lam(path: Path, files: dict[str, Path]) -> None:
+    """The mean over sequences of all halves, from the sums of each layer."""
+    forms = {}
+    for name, file in files.items():
+        with opened(file) as held:
+            sums = held.get_slice(f"lam:{name}")
+            forms[name] = (sums.get_dtype(), sums.get_shape()[1:])
 
     def lam(name: str) -> Tensor:
-        return read_tensor(sums[name], f"lam:{name}").sum(0) / read_tensor(sums[name], "sequences").sum()
+        return read_tensor(files[name], f"lam:{name}").sum(0) / read_tensor(files[name], "sequences").sum()
 
-    forms = {}
-    for file, x in files:
-        with opened(file) as held:
-            forms[x.name] = (held.get_slice(f"lam:{x.name}").get_dtype(), [x.O, x.I])
     write_stream(path, forms, lam)
-
-
-def _probe(work: Work, group: list[Layer], moments: dict[str, Moments], sums: Path) -> Tensor | None:
-    """Scores of a few sequences on each other by the eigenvalues of either half, ``[2, L, P]``; None when a half is empty."""
-    if not int(read_tensor(sums, "sequences").min()):
-        return None
-    at_once = work.split.compared
-    consumer = Agreement(moments, denominators(sums, group), at_once)
-    batches = []
-    if work.labels[1] == Labels():  # none of which holds two sequences, where they are long
-        batches = probed([rows for unit in work.units for rows in unit], work.sequences, at_once)
-    batches = batches or probes(len(work.data), work.sequences, at_once)
-    sweep(work.model, group, work.data, batches, consumer, Labels(), kept=work.kept)
-    return consumer.result() if batches else None
 
 
 def fit_diagonal(
@@ -366,26 +313,19 @@ def fit_diagonal(
 ) -> None:
     """Measure the diagonal of the Fisher in the weights' own basis, on the sample that the factors were fitted on."""
     factors.check(model, data)
-    top = Artifact(factors.path, factors.manifest["key"])
-    lam = top.path / "diagonal" / "lam.safetensors"
-    if lam.exists():
-        dist.on_first(lambda: _remove_parts(lam.parent))  # a kill may have come between the two
-        return
-    opts = factors.options.model_copy(update={"memory": memory})
-    with locked(top.path), model.computing_in(opts.dtype) as computing:
-        factors.check_unchanged()
-        work = _work(lam.parent, computing, data, opts, progress)
-        batches = data.plan(work.split.batch_tokens, _fitted(data, factors))
-        work = work._replace(units=split_units(batches, data.lengths_N))
-        files = []
-        for group in work.groups(work.split.correction):
-            sums = _pass(top, "diagonal", work, group, partial(Correction, work.dtype, None))
-            files += [(sums, x) for x in group]
-        dist.on_first(lambda: _write_lam(lam, files))
-        dist.on_first(lambda: _remove_parts(lam.parent))
-        dist.barrier()
-
-
-def _fitted(data: Sequences, factors: Factors) -> np.ndarray:
-    """The sequences that a fit had come to when it was done (``until``)."""
-    return data.sample(factors.manifest["fit"]["tokens"], factors.options.seed)
+    folder = factors.path / "diagonal"
+    if not (folder / "lam.safetensors").exists():
+        opts = factors.options.model_copy(update={"memory": memory, "until": None})
+        opts = opts.model_copy(update={"max_tokens": factors.manifest["fit"]["tokens"]})  # that ``until`` came to
+        with locked(factors.path), model.computing_in(opts.dtype) as computing:
+            factors.check_unchanged()
+            top = Artifact(factors.path, factors.manifest["key"])
+            work = _work(top, computing, data, opts, progress, mute)
+            files: dict[str, Path] = {}
+            for group in work.groups(CORRECTION):  # which hold at least as much
+                sums = _summed(work, DIAGONAL, group, lambda sums: Correction(sums, work.dtype, None))
+                files |= dict.fromkeys((x.name for x in group), sums)
+            dist.on_first(lambda: _write_lam(folder / "lam.safetensors", files))
+    for sums in folder.glob("layers-*") if dist.rank() == 0 else ():
+        shutil.rmtree(sums, ignore_errors=True)
+    dist.barrier()

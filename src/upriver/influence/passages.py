@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from upriver.influence.gradients import Measured, measurements
+from upriver.influence.queries import Measured, measurements
+from upriver.influence.rescore import Pairs, Rescored, spurious
 from upriver.influence.results import Sides, TopRow, sides
-from upriver.influence.scanned import Scanned, scores_of
-from upriver.influence.stages import Job, Part
-from upriver.influence.tokens import Rescored, spurious
+from upriver.influence.scan import Scanned
+from upriver.influence.solve import Job
 from upriver.model.capture import frozen
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel
@@ -43,22 +43,22 @@ class Ranked(NamedTuple):
     )
 
 
-def ranked(job: Job, scanned: Scanned, extremes: list[np.ndarray], sample: np.ndarray, parts: list[Part]) -> Ranked:
+def ranked(job: Job, scanned: Scanned, extremes: list[np.ndarray], sample: np.ndarray, parts: list[Pairs]) -> Ranked:
     """Rank each query's ``extremes``, and compare its scan with full rank on ``sample``; one part is read at a time."""
     shown, agreement, difference, largest = [], [], 0.0, 1e-30
-    sample = np.sort(sample)
-    scan_SQ = scores_of(scanned, sample)
     for part in parts:
         found = part.read()
         by_layer_P, by_token_P = found.layers_PL.double().sum(1), found.tokens_PT.double().sum(1)
         difference = max(difference, float((by_layer_P - by_token_P).abs().max()))
         largest = max(largest, float(by_layer_P.abs().max()))
-        shown += [_shown(job, scanned, extremes[q], found, q) for q in part.queries]
-        agreement += [_rank_correlation(scan_SQ[:, q], found, sample, q) for q in part.queries]
+        rows, at_P = np.unique(found.rows_P, return_inverse=True)
+        scan_P = scanned.of(rows)[at_P, found.queries_P]
+        shown += [_shown(job, extremes[q], found, scan_P, q) for q in part.queries]
+        agreement += [_rank_correlation(found, scan_P, sample, q) for q in part.queries]
     return Ranked(shown, agreement, difference / largest)
 
 
-def top_rows(job: Job, shown: list[list[Shown]], parts: list[Part]) -> Iterator[list[TopRow]]:
+def top_rows(job: Job, shown: list[list[Shown]], parts: list[Pairs]) -> Iterator[list[TopRow]]:
     """The rows of ``top.parquet``, a query at a time: its most positive and its most negative sequences."""
     lexical = Lexical(job, shown)
     for part in parts:
@@ -67,14 +67,13 @@ def top_rows(job: Job, shown: list[list[Shown]], parts: list[Part]) -> Iterator[
             yield [_row(job, lexical, found, x) for x in shown[q]]
 
 
-def _shown(job: Job, scanned: Scanned, rows: np.ndarray, found: Rescored, q: int) -> list[Shown]:
-    out: list[Shown] = []
+def _shown(job: Job, rows: np.ndarray, found: Rescored, scan_P: np.ndarray, q: int) -> list[Shown]:
     best: Sides = sides(found, q, np.isin(found.rows_P, rows), job.opts.top)
-    for side, pairs in zip(Sides._fields, best, strict=True):
-        scan_P = scores_of(scanned, found.rows_P[pairs])[:, q]
-        for rank, (pair, scan) in enumerate(zip(pairs, scan_P, strict=True), 1):
-            out.append(Shown(q, side, rank, int(pair), int(found.rows_P[pair]), float(scan)))
-    return out
+    return [
+        Shown(q, side, rank, int(pair), int(found.rows_P[pair]), float(scan_P[pair]))
+        for side, pairs in zip(Sides._fields, best, strict=True)
+        for rank, pair in enumerate(pairs, 1)
+    ]
 
 
 class Passage(NamedTuple):
@@ -100,7 +99,7 @@ def _row(job: Job, lexical: "Lexical", found: Rescored, x: Shown) -> TopRow:
     passage, layers_L = Passage.of(job.data, x.row), found.layers_PL[x.pair]
     tokens_T = found.tokens_PT[x.pair, : len(passage.tokens)].numpy()
     score = float(layers_L.double().sum())
-    nats = None if job.opts.curvature == "identity" else score / len(job.data)
+    nats = None if job.n_train is None else score / job.n_train
     return TopRow(
         query=job.queries.ids[x.query], side=x.side, rank=x.rank, sequence=x.row,
         score=score, score_nats=nats, scan_score=x.scan_score, rescored=True, spurious=spurious(tokens_T),
@@ -129,12 +128,15 @@ class Lexical:
         return {"tfidf_rank": rank, "tfidf_score": score, "overlap": len(shared) / len(self.tokens[q])}
 
 
-def answers(model: Model, queries: Measured, rank_error: list[float | None]) -> list[dict[str, Any]]:
+def answers(
+    model: Model, queries: Measured, rank_error: list[float | None], solutions: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """``queries.json``: each query with the log-probability of every token of its answer."""
     f_Q = measurements(model, queries)
     out = []
     for q, name in enumerate(queries.ids):
         entry: dict[str, Any] = {"id": name, "measurement": float(f_Q[q]), "rank_correlation": rank_error[q]}
+        entry["solution"] = solutions[q]
         if isinstance(queries, Queries):
             entry |= _answer(model, queries, q)
         out.append(entry)
@@ -161,9 +163,8 @@ def _answer(model: Model, queries: Queries, q: int) -> dict[str, Any]:
     return asked | {"log_prob": log_prob, "completion_tokens": tokens[0], "contrast_tokens": contrast}
 
 
-def _rank_correlation(scan_S: np.ndarray, found: Rescored, sample: np.ndarray, q: int) -> float | None:
-    """The correlation of a query's scan scores with its full-rank scores over the random ``sample`` (ascending)."""
+def _rank_correlation(found: Rescored, scan_P: np.ndarray, sample: np.ndarray, q: int) -> float | None:
+    """The correlation of a query's scan scores with its full-rank scores over the random ``sample``."""
     pairs = np.flatnonzero((found.queries_P == q) & np.isin(found.rows_P, sample))
-    full = found.layers_PL[pairs].sum(1).double().numpy()
-    scan = scan_S[np.searchsorted(sample, found.rows_P[pairs])]
+    full, scan = found.layers_PL[pairs].sum(1).double().numpy(), scan_P[pairs]
     return float(np.corrcoef(scan, full)[0, 1]) if len(pairs) > 2 and scan.std() > 0 and full.std() > 0 else None

@@ -13,13 +13,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from upriver.influence.scanned import Scanned, chunk_rows, chunks, publish
-from upriver.influence.tokens import Rescored
+from upriver.influence.rescore import Rescored
+from upriver.influence.scan import Scanned
 from upriver.runtime.artifact import atomic
 from upriver.text.batch import Sequences
 from upriver.text.corpus import Corpus
 
-ROW_GROUP = 100_000  # rows at most
+ROW_GROUP, GROUP_BYTES = 100_000, 8 << 20  # rows at most, and bytes of scores
 
 
 @contextmanager
@@ -48,22 +48,25 @@ def parquet(path: Path, size: int, schema: pa.Schema | None = None) -> Iterator[
             write()
 
 
-def write_scores(folder: Path, data: Sequences, ids: list[str], scanned: Scanned) -> None:
-    """``scores.parquet``, ``documents.parquet`` and, with per-layer scores, ``layers.npy``; a chunk in memory at a time."""
-    size = chunk_rows(scanned, ROW_GROUP)
-    documents = Documents(ids)
+def write_scores(folder: Path, data: Sequences, columns: list[str], scanned: Scanned) -> None:
+    """``scores.parquet``, ``documents.parquet`` and, with per-layer scores, ``layers.npy``; a unit in memory at a time."""
+    documents, size = Documents(columns), max(1, min(ROW_GROUP, GROUP_BYTES // (4 * len(columns))))
     with (
         parquet(folder / "scores.parquet", size) as add_scores,
         parquet(folder / "documents.parquet", size) as add_documents,
     ):
-        for at, scores_CQ in chunks(scanned, size):
-            places = _places(data, scanned.rows_N[at])
-            scores = pd.DataFrame(scores_CQ, columns=pd.Index(ids))
-            add_scores(pd.concat([places, scores], axis=1))
+        for rows_C, scores_CQ in scanned.chunks():
+            places = _places(data, rows_C)
+            add_scores(pd.concat([places, pd.DataFrame(scores_CQ, columns=pd.Index(columns))], axis=1))
             add_documents(documents.add(places["document"].tolist(), scores_CQ))
         add_documents(documents.finish())
-    if scanned.layers_NQL is not None:
-        publish(scanned.layers_NQL, folder / "layers.npy")
+    if scanned.n_layers is not None:
+        shape = (sum(map(len, scanned.units)), scanned.n_columns, scanned.n_layers)
+        with atomic(folder / "layers.npy") as temporary, open(temporary, "wb") as sink:
+            form = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(sink, form)
+            for unit in range(len(scanned.units)):
+                sink.write(scanned.by_layer(unit).tobytes())
 
 
 class Documents:

@@ -3,7 +3,7 @@
     I_f(z) = - sum over layers of < v, sum_t g_t a_t^T >                                   eq. 25, 30
 
 Three contractions give the same number.  Which is cheapest depends on the layer, the batch, the queries and the rank, and is
-decided before the pass, by counting multiplications and bytes (:func:`upriver.runtime.counts.contraction`):
+decided before the pass, by counting multiplications and bytes (:func:`upriver.runtime.cost.contraction`):
 
     tokens     sum_t (g_t U) . (V a_t)               M (O + I) Q R
     dense      form sum_t g_t a_t^T, times every v   M O I + N O I Q          and Q O I numbers held
@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from upriver.model.layers import Layer
-from upriver.runtime import counts
-from upriver.runtime.split import REBUILD_BYTES, SCORED_BYTES, SIDES
+from upriver.runtime.cost import REBUILD_BYTES, SCORED_BYTES, SIDES, Order
 from upriver.runtime.threads import side_by_side
 from upriver.tensors import ALIGNED, LowRank, Scratch, accumulator_dtype, matmul, on_cpu, sequence_gradients
 from upriver.text.batch import Batch
@@ -38,7 +37,7 @@ FEW, LONG = 1024, 4096  # pairs of a sequence and a query; numbers that one of t
 class Route(NamedTuple):
     """How one layer is contracted with the queries."""
 
-    order: counts.Order
+    order: Order
     U_OP: Tensor | None  # tokens: P = Q R columns
     V_IP: Tensor | None
     v_QOI: Tensor | None  # dense
@@ -49,7 +48,7 @@ class Route(NamedTuple):
 Read = Callable[[], LowRank | Tensor]
 
 
-def route(order: counts.Order, read: Read, Q: int, like: Tensor) -> Route:
+def route(order: Order, read: Read, Q: int, like: Tensor) -> Route:
     """Lay one layer's ``Q`` solved queries, which ``read`` gives, out for its order, in the device and dtype of ``like``."""
     if order == "rebuilt":
         held = None if on_cpu(like) else _laid_out(read, like)
@@ -236,8 +235,9 @@ class Score:
         if self.keep_layers:
             self.layers_NQL[batch][:, :, self.place[name]] = scores_NQ
 
-    def tensors(self) -> dict[str, Tensor]:
-        """``rows`` ``[N]``, ``scores`` ``[N, Q]`` and, where they are kept, ``layers`` ``[N, Q, L]``."""
+    def result(self) -> dict[str, Tensor]:
+        """``scores`` ``[N, Q]`` in the order of the rows and, where they are kept, ``layers`` ``[N, Q, L]``."""
         self._flush()
-        out = {"rows": torch.from_numpy(np.concatenate(self.rows)), "scores": torch.cat(self.scores_NQ)}
-        return out | ({"layers": torch.cat(self.layers_NQL)} if self.keep_layers else {})
+        order = torch.from_numpy(np.argsort(np.concatenate(self.rows), kind="stable"))
+        out = {"scores": torch.cat(self.scores_NQ)[order]}
+        return out | ({"layers": torch.cat(self.layers_NQL)[order]} if self.keep_layers else {})

@@ -1,30 +1,30 @@
-"""One pass over part of a corpus: batches in, ``consume(layer, a_NTI, g_NTO)`` out."""
+"""A pass: what goes through the model, batch by batch, and a consumer that sees each layer of each batch.
+
+    source = Source.of(corpus, rows, batch_tokens=2048)                  # sequences, and the scalar that is differentiated
+    sweep(model, layers, source, source.rows, consumer)                  # consumer.begin(batch), consumer(layer, a_NTI, g_NTO)
+
+Covariances, eigenvalues, query gradients, scores and the second look at the top are consumers of this one loop; nothing else
+runs the model backward.  Queries are sequences like any other: their source has the measurement for its loss.
+"""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from upriver.errors import ModelError
-from upriver.model.capture import capture, frozen
-from upriver.model.kept import Kept
-from upriver.model.layers import Layer, find_layers, probe
-from upriver.model.load import Model, check_causal
-from upriver.model.losses import LanguageModel, Sampler
-from upriver.runtime.passes import UNIT_TOKENS, doublings
-from upriver.text.batch import Batch, Sequences
-
-LOOKED_AT = 64  # short sequences, for two that have loss
-APART, TINY = 0.1, 1e-6  # of the size of a loss; a size of which nothing can be said
-NARROW_APART, NARROW_TINY = 0.4, 1e-4  # in bfloat16, where another label may be drawn; a mean is off by a half
-RULE = "give a sum over sequences and tokens, never a mean"
+from upriver.model.capture import capture
+from upriver.model.layers import Layer
+from upriver.model.load import Model
+from upriver.model.losses import Sampler
+from upriver.runtime.units import spans
+from upriver.text.batch import Batch, Sequences, plan
 
 
 class Consumer(Protocol):
+    """What a pass is for: it is told of each batch, and then given each layer of it, the last layer first."""
+
     def begin(self, batch: Batch) -> None: ...
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None: ...
 
@@ -38,161 +38,66 @@ class Labels(NamedTuple):
     def sampler(self, batch: Batch) -> Sampler | None:
         return None if self.stream is None else Sampler(self.seed, self.stream, batch.keys_N)
 
-
-def tracked_layers(model: Model, data: Sequences, spec: str) -> list[Layer]:
-    """The layers that ``spec`` names, with those that share an input marked by one forward pass on the shortest sequence."""
-    row = np.array([int(np.argmin(data.lengths_N))])
-    batch = data.batch(row).to(model.device)
-    with frozen(model.module):
-        return probe(find_layers(model.module, spec), lambda: model.task.loss(model.module, batch))
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        return model.task.loss(model.module, batch, self.sampler(batch))
 
 
-def check_length(model: Model, data: Sequences) -> None:
-    """Refuse sequences that the model does not take, and those that change what it makes of others in their batch.
+class Source(NamedTuple):
+    """What goes through the model: ``rows`` of something with lengths, and the scalar of a batch that is differentiated."""
 
-    Raises:
-        ModelError: with the length that is allowed.
-    """
-    longest, positions, limit = int(np.max(data.lengths_N)), model.positions, model.rotary_limit
-    if positions and longest > positions:
-        raise ModelError(
-            f"the corpus has sequences of {longest} tokens and the model takes {positions}; read it with --seq-len {positions}"
-        )
-    if limit and longest > limit:
-        raise ModelError(
-            f"scores would depend on the batches: got sequences of {longest} tokens, and beyond {limit} the model takes other "
-            f"rotary frequencies for all that stands in a batch; give --seq-len {limit} or less"
-        )
+    lengths_N: np.ndarray
+    batch: Callable[[np.ndarray], Batch]
+    loss: Callable[[Model, Batch], Tensor]
+    rows: np.ndarray
+    batch_tokens: int
 
+    @classmethod
+    def of(cls, data: Sequences, rows: np.ndarray, batch_tokens: int, labels: Labels = Labels()) -> "Source":  # noqa: B008
+        """The training loss of some sequences of a corpus, with its own labels or drawn ones."""
+        return cls(data.lengths_N, data.batch, labels.loss, np.asarray(rows, np.int64), batch_tokens)
 
-def check_loss(model: Model, data: Sequences, drawn: bool) -> None:
-    """Refuse a task whose loss is no sum over sequences, or draws no labels where it should; tried on two short sequences.
+    def units(self, unit_tokens: int | None = None, most_rows: int | None = None) -> list[np.ndarray]:
+        """Spans of the rows, each a unit of work; see :func:`upriver.runtime.units.spans`."""
+        return [self.rows[at] for at in spans(np.asarray(self.lengths_N)[self.rows], most_rows, unit_tokens)]
 
-    A language model must be causal besides.
+    def batches(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Some rows in batches of at most ``batch_tokens`` positions, padding counted, the longest first."""
+        return plan(self.lengths_N, self.batch_tokens, rows)
 
-    Raises:
-        ModelError: with the rule that is broken.
-    """
-    if isinstance(model.task, LanguageModel):
-        check_causal(model.module)
-    rows = _with_loss(data)[:2]
-    with frozen(model.module), torch.no_grad():
-        for labels in (Labels(), Labels(stream=1))[: 1 + drawn]:
-            each = [_loss(model, data, rows[[i]], labels) for i in range(len(rows))]
-            if len(rows) == 2:
-                _check_sum(model, _loss(model, data, rows, labels), each, labels)
-
-
-def _with_loss(data: Sequences) -> np.ndarray:
-    """Some short sequences of more than one token, where there are any, that have a token to predict."""
-    several = np.flatnonzero(data.lengths_N > min(1, int(np.max(data.lengths_N)) - 1))
-    rows = several[np.argsort(data.lengths_N[several], kind="stable")[:LOOKED_AT]]
-    batch = data.batch(rows)
-    if batch.real_NT is None or "loss" not in batch.inputs:
-        return rows
-    return rows[batch.inputs["loss"][:, 1:].any(1).cpu().numpy()]
-
-
-def _loss(model: Model, data: Sequences, rows: np.ndarray, labels: Labels) -> float:
-    batch = data.batch(rows).to(model.device)
-    sampler = labels.sampler(batch)
-    loss = model.task.loss(model.module, batch, sampler)
-    if sampler is not None and not sampler.asked:
-        raise ModelError(
-            f"the task draws no labels: got {type(model.task).__name__}.loss, which asks its sampler for no number; draw them "
-            "by sampler.uniform, or fit with empirical labels (fisher='empirical')"
-        )
-    if loss.numel() != 1:
-        raise ModelError(f"the loss of a batch is not one number: got the shape {tuple(loss.shape)}; {RULE}")
-    return float(loss)
-
-
-def _check_sum(model: Model, together: float, each: list[float], labels: Labels) -> None:
-    size = max(abs(together), sum(map(abs, each)))
-    apart, tiny = (APART, TINY) if model.dtype.itemsize > 2 else (NARROW_APART, NARROW_TINY)
-    if size > tiny and abs(together - sum(each)) > apart * size:
-        drawn = "" if labels.stream is None else ", with labels drawn by the sampler's numbers alone"
-        raise ModelError(
-            f"the loss of two sequences together is not that of one plus that of the other: got {together:.4g} from "
-            f"{type(model.task).__name__}.loss, not {sum(each):.4g}; {RULE}{drawn}"
-        )
+    def tokens(self, rows: np.ndarray) -> int:
+        return int(np.asarray(self.lengths_N)[rows].sum(dtype=np.int64))
 
 
 def sweep(
     model: Model,
     layers: list[Layer],
-    data: Sequences,
-    batches: list[np.ndarray],
+    source: Source,
+    rows: np.ndarray,
     consumer: Consumer,
-    labels: Labels = Labels(),  # noqa: B008 - immutable
-    advance: Callable[[int], None] = lambda tokens: None,
-    kept: Kept | None = None,
+    advance: Callable[[int], Any] = lambda tokens: None,
 ) -> None:
-    """Run every batch forward and backward, and let ``consumer`` see each layer of each batch.
+    """Run ``rows`` of a source forward and backward, and let ``consumer`` see each of ``layers`` of each batch.
 
     Args:
-        kept: batches that it holds are read instead (of the same labels); the others are written there.
+        advance: called with the tokens of each batch when it is done.
+
+    Raises:
+        NumericalError: the loss is NaN or infinite.
+        ModelError: a layer cannot be laid out by sequence and token.
     """
-    recorder = kept.recorder(labels, layers, consumer) if kept is not None else None
-    seen = kept.layers if kept and recorder else layers
-    with capture(model.module, seen, recorder or consumer, model.handed) as run:
-        for rows, batch in zip(batches, _ahead(model, data, batches), strict=True):
+    with capture(model.module, layers, consumer, model.handed) as run:
+        for batch in _ahead(source, rows, model):
             consumer.begin(batch)
-            if kept is not None and kept.holds(labels, rows):
-                for layer, a_NTI, g_NTO in kept.read(labels, rows, layers):
-                    consumer(layer, a_NTI.to(model.device), g_NTO.to(model.device))
-            else:
-                sampler = labels.sampler(batch)
-                if recorder:
-                    recorder.begin()
-                run(
-                    len(rows),
-                    model.task.positions(batch),
-                    lambda b=batch, s=sampler: model.task.loss(model.module, b, s),
-                )
-                if recorder:
-                    recorder.end(rows)
-            advance(int(data.lengths_N[rows].sum()))
+            run(len(batch.rows_N), model.task.positions(batch), lambda b=batch: source.loss(model, b))
+            advance(source.tokens(batch.rows_N) if batch.query_N is None else len(batch.rows_N))
 
 
-def _ahead(model: Model, data: Sequences, batches: list[np.ndarray]) -> Iterator[Batch]:
+def _ahead(source: Source, rows: np.ndarray, model: Model) -> Iterator[Batch]:
     """The batches in order, each read and moved to the device while the one before it is computed."""
-
-    def read(rows: np.ndarray) -> Batch:
-        return data.batch(rows).to(model.device)
-
     with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(read, rows) for rows in batches[:1]]
-        for following in [*batches, None][1:]:
-            ready = coming.pop()
-            if following is not None:
-                coming.append(reader.submit(read, following))
-            yield ready.result()
-
-
-def tokens_of(data: Sequences, units: list[list[np.ndarray]]) -> int:
-    return sum(int(data.lengths_N[rows].sum()) for unit in units for rows in unit)
-
-
-def doubled(data: Sequences, max_tokens: int, seed: int) -> list[np.ndarray]:
-    """What each round adds to a sample of ``UNIT_TOKENS`` tokens that doubles up to ``max_tokens``: sorted rows.
-
-    They are drawn by the sequences' keys, so they depend neither on the batches nor on where a sequence stands.
-    """
-    nested = [data.sample(int(size), seed) for size in doublings(max_tokens, UNIT_TOKENS)]
-    added = [np.setdiff1d(rows, before) for before, rows in pairwise([nested[0][:0], *nested])]
-    return [rows for rows in added if len(rows)]
-
-
-def split_units(batches: list[np.ndarray], lengths_N: np.ndarray, most: int | None = None) -> list[list[np.ndarray]]:
-    """Consecutive batches in units of about ``UNIT_TOKENS`` tokens, and at most ``most`` sequences where that is given."""
-    units: list[list[np.ndarray]] = []
-    tokens_left, rows_left = 0, 0
-    for rows in batches:
-        tokens = int(lengths_N[rows].sum())
-        if tokens > tokens_left or len(rows) > rows_left:
-            units.append([])
-            tokens_left, rows_left = UNIT_TOKENS, most or len(lengths_N)
-        units[-1].append(rows)
-        tokens_left, rows_left = tokens_left - tokens, rows_left - len(rows)
-    return units
+        coming = None
+        for some in [*source.batches(rows), None]:
+            following = some if some is None else reader.submit(lambda x: source.batch(x).to(model.device), some)
+            if coming is not None:
+                yield coming.result()
+            coming = following

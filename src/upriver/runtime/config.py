@@ -20,13 +20,17 @@ CONVENTIONS = {
     "damping": "relative to the mean of lam, layer by layer, or absolute",
     "accumulation": "float32 or wider",
 }
+UNIT_TOKENS = 65_536  # work that a kill can cost; with it artifact.SCHEMA must change: a run in progress counts in units
 BATCH_TOKENS = 2048  # two cores are as fast with 1,024 as with 4,096, and activations take memory; a GPU may want more
 POSITIVE = "Positive means: training on this passage raises the probability of the answer."
 MEASURED = "Positive means: training on this example raises the measurement."  # of tasks that are no language model
 MIXED = "mixed"  # the model in float32, and products over what its layers saw in bfloat16
 Dtype = Literal["float32", "bfloat16", "mixed", "float64"]
-CurvatureKind = Literal["ekfac", "kfac", "diagonal", "identity"]
+CurvatureKind = Literal[
+    "ekfac", "kfac", "diagonal", "identity", "exact", "arnoldi", "nystrom", "cg", "lissa", "astra", "tracincp"
+]
 CURVATURES: tuple[str, ...] = get_args(CurvatureKind)
+HELD_OUT = 30_000, 8  # tokens that a solution is judged on by default, for so many questions; fewer tokens for more of them
 PLAIN = {
     "Input should be": "allowed is", "a valid integer": "a whole number", "a valid string": "a text",
     "a valid boolean": "true or false",
@@ -61,8 +65,8 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     def key(self) -> dict[str, Any]:
-        """What a result depends on: not how much memory it was made in."""
-        return self.model_dump(exclude={"memory"})
+        """What a result depends on: not how much memory it was made in, nor what a kill could have cost."""
+        return self.model_dump(exclude={"memory", "unit_tokens"})
 
 
 class FitOptions(Options):
@@ -76,6 +80,7 @@ class FitOptions(Options):
     batch_tokens: int = Field(BATCH_TOKENS, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
     memory: str | None = None
+    unit_tokens: int = Field(UNIT_TOKENS, ge=1)
 
     _memory = field_validator("memory")(_size)
 
@@ -83,15 +88,27 @@ class FitOptions(Options):
 class TraceOptions(Options):
     """What :func:`upriver.trace` may be told."""
 
+    curvature: CurvatureKind = "ekfac"
+    refine: int = Field(0, ge=0)  # steps of conjugate gradients from the solution of the curvature
+    refine_tokens: int | None = Field(None, ge=1)  # that a matrix-free solver goes over; None: the fit's sample
+    solver_rank: int | None = Field(None, ge=1)  # of arnoldi and nystrom
+    solver_steps: int | None = Field(None, ge=1)  # of cg, lissa and astra, at most
+    damping: str = "0.1x"  # or several, separated by commas: a column for each
     rank: int | Literal["full"] = 32
-    damping: str = "0.1x"
     top: int = Field(100, ge=1)
     candidates: int | None = Field(None, ge=1)
-    curvature: CurvatureKind = "ekfac"
+    held_out: int | None = Field(None, ge=0)  # tokens that judge the solutions; 0: none
     layer_scores: bool = False
-    dtype: Dtype | None = None  # of the scan; None: that of the factors
+    layers: str | None = None  # None: those of the factors, else mlp
+    dtype: Dtype | None = None  # of the scan; None: that of the factors, else float32
     batch_tokens: int = Field(BATCH_TOKENS, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)  # None: that of the factors, else 0
     memory: str | None = None
+    unit_tokens: int = Field(UNIT_TOKENS, ge=1)
+
+    @property
+    def dampings(self) -> list[str]:
+        return self.damping.split(",")
 
     @field_validator("rank", mode="before")
     @classmethod
@@ -105,8 +122,11 @@ class TraceOptions(Options):
     @field_validator("damping", mode="before")
     @classmethod
     def _damping(cls, value: Any) -> str:
-        parse_damping(value)
-        return str(value).strip()
+        parts = value if isinstance(value, list | tuple) else str(value).split(",")
+        texts = [str(part).strip() for part in parts]
+        if len(set(map(parse_damping, texts))) != len(texts):
+            raise ValueError("each damping once")
+        return ",".join(texts)
 
     _memory = field_validator("memory")(_size)
 
@@ -114,7 +134,9 @@ class TraceOptions(Options):
 class RunOptions(FitOptions, TraceOptions):
     """A run file: fit + trace + report, with the same keys as the flags."""
 
+    layers: str = "mlp"
     dtype: Dtype = "float32"
+    seed: int = Field(0, ge=0, lt=2**63)
     model: str
     corpus: str
     queries: str

@@ -3,84 +3,215 @@
     plan = plan_run(Request(sequences=10_000_000, tokens=512), shape, machine)
     for line in describe(plan): print(line)
 
-One floating-point multiplication and its addition are two operations (FLOP).  Operations come from :mod:`upriver.runtime.counts`,
-the division of the work from :mod:`upriver.runtime.split`, speeds from :mod:`upriver.runtime.hardware`.
+One floating-point multiplication and its addition are two operations (FLOP).  What passes hold and multiply stands in
+:mod:`upriver.runtime.cost`, the division of the work in :mod:`upriver.runtime.divide`.  Speeds are those of this machine, from
+one batch of each pass (:mod:`upriver.model.planned`), or of one in ``hardware.toml`` that need not be there.
 """
 
-import math
+import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+import tomllib
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from upriver.errors import ConfigError
-from upriver.runtime.config import weights_in
-from upriver.runtime.counts import LayerSize, Shape
-from upriver.runtime.hardware import LIBRARIES, Machine
-from upriver.runtime.passes import UNIT_TOKENS, Pass, Passes, Request
-from upriver.runtime.split import (
+from upriver.runtime.config import BATCH_TOKENS, HELD_OUT, MIXED, UNIT_TOKENS, weights_in
+from upriver.runtime.cost import (
+    CORRECTION,
+    COVARIANCE,
+    HANDED,
     ITEM,
-    SEQUENCE_BYTES,
     SUM,
     Asked,
-    Budget,
-    FitSplit,
-    TraceSplit,
-    covariance_size,
-    factors_of,
-    split_fit,
-    split_trace,
+    Shape,
+    lam_size,
+    leads,
+    moments_size,
+    orders,
+    solved_size,
+    solving,
 )
+from upriver.runtime.divide import SEQUENCE_BYTES, Budget, Division, divide_fit, divide_trace, scan_held
 from upriver.runtime.system import DEFAULT_SHARE
 from upriver.runtime.words import show_bytes, show_count, show_flop, show_seconds
 
+LIBRARIES = 1_000_000_000  # bytes: Python, torch and a device's context, where nothing could be measured
+EIGEN_OPERATIONS = 9  # n^3: the convention that the table's share of the peak is given in
+FLOAT32_EIGEN = 0.75  # of the time that an eigendecomposition takes in float64
 PAYS = 1.2  # times as fast in bfloat16, the run as a whole: recommended
+SAMPLE = 64  # random sequences rescored with the top
+FORWARD_MODE = 2  # times a forward pass that a derivative along a direction takes
+
+
+class Rates(NamedTuple):
+    """What is reached in one compute type, in FLOP/s: through the model, in products, and in whole passes that were measured."""
+
+    model: float
+    product: float
+    passes: dict[str, float] = {}  # noqa: RUF012 - never written to
+
+    def seconds(self, name: str, through: float, work: float) -> float:
+        if name in self.passes:
+            return (through + work) / self.passes[name]
+        return through / self.model + work / self.product
+
+
+class Machine(NamedTuple):
+    """Where a run takes place, or would."""
+
+    name: str
+    devices: int
+    memory: int  # bytes of one device that may be used
+    cores: int  # eigendecompositions at once
+    eigen: float  # seconds / n^3, float64, one at a time
+    disk: float  # bytes/s
+    start: float  # seconds until model and corpus are there
+    rates: dict[str, Rates]  # by dtype
+    resident: int | None  # bytes in use now, with the model; None: not measured
+    loaded: str  # the type that it is in
+    peak: int = 0  # the most bytes that were in use so far
+    accelerator: bool = False  # with a memory of its own
+
+    def of(self, dtype: str) -> Rates:
+        if dtype == MIXED and dtype not in self.rates:
+            return self.of("bfloat16")._replace(model=self.of("float32").model, passes={})
+        return self.rates.get(dtype) or self.rates["float32"]
+
+
+@cache
+def _table() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(Path(__file__).with_name("hardware.toml").read_text(encoding="utf-8"))
+
+
+def hardware(name: str) -> Machine:
+    """A machine of the table: ``h100``, or ``h100x8`` for eight of them.
+
+    Raises:
+        ConfigError: no such entry; the nearest known ones are named.
+    """
+    kind, count, known = name.strip().lower(), 1, [x for x in _table() if x != "assumed"]
+    match = re.fullmatch(r"(.+)x([1-9]\d{0,5})", kind)
+    if match and kind not in known:
+        kind, count = match[1], int(match[2])
+    if kind not in known:
+        near = difflib.get_close_matches(kind, known, 3, 0.4) or known
+        raise ConfigError(
+            f"unknown hardware: got {name!r}; give one of {', '.join(near)}, with x8 behind it for eight devices"
+        )
+    entry, assumed = _table()[kind], _table()["assumed"]
+    rates = {x: Rates(assumed["model"] * entry[x], assumed["product"] * entry[x]) for x in ITEM if x != MIXED}
+    eigen = EIGEN_OPERATIONS / (assumed["eigen"] * entry["float64"] / entry["cores"])
+    return Machine(
+        name, count, int(entry["memory"]), entry["cores"], eigen, assumed["disk"], assumed["start"], rates,
+        resident=None, loaded="float32", accelerator=not entry.get("cpu", False),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned: a fit, and a trace when there are queries."""
+
+    sequences: int
+    tokens: float  # of a sequence, mean
+    longest: int = 0  # 0: as the mean
+    fit_tokens: int = 1_000_000
+    queries: int = 0
+    columns: int = 0  # of the scan: the queries, for each damping; 0: as many as queries
+    query_tokens: int = 32
+    rank: int | None = 32  # None: full
+    top: int = 100
+    refine: int = 0  # products of an iterative solver for each query
+    refine_tokens: int = 0  # that one of them goes over; 0: the sample
+    held_out: int | None = None
+    dtype: str = "float32"
+    scan_dtype: str = ""  # as dtype
+    batch_tokens: int = BATCH_TOKENS
+    batch_sequences: int = 0  # in the batch with most; 0: all are as long as the longest
+    memory: int | None = None  # bytes; None: 80 % of what is available
+    fit: bool = True
+    rounds: bool = False  # more and more of the sample, until its halves agree: planned to the end of it
+    layer_scores: bool = False
+
+    @property
+    def longest_tokens(self) -> int:
+        return self.longest or int(self.tokens + 0.999)
+
+    @property
+    def scan(self) -> str:
+        return self.scan_dtype or self.dtype
+
+    @property
+    def fitted(self) -> float:
+        """Tokens of the sample."""
+        return min(self.fit_tokens, self.sequences * self.tokens)
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.columns or self.queries, self.query_tokens, self.rank, self.layer_scores)
+
+
+def request_for(lengths_N: Any, **asked: Any) -> Request:
+    """A request over sequences of these lengths."""
+    return Request(len(lengths_N), float(lengths_N.mean()), int(lengths_N.max()), **asked)
+
+
+def held_out_tokens(asked: int | None, queries: int) -> int:
+    """Tokens that the solutions are judged on: as asked for, or fewer of them for more questions."""
+    most, questions = HELD_OUT
+    return asked if asked is not None else most * questions // max(questions, queries)
+
+
+class Pass(NamedTuple):
+    """One stage of a run."""
+
+    name: str
+    verb: str  # fit or trace
+    sweeps: int  # times over its data
+    tokens: float  # in one sweep
+    flop: float
+    moved: float  # bytes to and from disk
+    seconds: float
+    peak: int  # bytes, all devices of one copy of the model together
 
 
 class Plan(NamedTuple):
     """What a run will take; ``fit`` and ``trace`` say how the work is divided."""
 
     request: Request
-    machine: str
-    devices: int
+    machine: Machine
     spread: int  # devices that one copy of the model needs
     limit: int
-    start: float  # seconds
-    started: int  # bytes in use at most until then
     passes: list[Pass]
-    fit: FitSplit | None
-    trace: TraceSplit | None
+    fit: Division | None
+    trace: Division | None
     disk: dict[str, int]
     advice: list[str]
 
     def seconds(self, verb: str) -> float:
-        return self.start + sum(p.seconds for p in self.passes if p.verb == verb)
+        return self.machine.start + sum(p.seconds for p in self.passes if p.verb == verb)
 
     def peak(self, verb: str) -> int:
-        return max([self.started, *(p.peak for p in self.passes if p.verb == verb)])
+        return max([self.machine.peak, *(p.peak for p in self.passes if p.verb == verb)])
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
         verbs = sorted({p.verb for p in self.passes})
         return {
-            "machine": self.machine,
-            "devices": self.devices,
+            "machine": self.machine.name,
+            "devices": self.machine.devices,
             "devices_for_one_copy": self.spread,
             "memory_limit": self.limit,
-            "start_seconds": self.start,
+            "start_seconds": self.machine.start,
             "seconds": {verb: self.seconds(verb) for verb in verbs},
             "peak_bytes": {verb: self.peak(verb) for verb in verbs},
             "passes": [p._asdict() for p in self.passes],
-            "fit": _division(self.fit),
-            "trace": _division(self.trace),
+            "fit": self.fit and self.fit._asdict(),
+            "trace": self.trace and self.trace._asdict(),
             "disk_bytes": self.disk,
             "advice": self.advice,
         }
-
-
-def _division(split: FitSplit | TraceSplit | None) -> dict[str, Any] | None:
-    """How the work is divided, without the memory that it was divided for: the plan tells that itself."""
-    return split and {name: value for name, value in split._asdict().items() if name != "made_for"}
 
 
 def parse_sizes(text: str) -> tuple[int, int] | None:
@@ -89,11 +220,11 @@ def parse_sizes(text: str) -> tuple[int, int] | None:
     return (int(match[1].replace("_", "")), int(match[2])) if match else None
 
 
-def plan_run(request: Request, shape: Shape, machine: Machine, split: FitSplit | TraceSplit | None = None) -> Plan:
+def plan_run(request: Request, shape: Shape, machine: Machine, division: Division | None = None) -> Plan:
     """Plan a fit and a trace.
 
     Args:
-        split: of a fit or a trace that has divided its work already, and is planned alone.
+        division: of a fit or a trace that has divided its work already, and is planned alone.
 
     Raises:
         ConfigError: they cannot be kept within the memory; the sentence says what would do.
@@ -102,71 +233,45 @@ def plan_run(request: Request, shape: Shape, machine: Machine, split: FitSplit |
         raise ConfigError("nothing to plan: got no tracked layer; choose some with --layers")
     if request.rank is not None:  # no layer can have a higher one
         request = replace(request, rank=min(request.rank, max(min(x.O, x.I) for x in shape.layers)))
-    spread, limit, fit, trace = _divided(split) if split else _divide(request, shape, machine)
-    copies = machine.devices // spread
-    disk, passes = _disk(request, shape, copies, fit), _passes(request, shape, machine, fit, trace, copies)
-    if fit and (size := Passes(request, shape, machine, request.dtype, copies).keeping(fit).size):
-        disk |= {"kept between passes": size}
+    if division is None:
+        spread, limit, fit, trace = _divide(request, shape, machine)
+    else:
+        spread, limit = 1, division.limit
+        fit, trace = (division, None) if request.fit else (None, division)
+    passes = _passes(request, shape, machine, fit, trace)
     advice = []
-    if "bfloat16" in machine.rates and not request.narrow:
+    if "bfloat16" in machine.rates and not {"bfloat16", MIXED} & {request.dtype, request.scan}:
         rough = replace(request, dtype="bfloat16", scan_dtype="bfloat16")
-        faster = _total(passes) / _total(_passes(rough, shape, machine, fit, trace, copies))
+        faster = _total(passes) / max(1e-9, _total(_passes(rough, shape, machine, fit, trace)))
         advice = [f"bfloat16 pays here: about {faster:.1f} times as fast (--dtype bfloat16)"] if faster >= PAYS else []
     if spread > 1:
-        advice += [f"one copy of the model needs {spread} devices; copies side by side: {copies}"]
-    return Plan(
-        request,
-        machine.name,
-        machine.devices,
-        spread,
-        limit,
-        machine.start,
-        machine.peak,
-        passes,
-        fit,
-        trace,
-        disk,
-        advice,
-    )
-
-
-def _passes(
-    request: Request, shape: Shape, machine: Machine, fit: FitSplit | None, trace: TraceSplit | None, copies: int
-) -> list[Pass]:
-    fitting, tracing = (Passes(request, shape, machine, dtype, copies) for dtype in (request.dtype, request.scan))
-    return (fitting.fit(fit) if fit else []) + (tracing.trace(trace) if trace else [])
+        advice += [f"one copy of the model needs {spread} devices; copies side by side: {machine.devices // spread}"]
+    return Plan(request, machine, spread, limit, passes, fit, trace, _disk(request, shape, fit, machine), advice)
 
 
 def _total(passes: list[Pass]) -> float:
     return sum(p.seconds for p in passes)
 
 
-def smallest_batch(request: Request, shape: Shape, machine: Machine) -> int:
-    """Tokens of the smaller of the batches that fit and trace are divided into; nothing of it depends on the machine's rates.
-
-    Raises:
-        ConfigError: they cannot be kept within the memory; the sentence says what would do.
-    """
-    return min(split.batch_tokens for split in _divide(request, shape, machine)[2:] if split)
-
-
-def _divided(split: FitSplit | TraceSplit) -> tuple[int, int, FitSplit | None, TraceSplit | None]:
-    limit = split.made_for.limit
-    return (1, limit, split, None) if isinstance(split, FitSplit) else (1, limit, None, split)
+def budget_for(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> Budget:
+    """The model is there as it was loaded, for queries and the second look; another compute type is a copy beside it."""
+    resident = LIBRARIES + SUM * shape.parameters if machine.resident is None else machine.resident
+    copy = ITEM[dtype] * shape.parameters if weights_in(dtype) != machine.loaded else 0
+    resident += 0 if machine.accelerator else SEQUENCE_BYTES * r.sequences
+    longest, own = r.longest_tokens, machine.accelerator
+    return Budget(limit, resident, r.batch_tokens, longest, dtype, machine.cores, r.batch_sequences, copy, own)
 
 
-def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, FitSplit | None, TraceSplit | None]:
-    """Splits for the fewest devices to a copy of the model with which they keep the limit."""
+def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, Division | None, Division | None]:
+    """Divisions for the fewest devices to a copy of the model with which they keep the limit."""
     here = machine.resident is not None
     one = r.memory or (machine.memory if here else int(DEFAULT_SHARE * machine.memory))
     failed: ConfigError | None = None
-    most = 1 if here else machine.devices
-    for spread in (n for n in range(1, most + 1) if machine.devices % n == 0):
+    for spread in (n for n in range(1, 2 if here else machine.devices + 1) if machine.devices % n == 0):
         try:
             limit = spread * one
-            fit = split_fit(shape, _budget(r, shape, machine, limit, r.dtype)) if r.fit else None
-            asked = Asked(r.queries, r.query_tokens, r.rank, r.layer_scores)
-            trace = split_trace(shape, asked, _budget(r, shape, machine, limit, r.scan)) if r.queries else None
+            fit = divide_fit(shape, budget_for(r, shape, machine, limit, r.dtype)) if r.fit else None
+            trace = divide_trace(shape, r.asked, budget_for(r, shape, machine, limit, r.scan)) if r.queries else None
             return spread, limit, fit, trace
         except ConfigError as error:
             failed = error
@@ -174,50 +279,92 @@ def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, FitSp
     raise failed
 
 
-def _budget(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> Budget:
-    """The model is there as it was loaded, for queries and the second look; another compute type is a copy beside it."""
-    resident = LIBRARIES + SUM * shape.parameters if machine.resident is None else machine.resident
-    copy = ITEM[dtype] * shape.parameters if weights_in(dtype) != machine.loaded else 0
-    resident += 0 if machine.accelerator else SEQUENCE_BYTES * r.sequences
-    longest, accelerator = r.longest_tokens, machine.accelerator
-    return Budget(limit, resident, r.batch_tokens, longest, dtype, machine.cores, r.batch_sequences, copy, accelerator)
+def _passes(r: Request, shape: Shape, machine: Machine, fit: Division | None, trace: Division | None) -> list[Pass]:
+    found = _fit_passes(r, shape, machine, fit) if fit else []
+    return found + (_trace_passes(r, shape, machine, trace) if trace else [])
 
 
-def _disk(r: Request, shape: Shape, copies: int, fit: FitSplit | None) -> dict[str, int]:
+def _through(shape: Shape, T: float, groups: list[list[int]]) -> float:
+    """Operations a token of passes through the model, each backward to the lowest layer of its group."""
+    return sum(2 * (shape.forward(T) + shape.backward(T, [shape.layers[i] for i in group])) for group in groups)
+
+
+def _fit_passes(r: Request, shape: Shape, machine: Machine, division: Division) -> list[Pass]:
+    layers, T, tokens, rates = shape.layers, r.tokens, r.fitted, machine.of(r.dtype)
+    sizes = [tokens] if not r.rounds else [min(tokens, UNIT_TOKENS * 2.0**k) for k in range(64) if UNIT_TOKENS * 2.0 ** (k - 1) < tokens]
+    found = []
+    for spec, again, size in (
+        (COVARIANCE, 1.0, moments_size(layers)),
+        (CORRECTION, sum(sizes) / tokens, 2 * lam_size(layers)),
+    ):
+        groups = division.groups[spec.name]
+        through = again * tokens * _through(shape, T, groups)
+        work = again * tokens * 2 * sum(spec.multiplications(x, T) for x in layers)
+        moved = again * size * max(1.0, tokens / UNIT_TOKENS)
+        seconds = rates.seconds(spec.name, through, work) / machine.devices + moved / machine.disk
+        found.append(Pass(spec.name, "fit", len(groups), tokens, through + work, moved, seconds, division.peak[spec.name]))
+    cubes = len(sizes) * sum(float(n) ** 3 for x in layers for n in ([x.O, x.I] if leads(x) else [x.O]))
+    each = machine.eigen * (FLOAT32_EIGEN if r.dtype == "bfloat16" else 1.0)
+    seconds = each * cubes / division.eigen_workers / machine.devices
+    eigen = Pass("eigendecomposition", "fit", 0, 0, EIGEN_OPERATIONS * cubes, 0.0, seconds, division.peak["eigendecomposition"])
+    few = min(SAMPLE * T, tokens)
+    share = few * len(sizes) / tokens * tokens / max(sum(sizes), 1)
+    last = found[1]
+    agreement = last._replace(
+        name="agreement", tokens=few, flop=share * last.flop, moved=0.0, seconds=share * last.seconds, peak=division.peak["agreement"]
+    )
+    return [found[0], eigen, last, agreement]
+
+
+def _trace_passes(r: Request, shape: Shape, machine: Machine, division: Division) -> list[Pass]:
+    layers, T, Q, t, exact, rates = shape.layers, r.tokens, r.queries, r.query_tokens, machine.of("float32"), machine.of(r.scan)
+    model, asked, everything = 2 * (shape.forward(T) + shape.backward(T)), r.asked, r.sequences * T
+    found: list[Pass] = []
+
+    def add(name: str, rates: Rates, sweeps: int, tokens: float, through: float, work: float, peak: str) -> None:
+        seconds = rates.seconds(name, through, work) / machine.devices
+        found.append(Pass(name, "trace", sweeps, tokens, through + work, 0.0, seconds, division.peak[peak]))
+
+    add("queries", exact, 1, Q * t, Q * t * model, 2.0 * asked.queries * sum(solving(x, t, r.rank) for x in layers), "queries")
+    if r.refine:
+        some = r.refine_tokens or r.fitted
+        product = Q * some * (FORWARD_MODE * shape.forward(T) + shape.backward(T) + shape.forward(T)) * 2
+        add("refine", exact, r.refine, some, r.refine * product, 0.0, "queries")
+    M, groups = min(division.batch_tokens, everything), division.groups["scan"]
+    N, work = max(1.0, M / T), 0.0
+    budget = budget_for(r, shape, machine, division.limit, r.scan)._replace(sequences=max(1, round(N)), batch_tokens=int(max(1, M)))
+    for group in groups:
+        chosen = scan_held([layers[i] for i in group], asked, budget, int(max(1, M)), division.scan_room)
+        for i in group:
+            x = layers[i]
+            costs, order = orders(x.O, x.I, M, N, asked.queries, r.rank or 1), chosen.orders[x.name]
+            again = (costs.rebuilt - costs.dense) * (1 - 1 / chosen.hold) if order == "rebuilt" else 0.0
+            work += (getattr(costs, order) - again) / M
+    add("scan", rates, len(groups), everything, everything * _through(shape, T, groups), everything * 2 * work, "scan")
+    pairs = min(r.sequences, 2 * r.top + SAMPLE)
+    rows = min(Q * (pairs - SAMPLE) + SAMPLE, max(pairs, r.sequences)) if pairs > SAMPLE else pairs
+    each = 2.0 * Q * sum(solving(x, t, None) + pairs * T * x.O * (x.I + 1) for x in layers)
+    add("rescore", exact, 1, rows * T + Q * t, (rows * T + Q * t) * model, each, "rescore")
+    if judged := min(held_out_tokens(r.held_out, Q), max(0.0, everything - r.fitted)):
+        add("judge", exact, 1, judged, 2 * 2 * Q * judged * FORWARD_MODE * shape.forward(T), 0.0, "rescore")
+    return found
+
+
+def _disk(r: Request, shape: Shape, fit: Division | None, machine: Machine) -> dict[str, int]:
     """Bytes of what stays, and of the most that is there on the way."""
     layers, sizes = shape.layers, {}
     if fit:
-        sizes["factors"] = covariance_size(layers) + _lam(layers)
-        sizes["while fitting"] = _while_fitting(r, layers, copies, fit)
+        groups = {name: [[layers[i] for i in group] for group in found] for name, found in fit.groups.items()}
+        first = max(moments_size(group) for group in groups["covariance"])
+        sizes["factors"] = moments_size(layers) + lam_size(layers)
+        sums = moments_size(layers) if r.rounds else first
+        sizes["while fitting"] = moments_size(layers) + machine.devices * max(sums, 2 * lam_size(layers)) + lam_size(layers)
     if r.queries:
-        sizes["solved queries"] = SUM * r.queries * factors_of(layers, Asked(r.queries, r.query_tokens, r.rank))
-        table, by_layer = SUM * r.queries * r.sequences, len(layers) if r.layer_scores else 0
-        sizes["scores"] = (2 + by_layer) * table
-        sizes["while tracing"] = (4 + 2 * by_layer) * table  # the units of the scan are there besides, and put in order
+        sizes["solved queries"] = r.asked.queries * solved_size(layers, r.asked)
+        table = SUM * r.asked.queries * r.sequences * (1 + len(layers) * r.layer_scores)
+        sizes["scores"] = 2 * table
+        sizes["while tracing"] = 3 * table  # the units of the scan are there besides
     return sizes
-
-
-def _lam(layers: Sequence[LayerSize]) -> int:
-    return SUM * sum(x.O * x.I for x in layers)
-
-
-def _while_fitting(r: Request, layers: Sequence[LayerSize], copies: int, fit: FitSplit) -> int:
-    """The most that is on the disk during a fit: the old sums are there until the new ones are, the bases beside them.
-
-    Where several processes share the work, units wait until those before them are there: about two of each process.
-    """
-    units = 0 if copies == 1 else min(2 * copies, math.ceil(min(r.fit_tokens, r.sequences * r.tokens) / UNIT_TOKENS))
-    bases, most = 0, 0
-    for group in fit.covariance:
-        sums = covariance_size([layers[i] for i in group])
-        most = max(most, bases + (2 + units) * sums)
-        bases += 2 * sums if r.rounds else sums  # a next round adds to the sums
-    done = 0
-    for group in fit.correction:
-        sums = 2 * _lam([layers[i] for i in group])
-        most = max(most, bases + done + (2 + units) * sums)
-        done += sums
-    return max(most, bases + done + _lam(layers))
 
 
 def describe(plan: Plan) -> list[str]:
@@ -234,14 +381,10 @@ def describe(plan: Plan) -> list[str]:
         name = "fit, at most" if verb == "fit" and plan.request.rounds else verb
         lines.append(f"{name:<{width}}{'':>18}{flop:>14}{show_seconds(plan.seconds(verb)):>12}{peak:>14}")
     lines.append("disk: " + ", ".join(f"{name} {show_bytes(size)}" for name, size in plan.disk.items()))
-    limit = show_bytes(plan.limit / plan.spread)
-    device = f"each of {plan.devices} devices" if plan.devices > 1 else "memory"
+    limit, devices = show_bytes(plan.limit / plan.spread), plan.machine.devices
+    tokens = dict.fromkeys(division.batch_tokens for division in (plan.fit, plan.trace) if division)
     lines.append(
-        f"plan: {plan.machine}, {device} limited to {limit}, {show_seconds(plan.start)} to start" + _batches(plan)
+        f"plan: {plan.machine.name}, {f'each of {devices} devices' if devices > 1 else 'memory'} limited to {limit}, "
+        f"{show_seconds(plan.machine.start)} to start, batches of {' and '.join(f'{t:,}' for t in tokens)} tokens"
     )
     return lines + plan.advice
-
-
-def _batches(plan: Plan) -> str:
-    tokens = dict.fromkeys(split.batch_tokens for split in (plan.fit, plan.trace) if split)
-    return f", batches of {' and '.join(f'{t:,}' for t in tokens)} tokens"

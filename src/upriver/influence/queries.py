@@ -1,29 +1,26 @@
-"""The query side: each measurement's gradient, solved and compressed once; the corpus only streams past it.
+"""What is asked: measurements and their gradients, kept as the tokens that they are sums over.
 
-Axes: N sequences of a batch, T positions, Q queries, R rank, O outputs, I inputs of a layer.
+Axes: N rows of a batch, M tokens, Q queries, O outputs, I inputs of a layer.
 """
 
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from upriver.curvature.base import Damping, Grads
+from upriver.curvature.base import Grads
 from upriver.curvature.blocks import TokenGradient
-from upriver.curvature.factors import Factors
-from upriver.errors import ModelError, NumericalError, QueryError
-from upriver.model.capture import capture, frozen
+from upriver.errors import ModelError, QueryError
+from upriver.model.capture import frozen
 from upriver.model.layers import Layer
 from upriver.model.load import Model
-from upriver.runtime.artifact import Tensors, digest, opened
+from upriver.model.sweep import Source, sweep
+from upriver.runtime.artifact import digest
 from upriver.runtime.config import BATCH_TOKENS
-from upriver.runtime.split import Asked, query_size
-from upriver.runtime.threads import side_by_side
-from upriver.tensors import LowRank
-from upriver.text.batch import Batch, Examples, plan, real_calls
+from upriver.runtime.cost import Asked, query_size
+from upriver.text.batch import Batch, Examples, real_calls
 from upriver.text.queries import checked_id
 
 
@@ -115,20 +112,34 @@ def _joined(parts: list[TokenGradient]) -> TokenGradient:
 def token_gradients(
     model: Model, layers: list[Layer], queries: Measured, indices: list[int], batch_tokens: int = BATCH_TOKENS
 ) -> TokenGradients:
-    """``grad f`` of the queries ``indices`` for every layer, in batches of about equal length."""
+    """``grad f`` of the queries ``indices`` for every layer: a pass whose rows are queries, and whose loss is what they measure."""
     consumer = TokenGradients(layers)
-    with capture(model.module, layers, consumer) as run:
-        for part in plan(queries.lengths, batch_tokens, np.asarray(indices)):
-            batch = queries.batch(part).to(model.device)
-            consumer.begin(batch)
-            run(len(batch.rows_N), model.task.positions(batch), lambda b=batch: weighted_measurement(model, b))
+    source = Source(queries.lengths, queries.batch, weighted_measurement, np.asarray(indices), batch_tokens)
+    sweep(model, layers, source, source.rows, consumer)
     return consumer
 
 
-def query_gradients(model: Model, layers: list[Layer], queries: Measured, indices: list[int]) -> Grads:
-    """``grad f`` of the queries ``indices`` for every layer, ``[len(indices), O, I]``; zero where a query does not reach."""
-    found, like = token_gradients(model, layers, queries, indices), model.like
-    return {x.name: torch.stack([q.dense() for q in found.pop(x, indices, like)]) for x in layers}
+def gradients(model: Model, layers: list[Layer], queries: Measured, indices: list[int] | None = None) -> Grads:
+    """The gradient of each query's measurement in the weights of ``layers``: ``[Q, O, I]`` for every layer.
+
+    A bias is the last column; a layer that a query does not reach has zeros.
+
+    Args:
+        indices: of the queries; None: all of them.
+
+    Example:
+        >>> up.gradients(model, up.tracked_layers(model, corpus, "mlp"), queries)["model.layers.0.mlp.up_proj"].shape
+    """
+    wanted = list(range(len(queries))) if indices is None else indices
+    return dict(dense(token_gradients(model, layers, queries, wanted), layers, wanted, model.like))
+
+
+def dense(
+    found: TokenGradients, layers: list[Layer], indices: list[int], like: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Each layer's gradients whole, ``[Q, O, I]``; the tokens are let go on the way."""
+    for x in layers:
+        yield x.name, torch.stack([q.dense() for q in found.pop(x, indices, like)])
 
 
 def weighted_measurement(model: Model, batch: Batch) -> Tensor:
@@ -160,72 +171,3 @@ def query_chunks(layers: list[Layer], queries: Measured, rank: int | None, budge
         chunks[-1].append(query)
         room -= size
     return chunks
-
-
-class Solver(NamedTuple):
-    """``(G + lambda I)^-1 grad f`` for queries of ``queries``, in ``layers``, with the curvature ``kind`` of ``factors``."""
-
-    model: Model
-    layers: list[Layer]
-    factors: Factors
-    queries: Measured
-    kind: str
-    damping: Damping
-    batch_tokens: int = BATCH_TOKENS  # of the pass that measures their gradients
-
-    def full(self, indices: list[int]) -> Grads:
-        """At full rank: ``[len(indices), O, I]`` for every layer."""
-        found, like = self._gradients(indices), self.model.like
-        out: Grads = {}
-        for x in self.layers:
-            block = self.factors.block(x.name, self.kind).to(like)
-            out[x.name] = _finite(x.name, block.solve_tokens(found.pop(x, indices, like), self.damping))
-        return out
-
-    def low_rank(self, indices: list[int], rank: int) -> Tensors:
-        """At rank ``rank``: ``U:layer`` ``[len(indices), O, R]`` and ``V:layer`` ``[len(indices), R, I]``."""
-        found, like = self._gradients(indices), self.model.like
-
-        def solve(x: Layer) -> Tensors:
-            block = self.factors.block(x.name, self.kind).to(like)
-            metric = block.basis or self.factors.moments(x.name).to(like)
-            low = block.solve_low_rank(found.pop(x, indices, like), self.damping, min(rank, x.O, x.I), metric)
-            return {f"U:{x.name}": _finite(x.name, low.U_QOR), f"V:{x.name}": _finite(x.name, low.V_QRI)}
-
-        out: Tensors = {}
-        for solved in side_by_side(solve, self.layers, like.device):
-            out |= solved
-        return out
-
-    def _gradients(self, indices: list[int]) -> TokenGradients:
-        return token_gradients(self.model, self.layers, self.queries, indices, self.batch_tokens)
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise NumericalError(f"the solved query of layer {name!r} holds NaN or infinity; give a larger --damping")
-    return tensor
-
-
-def read_solved(paths: list[Path], layer: str, queries: slice = slice(None)) -> LowRank | Tensor:
-    """One layer's solved ``queries`` from the files of all chunks: low-rank factors, or ``v_QOI`` at full rank."""
-    with ExitStack() as stack:
-        files = [stack.enter_context(opened(path)) for path in paths]
-
-        def wanted(part: str) -> Tensor:
-            found = [_rows(file, f"{part}:{layer}", *at) for file, *at in zip(files, starts, ends, strict=True)]
-            held = [rows for rows in found if len(rows)]
-            return held[0] if len(held) == 1 else torch.cat(held)
-
-        full = f"v:{layer}" in files[0].keys()  # noqa: SIM118 - not a mapping
-        sizes = [file.get_slice(f"{'v' if full else 'U'}:{layer}").get_shape()[0] for file in files]
-        first, last, _ = queries.indices(sum(sizes))
-        before = np.cumsum([0, *sizes])[:-1]
-        starts, ends = np.clip(first - before, 0, sizes).tolist(), np.clip(last - before, 0, sizes).tolist()
-        return wanted("v") if full else LowRank(wanted("U"), wanted("V"))
-
-
-def _rows(file: Any, name: str, start: int, end: int) -> Tensor:
-    """Some rows of a tensor in an open file: only they are read."""
-    rows = file.get_slice(name)
-    return file.get_tensor(name) if end - start == rows.get_shape()[0] else rows[start:end]

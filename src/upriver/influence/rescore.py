@@ -1,9 +1,10 @@
-"""Full-rank scores of chosen sequences, token by token and layer by layer, and the counterfactual forms of the appendix.
+"""The second look: chosen sequences at full rank, token by token and layer by layer, and the counterfactual forms.
 
 Axes: P pairs of a sequence and a query, L layers, N sequences, T positions, M tokens of a batch, Q queries; O outputs and I
 inputs of a layer.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +15,15 @@ from torch.func import jvp
 from upriver.curvature.base import Grads
 from upriver.curvature.products import Tracked
 from upriver.errors import ModelError
+from upriver.influence.queries import query_chunks
 from upriver.influence.score import by_dense
+from upriver.influence.solve import Job, full
 from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel
-from upriver.model.sweep import Labels, sweep
+from upriver.model.sweep import Source, sweep
+from upriver.runtime.artifact import Tensors, read_tensors
+from upriver.runtime.units import each
 from upriver.tensors import Scratch, product
 from upriver.text.batch import Batch, Sequences
 
@@ -89,10 +94,58 @@ def rescore(
     batch_tokens: int,
 ) -> Rescored:
     """Score the pairs ``wanted`` (corpus row -> slots of ``solved``) at full rank, in the dtype of ``model``."""
-    batches = data.plan(batch_tokens, np.array(sorted(wanted)))
-    consumer = TokenScores(layers, solved, wanted)
-    sweep(model, layers, data, batches, consumer, Labels())
+    source, consumer = Source.of(data, np.array(sorted(wanted)), batch_tokens), TokenScores(layers, solved, wanted)
+    sweep(model, layers, source, source.rows, consumer)
     return consumer.result()
+
+
+class Pairs(NamedTuple):
+    """Some queries whose pairs have been rescored, and the files that hold them: one for each checkpoint, which add up."""
+
+    queries: list[int]
+    paths: list[Path]
+
+    def read(self) -> Rescored:
+        parts = [read_tensors(path) for path in self.paths]
+        rows_P, queries_P = parts[0]["rows_P"].numpy(), parts[0]["queries_P"].numpy()
+        tokens_PT, layers_PL = (torch.stack([part[x] for part in parts]).sum(0) for x in ("tokens_PT", "layers_PL"))
+        return Rescored(rows_P, queries_P, tokens_PT, layers_PL)
+
+
+def rescore_top(job: Job, wanted: list[np.ndarray]) -> list[Pairs]:
+    """Full-rank scores of each query's wanted rows, computed in the model's dtype, kept in float32; a chunk of queries at a time."""
+    how = {"bytes": job.division.rescore_bytes, "batch_tokens": job.division.batch_tokens}
+    stage, chunks = job.open("rescored", **how), _chunks(job, wanted)
+    with job.progress("rescore", sum(len(rows) for rows in wanted)) as advance:
+
+        def compute(unit: int) -> Tensors:
+            chunk = chunks[unit]
+            pairs: dict[int, list[int]] = {}
+            for slot, q in enumerate(chunk):
+                for row in wanted[q]:
+                    pairs.setdefault(int(row), []).append(slot)
+            found = rescore(job.model, job.layers, job.data, full(job, chunk), pairs, job.division.batch_tokens)
+            found = found._replace(queries_P=np.array(chunk)[found.queries_P])
+            advance(sum(len(wanted[q]) for q in chunk))
+            return {name: torch.as_tensor(x) for name, x in found._asdict().items()}
+
+        files = each(stage, len(chunks), compute)
+    return [Pairs(queries, [path]) for queries, path in zip(chunks, files, strict=True)]
+
+
+def _chunks(job: Job, wanted: list[np.ndarray]) -> list[list[int]]:
+    """Chunks of queries that fit in memory at full rank and whose sequences make about one unit of work."""
+    chunks: list[list[int]] = []
+    for whole in query_chunks(job.layers, job.queries, None, job.division.rescore_bytes):
+        tokens = job.opts.unit_tokens + 1
+        for q in whole:
+            cost = int(job.data.lengths_N[wanted[q]].sum())
+            if tokens + cost > job.opts.unit_tokens:
+                chunks.append([])
+                tokens = 0
+            chunks[-1].append(q)
+            tokens += cost
+    return chunks
 
 
 def spurious(token_scores_T: np.ndarray) -> bool:
@@ -115,7 +168,7 @@ def output_token_influence(model: Model, layers: list[Layer], batch: Batch, v: G
     task = model.task
     if not isinstance(task, LanguageModel):
         raise ModelError(f"output-token influence needs a language model: got the task {task.name!r}")
-    function = Tracked(model, layers)
+    function, batch = Tracked(model, layers), batch.to(model.device)
     v_P = function.space.flatten({name: v_OI[None] for name, v_OI in v.items()})[0]
     with function.differentiable(), torch.no_grad():
         return jvp(lambda theta_P: task.log_probs(function.at(theta_P), batch), (function.theta_P,), (v_P,))[1]

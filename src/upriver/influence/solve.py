@@ -1,0 +1,234 @@
+"""The query side: each measurement's gradient, solved by any curvature and compressed once; the corpus only streams past it.
+
+SCORES/solution/D/unit-K    full-rank solutions of some queries, for solvers that take long; D is the damping
+SCORES/solved/D/unit-K      the same compressed: what the scan reads
+
+Axes: Q queries, R rank, O outputs, I inputs of a layer.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upriver.curvature.base import Curvature, Damping, Grads
+from upriver.curvature.blocks import BlockCurvature, Moments, compress
+from upriver.curvature.factors import Factors
+from upriver.errors import NumericalError
+from upriver.influence.queries import Measured, dense, query_chunks, token_gradients
+from upriver.model.layers import Layer
+from upriver.model.load import Model
+from upriver.runtime.artifact import Artifact, Tensors, opened, read_tensor
+from upriver.runtime.config import TraceOptions
+from upriver.runtime.cost import SUM
+from upriver.runtime.divide import Division
+from upriver.runtime.progress import Progress
+from upriver.runtime.threads import side_by_side
+from upriver.runtime.units import each
+from upriver.tensors import LowRank
+from upriver.text.batch import Sequences
+
+VECTORS = 8  # that an iterative solver holds for each query: solution, residual, direction, products
+STATS = "stats"  # in a file of solutions: what the solver says of them, as JSON in bytes
+
+
+class Job(NamedTuple):
+    """What one trace works on, decided before it starts."""
+
+    stage: Artifact
+    model: Model
+    layers: list[Layer]
+    data: Sequences
+    queries: Measured
+    factors: Factors | None
+    rows: np.ndarray  # the sequences that are scored
+    opts: TraceOptions
+    progress: Progress
+    division: Division
+    curvature: Curvature
+    weight: float = 1.0  # of what is solved: a checkpoint's learning rate
+    part: str = ""  # of the folder: a checkpoint
+
+    @property
+    def dampings(self) -> list[Damping]:
+        undamped = self.opts.curvature in ("identity", "tracincp")
+        return [Damping(0.0, False)] if undamped else [Damping.parse(text) for text in self.opts.dampings]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the results: a query each, and again for every further damping, as ``ID@0.01x``."""
+        further = self.opts.dampings[1:] if len(self.dampings) > 1 else []
+        return [*self.queries.ids, *(f"{name}@{text}" for text in further for name in self.queries.ids)]
+
+    @property
+    def n_train(self) -> int | None:
+        """What turns a raw score into nats: the sequences that the factors were fitted for; None for gradient dot products."""
+        if self.opts.curvature in ("identity", "tracincp"):
+            return None
+        return self.factors.manifest["n_train"] if self.factors else len(self.data)
+
+    @property
+    def rank(self) -> int | None:
+        return rank_within(self.layers, self.opts)
+
+    @property
+    def by_layer(self) -> BlockCurvature | None:
+        """The curvature, where each layer is solved by itself, and so cheaply that it is done again for the second look."""
+        return self.curvature if isinstance(self.curvature, BlockCurvature) else None
+
+    def open(self, name: str, **how: Any) -> Artifact:
+        """Open an inner stage; one that was begun with another division of the work is begun again."""
+        path, kind = self.stage.path / name.split("/")[0] / self.part, name.split("/")[0]
+        return Artifact.open(path / name.partition("/")[2], kind, self.stage.key | {"split": how}, overwrite=True)
+
+    def metric(self, name: str) -> Moments | None:
+        """The second moments in which a layer's solutions are compressed; None where nothing was fitted."""
+        return self.factors.moments(name).to(self.model.like) if self.factors else None
+
+
+def rank_within(layers: list[Layer], opts: TraceOptions) -> int | None:
+    """The rank asked for, or the highest that a layer can have; None: full."""
+    return None if opts.rank == "full" else min(opts.rank, max(min(x.O, x.I) for x in layers))
+
+
+def solve(job: Job) -> list[Path]:
+    """Solve and compress every query for every damping, a chunk at a time: the files of the chunks, in order of the columns."""
+    chunks = query_chunks(job.layers, job.queries, job.rank, job.division.solve_bytes)
+    files: list[Path] = []
+    for number, damping in enumerate(job.dampings):
+        if job.by_layer is not None:
+            compute = partial(_by_layer, job, damping)
+        else:
+            found = solutions(job, number)
+            if job.rank is None:
+                files += found
+                continue
+            compute = partial(_compressed, job, found)
+        stage = job.open(f"solved/{number}", bytes=job.division.solve_bytes)
+        with job.progress("queries", len(job.queries)) as advance:
+            files += each(stage, len(chunks), _noted(compute, chunks, advance))
+    return files
+
+
+def _noted(compute: Callable[[list[int]], Tensors], chunks: list[list[int]], advance: Callable) -> Callable[[int], Tensors]:
+    def unit(number: int) -> Tensors:
+        found = compute(chunks[number])
+        advance(len(chunks[number]))
+        return found
+
+    return unit
+
+
+def _by_layer(job: Job, damping: Damping, chunk: list[int]) -> Tensors:
+    if job.rank is None:
+        return {f"v:{name}": v for name, v in full(job, chunk, damping).items()}
+    found, like, rank = token_gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens), job.model.like, job.rank
+    curvature = job.by_layer
+    assert curvature is not None
+
+    def solve_one(x: Layer) -> Tensors:
+        block = curvature.block(x.name).to(like)
+        metric = block.basis or job.metric(x.name)
+        low = block.solve_low_rank(found.pop(x, chunk, like), damping, min(rank, x.O, x.I), metric)
+        return {f"U:{x.name}": _finite(x.name, low.U_QOR) * job.weight, f"V:{x.name}": _finite(x.name, low.V_QRI)}
+
+    out: Tensors = {}
+    for solved in side_by_side(solve_one, job.layers, like.device):
+        out |= solved
+    return out
+
+
+def _compressed(job: Job, solutions: list[Path], chunk: list[int]) -> Tensors:
+    assert job.rank is not None
+    out: Tensors = {}
+    for x in job.layers:
+        v_QOI = read_solved(solutions, x.name, slice(chunk[0], chunk[-1] + 1))
+        assert isinstance(v_QOI, Tensor)
+        low = compress(v_QOI.to(job.model.like), min(job.rank, x.O, x.I), job.metric(x.name))
+        out |= {f"U:{x.name}": low.U_QOR, f"V:{x.name}": low.V_QRI}
+    return out
+
+
+def solutions(job: Job, number: int = 0) -> list[Path]:
+    """The files of the full-rank solutions of a solver that goes over all layers at once; its own words are beside them."""
+    parameters = sum(x.O * x.I for x in job.layers)
+    at_once = max(1, job.division.rescore_bytes // (VECTORS * SUM * parameters))
+    chunks = [list(range(i, min(i + at_once, len(job.queries)))) for i in range(0, len(job.queries), at_once)]
+
+    def compute(chunk: list[int]) -> Tensors:
+        found = token_gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens)
+        q = dict(dense(found, job.layers, chunk, job.model.like))
+        solution = job.curvature.solve(q, job.dampings[number])
+        told = json.dumps({"converged": solution.converged, **solution.stats})
+        out = {f"v:{name}": _finite(name, v_QOI) for name, v_QOI in solution.value.items()}
+        return out | {STATS: torch.tensor(list(told.encode()))}
+
+    stage = job.open(f"solution/{number}", queries=at_once)
+    with job.progress("solving", len(job.queries)) as advance:
+        return each(stage, len(chunks), _noted(compute, chunks, advance))
+
+
+def told(job: Job) -> list[dict[str, Any]]:
+    """What the solver says of each query's solution: ``converged``, ``why`` it is not, ``residual`` and ``steps``."""
+    if job.by_layer is not None:
+        return [{"converged": True} for _ in job.queries.ids]
+    out: list[dict[str, Any]] = []
+    for path in solutions(job):
+        said = json.loads(bytes(read_tensor(path, STATS).tolist()))
+        with opened(path) as file:
+            count = file.get_slice(f"v:{job.layers[0].name}").get_shape()[0]
+        for i in range(count):
+            of_one = {name: x[i] if isinstance(x, list) and len(x) == count else x for name, x in said.items()}
+            out.append(of_one | {"steps": said.get("steps", said.get("iterations"))})
+    return out
+
+
+def full(job: Job, chunk: list[int], damping: Damping | None = None) -> Grads:
+    """Solutions of consecutive queries at full rank, ``[len(chunk), O, I]`` for every layer, by the first damping or a given one."""
+    if job.by_layer is None:
+        files = solutions(job)
+        found = {x.name: read_solved(files, x.name, slice(chunk[0], chunk[-1] + 1)) for x in job.layers}
+        return {name: x.to(job.model.like) for name, x in found.items() if isinstance(x, Tensor)}
+    tokens, like = token_gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens), job.model.like
+    out: Grads = {}
+    for x in job.layers:
+        block = job.by_layer.block(x.name).to(like)
+        v_QOI = block.solve_tokens(tokens.pop(x, chunk, like), damping or job.dampings[0])
+        out[x.name] = _finite(x.name, v_QOI).mul_(job.weight)
+    return out
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise NumericalError(f"the solved query of layer {name!r} holds NaN or infinity; give a larger --damping")
+    return tensor
+
+
+def read_solved(paths: list[Path], layer: str, columns: slice = slice(None)) -> LowRank | Tensor:
+    """One layer's solved ``columns`` from the files of all chunks: low-rank factors, or ``v_QOI`` at full rank."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(opened(path)) for path in paths]
+
+        def wanted(part: str) -> Tensor:
+            found = [_rows(file, f"{part}:{layer}", *at) for file, *at in zip(files, starts, ends, strict=True)]
+            held = [rows for rows in found if len(rows)]
+            return held[0] if len(held) == 1 else torch.cat(held)
+
+        whole = f"v:{layer}" in files[0].keys()  # noqa: SIM118 - not a mapping
+        sizes = [file.get_slice(f"{'v' if whole else 'U'}:{layer}").get_shape()[0] for file in files]
+        first, last, _ = columns.indices(sum(sizes))
+        before = np.cumsum([0, *sizes])[:-1]
+        starts, ends = np.clip(first - before, 0, sizes).tolist(), np.clip(last - before, 0, sizes).tolist()
+        return wanted("v") if whole else LowRank(wanted("U"), wanted("V"))
+
+
+def _rows(file: Any, name: str, start: int, end: int) -> Tensor:
+    """Some rows of a tensor in an open file: only they are read."""
+    rows = file.get_slice(name)
+    return file.get_tensor(name) if end - start == rows.get_shape()[0] else rows[start:end]

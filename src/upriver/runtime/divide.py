@@ -1,0 +1,252 @@
+"""How a fit and a trace divide their work so that they stay within a memory limit: pure arithmetic, decided before they start.
+
+All sizes are bytes.  ``fixed`` is what is there before a pass begins: the libraries, the model, the corpus.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from upriver.errors import ConfigError
+from upriver.runtime.cost import (
+    COMPARED,
+    CORRECTION,
+    COVARIANCE,
+    DENSE_BYTES,
+    HANDED,
+    ITEM,
+    REBUILD_BYTES,
+    SCORED_BYTES,
+    SIDES,
+    SUM,
+    Asked,
+    Contraction,
+    Layers,
+    Shape,
+    Spec,
+    contraction,
+    groups,
+    largest,
+    leads,
+    query_size,
+)
+from upriver.runtime.words import show_bytes
+
+WIDE = 8  # float64, in eigendecompositions
+HEAD_BYTES, HEAD_ROWS = 128 << 20, 1024  # float32 logits held at once; more rows make no product faster
+HEAD_COPIES = 2  # logits, which become their gradient, and what is made of a few of them, or by a tail of half as many
+EIGEN_COPIES = 6  # n x n in float64: matrix, its copy, eigenvectors, workspace of two, what the layer's other side left
+TRANSIENT = 4  # tensors of the widest layer alive at once in the backward pass
+SEQUENCE_BYTES = 128  # of a sequence: its places in the tables of the corpus and among the batches
+SLACK = 160 << 20  # what the allocator, the BLAS libraries and their threads keep to themselves
+MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met on average
+SCORES_BYTES = 32 << 20  # of a unit of a scan, within what is counted as slack:
+LAYER_SCORES_BYTES = 128 << 20  # where scores are kept by layer, which is counted
+QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
+
+
+class Budget(NamedTuple):
+    """What memory depends on, besides the model."""
+
+    limit: int
+    fixed: int
+    batch_tokens: int  # asked for; a division may take fewer
+    longest: int  # tokens of the longest sequence
+    dtype: str = "float32"
+    cores: int = 1
+    sequences: int = 0  # most sequences of a batch; 0: all are as long as the longest
+    copy: int = 0  # of the weights, in the compute type of a scan; queries and the second look do without
+    accelerator: bool = False  # the memory is that of a GPU
+
+    @property
+    def doubled(self) -> int:
+        """In float64 all sums take twice what is counted."""
+        return 2 if self.dtype == "float64" else 1
+
+    @property
+    def free(self) -> int:
+        """What a pass may take."""
+        return (int((1 - MARGIN) * self.limit) - self.fixed - SLACK) // self.doubled
+
+    def check(self, what: str, least: float) -> None:
+        """Refuse a limit that not even the smallest division of the work keeps.
+
+        Raises:
+            ConfigError: the sentence says what would do.
+        """
+        if least > self.free:
+            needed = (self.fixed + SLACK + self.doubled * least) / (1 - MARGIN)
+            raise ConfigError(
+                f"the memory is too small for this {what}: got {show_bytes(self.limit)}; the least that would do is "
+                f"{show_bytes(needed * 1.005)}, of which {show_bytes(self.fixed)} are there before it starts: "
+                "give more with --memory, track fewer layers with --layers, or cut shorter sequences with --seq-len"
+            )
+
+    def together(self, tokens: int) -> int:
+        """The most sequences of a batch of so many tokens."""
+        return max(1, -(-(self.sequences or self.batch_tokens // self.longest) * tokens // self.batch_tokens))
+
+    @property
+    def halvings(self) -> list[int]:
+        """Tokens of a batch: as asked for, then less and less, down to one sequence."""
+        sizes = [max(self.batch_tokens, self.longest)]
+        while sizes[-1] // 2 > self.longest:
+            sizes.append(sizes[-1] // 2)
+        return sizes if sizes[-1] == self.longest else [*sizes, self.longest]
+
+
+class Division(NamedTuple):
+    """How a run's work is divided: tokens of a batch, and for each pass the layers that go through it together."""
+
+    batch_tokens: int
+    groups: dict[str, list[list[int]]]  # layers by index, a list for each time over the data
+    peak: dict[str, int]  # by pass
+    limit: int
+    eigen_workers: int = 1
+    solve_bytes: int = 0  # gradients (as tokens) and solutions of queries at once
+    rescore_bytes: int = 0  # the same at full rank
+    scan_room: int = 0  # queries as they are laid out, and batches that wait for them
+
+
+def batch_size(shape: Shape, tokens: int, dtype: str, work: float = 0) -> int:
+    """Activations of a batch, and the larger of what comes after them: the head's chunks of logits, or the backward pass.
+
+    Args:
+        work: what a layer's consumer takes in the backward pass.
+    """
+    logits = min(HEAD_BYTES, SUM * shape.vocabulary * min(HEAD_ROWS, tokens))
+    numbers = shape.narrow if dtype == "bfloat16" and shape.narrow else shape.activation
+    backward = ITEM[dtype] * TRANSIENT * shape.widest * tokens + work
+    return int(ITEM[dtype] * numbers * tokens + max(HEAD_COPIES * logits, backward))
+
+
+def eigen_size(layers: Layers, workers: int) -> int:
+    """The largest matrices, a worker each."""
+    sides = sorted([x.O for x in layers] + [x.I for x in layers if leads(x)], reverse=True)
+    return EIGEN_COPIES * WIDE * sum(n * n for n in sides[:workers])
+
+
+def divide_fit(shape: Shape, budget: Budget) -> Division:
+    """The fewest passes that keep the limit, then the largest batch.
+
+    Raises:
+        ConfigError: not even one layer and one sequence at a time fit; the sentence says what would do.
+    """
+    layers, specs = shape.layers, (COVARIANCE, CORRECTION)
+    budget = budget._replace(fixed=budget.fixed + budget.copy)
+
+    def batch(spec: Spec, tokens: int) -> int:
+        return batch_size(shape, tokens, budget.dtype, spec.work(layers, tokens))
+
+    def compared(tokens: int) -> int:
+        """A batch of which a few sequences are scored on each other."""
+        return batch_size(shape, tokens, budget.dtype, 3 * COMPARED * SUM * largest(layers))
+
+    def beside(spec: Spec, tokens: int) -> int:
+        return max(batch(spec, tokens), compared(tokens) if spec is CORRECTION else 0)
+
+    def one(spec: Spec) -> float:
+        return max(spec.held([x]) for x in layers)
+
+    def least(tokens: int) -> float:
+        return max(one(spec) + beside(spec, tokens) for spec in specs)
+
+    budget.check("fit", max(least(budget.longest), eigen_size(layers, 1)))
+    ways = [
+        (tokens, {s.name: groups(layers, s.held, budget.free - beside(s, tokens)) for s in specs})
+        for tokens in budget.halvings
+        if least(tokens) <= budget.free
+    ]
+    tokens, found = min(ways, key=lambda way: sum(map(len, way[1].values())))
+    workers = max(k for k in range(1, budget.cores + 1) if k == 1 or eigen_size(layers, k) <= budget.free)
+    base = budget.fixed + SLACK
+    held = {s.name: base + max(s.held([layers[i] for i in g]) for g in found[s.name]) for s in specs}
+    peak = {s.name: int(held[s.name] + batch(s, tokens)) for s in specs}
+    peak["eigendecomposition"] = base + eigen_size(layers, workers)
+    peak["agreement"] = int(held["correction"] + compared(tokens))
+    return Division(tokens, found, peak, budget.limit, workers)
+
+
+def scan_held(layers: Layers, asked: Asked, budget: Budget, tokens: int, room: float) -> Contraction:
+    """How some layers are contracted with the queries, in a batch of so many tokens at most."""
+    number = HANDED[budget.dtype]
+    return contraction(layers, tokens, budget.together(tokens), asked, room, number, budget.accelerator)
+
+
+def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
+    """As few passes over the corpus as fit, in the largest batch for which they do; then as many queries at once as fit.
+
+    Raises:
+        ConfigError: not even one query and one sequence at a time fit; the sentence says what would do.
+    """
+    layers, free, full = shape.layers, budget.free, asked._replace(rank=None)
+    block = SUM * max(x.O**2 + x.I**2 + x.O * x.I for x in layers)  # bases and eigenvalues of the largest layer
+
+    def gradients(number: int, tokens: int) -> float:
+        """Of the largest layer, that meet the queries at once."""
+        one = number * largest(layers)
+        return max(one, min(SCORED_BYTES, budget.together(tokens) * one))
+
+    def solve(some: Asked, at_once: int, tokens: int) -> float:
+        """Some queries, and either their batch or, layer by layer, its curvature and their gradients in it."""
+        batch, dense = max(some.tokens, min(tokens, at_once * some.tokens)), SUM * largest(layers)
+        layer = block + at_once * 3 * dense if some.rank is None else SIDES * (block + 2 * dense)
+        return max(batch_size(shape, batch, "float32"), layer) + at_once * query_size(layers, some)
+
+    def rescore(at_once: int, tokens: int) -> float:
+        """Some queries at full rank, and then a batch of sequences with their gradients in a layer."""
+        work = max(gradients(SUM, tokens), SUM * tokens * shape.widest)
+        batch = batch_size(shape, tokens, "float32", work)
+        return max(solve(full, at_once, tokens), batch + at_once * query_size(layers, full))
+
+    def batch(tokens: int) -> float:
+        """The model in its compute type, and one batch with the gradients of its sequences: all but what is held."""
+        by_token = 2 * HANDED[budget.dtype] * asked.queries * (asked.rank or 0)
+        products = max(budget.longest * by_token, min(SCORED_BYTES, tokens * by_token))
+        kept = SUM * asked.queries * len(layers) * budget.together(tokens) if asked.layer_scores else 0
+        kept = kept and 2 * max(LAYER_SCORES_BYTES, kept)
+        work = max(gradients(HANDED[budget.dtype], tokens), products)
+        return budget.copy + REBUILD_BYTES + kept + batch_size(shape, tokens, budget.dtype, work)
+
+    def held(room: float, tokens: int) -> Callable[[Layers], float]:
+        return lambda some: scan_held(some, asked, budget, tokens, room).held
+
+    def least(tokens: int) -> float:
+        scan = batch(tokens) + max(held(0, tokens)([x]) for x in layers)
+        return max(scan, solve(asked, 1, tokens), rescore(1, tokens))
+
+    budget.check("trace", least(budget.longest))
+    ways = [(t, groups(layers, held(free - batch(t), t), free - batch(t))) for t in budget.halvings if least(t) <= free]
+    tokens, scanned = min(ways, key=lambda way: len(way[1]))
+    room = free - batch(tokens)
+    most = max(QUERY_BYTES, budget.limit // 4)
+    each = query_size(layers, asked), query_size(layers, full)
+    # but on accelerators, reading the factors again takes little of the time of multiplying a batch of tokens with them
+    enough = asked.queries if budget.accelerator else min(asked.queries, -(-tokens // asked.tokens))
+    solved = _most(min(enough, most // each[0]), free, lambda q: solve(asked, q, tokens))
+    rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore(q, tokens))
+    base = budget.fixed + SLACK
+    peak = {
+        "queries": base + solve(asked, solved, tokens),
+        "scan": base + batch(tokens) + max(held(room, tokens)([layers[i] for i in g]) for g in scanned),
+        "rescore": base + rescore(rescored, tokens),
+    }
+    found = {"scan": scanned}
+    sizes = solved * each[0], rescored * each[1], int(min(room, 4 * DENSE_BYTES + each[0] * asked.queries))
+    return Division(tokens, found, {name: int(x) for name, x in peak.items()}, budget.limit, 1, *sizes)
+
+
+def _most(at_most: int, room: float, size: Callable[[int], float]) -> int:
+    """The most queries at once, at least one, whose size stays in the room."""
+    low, high = 1, max(1, at_most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) <= room else (low, middle - 1)
+    return low
+
+
+def still_fits(found: Division, made: Division) -> bool:
+    """Whether work that was divided by an earlier run keeps the limit of one that would be divided as ``made`` now.
+
+    What a process has more at its start than the one before it divides nothing anew: half of the margin is for that.
+    """
+    return found.limit == made.limit or max(found.peak.values()) <= (1 - MARGIN / 2) * made.limit

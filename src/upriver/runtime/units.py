@@ -1,0 +1,124 @@
+"""The two loops that run every pass: :func:`each` keeps the result of every unit, :func:`total` adds them up.
+
+A unit is a span of consecutive rows.  Both loops deal units to the processes of the job, resume after the last committed one,
+and commit atomically, so that a kill at any moment costs at most the work since.  A process adds up its own units in their
+order; the processes' sums are added in the order of their ranks at the end.  A run that goes on equals one that was never
+stopped, bit for bit.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from upriver.errors import UpriverError
+from upriver.runtime import dist
+from upriver.runtime.artifact import Artifact, Tensors, read_tensors, write_tensors
+from upriver.runtime.config import UNIT_TOKENS
+
+COMMIT_SHARE = 0.05  # of the time, at most, goes into writing sums
+UNITS = "units"  # in a file of sums: how many of this process's units are in them
+
+_stopping, _running = threading.Event(), threading.Event()
+
+
+class Stopped(UpriverError):
+    """The run was asked to stop; what was finished is committed."""
+
+    exit_status = 75
+
+
+def stop(*_: object) -> None:
+    """Stop after the unit in hand, or at once where no unit is; a handler for SIGTERM."""
+    _stopping.set()
+    if not _running.is_set():
+        _end()
+
+
+def _end() -> NoReturn:
+    _stopping.clear()
+    _running.clear()
+    raise Stopped("stopped; what was finished is kept, and the same command goes on from there")
+
+
+def spans(lengths_N: Sequence[int] | np.ndarray, most_rows: int | None = None, unit_tokens: int | None = None) -> list[slice]:
+    """Places of consecutive sequences in units of about ``unit_tokens`` tokens, and at most ``most_rows`` sequences."""
+    place_N = np.cumsum(np.asarray(lengths_N), dtype=np.int64)
+    unit_N = (place_N - 1) // (unit_tokens or UNIT_TOKENS)
+    starts = np.flatnonzero(np.diff(unit_N, prepend=-1)).tolist()
+    found = []
+    for start, end in zip(starts, [*starts[1:], len(place_N)], strict=True):
+        step = most_rows or end - start
+        found += [slice(i, min(i + step, end)) for i in range(start, end, step)]
+    return found
+
+
+def each(stage: Artifact, count: int, compute: Callable[[int], Tensors]) -> list[Path]:
+    """The files of ``compute(unit)`` for each of ``count`` units; those that are there already are left."""
+    with dist.together():
+        for unit in dist.dealt(count):
+            if not stage.has(unit):
+                _running.set()
+                stage.commit(unit, compute(unit))
+                _running.clear()
+                if _stopping.is_set():
+                    _end()
+    dist.barrier()
+    return [stage.unit_path(unit) for unit in range(count)]
+
+
+def total(stage: Artifact, count: int, add: Callable[[int, Tensors], None], device: torch.device) -> Path:
+    """The file with the sums over ``count`` units: ``add(unit, sums)`` adds a unit in place, on ``device``.
+
+    The sums so far are committed after a unit, where writing them takes little of the time since they were written last.
+    """
+    mine, path = dist.dealt(count), _sum_path(stage, dist.rank())
+    with dist.together():
+        sums = {name: x.to(device) for name, x in read_tensors(path).items()} if path.exists() else {}
+        done = int(sums.pop(UNITS, torch.zeros(1)))
+        written, cost = time.perf_counter(), 0.0
+        for at, unit in enumerate(mine[done:], done + 1):
+            _running.set()
+            add(unit, sums)
+            now = time.perf_counter()
+            if at == len(mine) or _stopping.is_set() or cost <= COMMIT_SHARE * (now - written):
+                write_tensors(path, {name: x.cpu() for name, x in sums.items()} | {UNITS: torch.tensor([at])})
+                written = time.perf_counter()
+                cost = written - now
+            _running.clear()
+            if _stopping.is_set():
+                _end()
+    dist.barrier()
+    if dist.world() == 1:
+        return path
+    whole = stage.path / "sum.safetensors"
+    dist.on_first(lambda: whole.exists() and _count(whole) == count or _add_up(stage, whole))
+    return whole
+
+
+def remaining(stage: Artifact, count: int) -> list[int]:
+    """The units of this process that :func:`each` or :func:`total` still have to compute."""
+    mine, path = dist.dealt(count), _sum_path(stage, dist.rank())
+    return mine[_count(path) :] if path.exists() else [unit for unit in mine if not stage.has(unit)]
+
+
+def _sum_path(stage: Artifact, rank: int) -> Path:
+    return stage.path / f"sum-{rank}-of-{dist.world()}.safetensors"
+
+
+def _count(path: Path) -> int:
+    return int(read_tensors(path)[UNITS])
+
+
+def _add_up(stage: Artifact, whole: Path) -> None:
+    """Add the processes' sums; a layer may be called in the units of some of them only."""
+    sums: Tensors = {}
+    for rank in range(dist.world()):
+        path = _sum_path(stage, rank)
+        for name, x in read_tensors(path).items() if path.exists() else ():
+            sums[name] = sums[name].add_(x) if name in sums else x
+    write_tensors(whole, sums)
