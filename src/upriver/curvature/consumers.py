@@ -8,17 +8,11 @@ import torch
 from torch import Tensor
 
 from upriver.curvature.blocks import Moments
+from upriver.kernels import add_second_moment, aligned
 from upriver.model.layers import Layer
 from upriver.runtime.artifact import Tensors
 from upriver.runtime.split import GRADIENT_BYTES
-from upriver.tensors import (
-    Scratch,
-    add_second_moment,
-    aligned,
-    even_parts,
-    rotated_gradients,
-    symmetric,
-)
+from upriver.tensors import Scratch, even_parts, rotated_gradients, symmetric
 from upriver.text.batch import Batch, real_calls
 
 

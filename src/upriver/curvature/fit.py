@@ -24,6 +24,7 @@ from upriver.curvature.agreement import Agreement, agreement, denominators, prob
 from upriver.curvature.blocks import Moments
 from upriver.curvature.consumers import Correction, Covariance
 from upriver.curvature.factors import Factors, decomposed, read_moments
+from upriver.kernels import one_core_each
 from upriver.model.calibrate import announce
 from upriver.model.kept import Kept
 from upriver.model.layers import Coverage, Layer, coverage
@@ -40,7 +41,6 @@ from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.split import FitSplit, covariance_size, keeping, split_fit
 from upriver.runtime.sums import accumulate, remaining
 from upriver.runtime.system import available_memory, free_space, give_back, work_ended
-from upriver.runtime.threads import one_core_each
 from upriver.tensors import accumulator_dtype
 from upriver.text.batch import Sequences
 

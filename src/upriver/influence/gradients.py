@@ -15,13 +15,13 @@ from upriver.curvature.base import Damping, Grads
 from upriver.curvature.blocks import TokenGradient
 from upriver.curvature.factors import Factors
 from upriver.errors import ModelError, NumericalError, QueryError
+from upriver.kernels import side_by_side
 from upriver.model.capture import capture, frozen
 from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.runtime.artifact import Tensors, digest, opened
 from upriver.runtime.config import BATCH_TOKENS
 from upriver.runtime.split import Asked, query_size
-from upriver.runtime.threads import side_by_side
 from upriver.tensors import LowRank
 from upriver.text.batch import Batch, Examples, plan, real_calls
 from upriver.text.queries import checked_id

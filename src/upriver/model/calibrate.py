@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from upriver.errors import ConfigError
+from upriver.kernels import add_second_moment, matmul, one_core_each
 from upriver.model.capture import capture
 from upriver.model.layers import Layer
 from upriver.model.load import Model, dtype_named
@@ -37,8 +38,7 @@ from upriver.runtime.system import (
     resident_memory,
     start_seconds,
 )
-from upriver.runtime.threads import one_core_each
-from upriver.tensors import accumulator_dtype, add_second_moment, eigh, matmul, sequence_gradients
+from upriver.tensors import accumulator_dtype, eigh, sequence_gradients
 from upriver.text.batch import Batch, Sequences, pad
 
 ENOUGH = 0.5  # seconds of runs of one operation

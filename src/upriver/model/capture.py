@@ -12,7 +12,7 @@ over calls, before anything is squared.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from upriver.errors import ModelError, NumericalError
-from upriver.model.kernels import FastKernels
+from upriver.kernels import FastKernels
 from upriver.model.layers import Layer, given
 from upriver.runtime import dist
 
@@ -41,7 +41,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
     module.eval()
     module.requires_grad_(False)
     try:
-        with torch.compiler.set_stance("force_eager"), FastKernels():
+        with torch.compiler.set_stance("force_eager"), FastKernels() if _on_cpu(module) else nullcontext():
             yield
     finally:
         dist.reshard(module)
@@ -55,6 +55,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
             for name in _attributes(m).keys() - before.keys():
                 del vars(m)[name]
             vars(m).update(before)
+
+
+def _on_cpu(module: nn.Module) -> bool:
+    return all(p.device.type == "cpu" for p in module.parameters())
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from upriver.errors import ModelError
-from upriver.model.attention import LONGEST
+from upriver.kernels import LONGEST
 from upriver.model.capture import capture, frozen
 from upriver.model.head import hidden_states
 from upriver.model.layers import Layer, block_number, find_layers, given, layer_kind, probe, same_layers, weight_shape

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from upriver.errors import ConfigError
+from upriver.kernels import SIDES
 from upriver.runtime.config import MIXED
 from upriver.runtime.counts import DENSE_BYTES, Shape, Sized, contraction, leads
 from upriver.runtime.words import show_bytes
 
 SUM = 4  # bytes of a number in a sum, a basis or a full-rank query, whatever the compute type
 WIDE = 8  # float64, in eigendecompositions
-SIDES = 2  # layers whose queries are solved side by side
 ITEM = {"float32": 4, "bfloat16": 2, "float64": 8, MIXED: 4}
 HANDED = ITEM | {MIXED: 2}  # of a number of what layers saw, and of queries that meet it
 HEAD_BYTES, HEAD_ROWS = 128 << 20, 1024  # float32 logits held at once; more rows make no product faster
