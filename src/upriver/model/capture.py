@@ -136,6 +136,11 @@ class Run:
                 f"layer {layer.name!r} runs without gradients inside the model, as under reentrant activation checkpointing; "
                 "switch checkpointing off or give it use_reentrant=False"
             )
+        if not isinstance(output, Tensor):
+            raise ModelError(
+                f"layer {layer.name!r} cannot be tracked: it does not give W a + b of its own weight and bias: got "
+                f"{type(module).__name__}, which gives a {type(output).__name__}; leave it out by giving globs to --layers"
+            )
         if not output.requires_grad:  # the lowest tracked layer: the graph begins here
             output = output.requires_grad_().clone()
         elif output._is_view():  # written over in place, a view would leave the graph, and its hook with it

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from upriver.errors import ModelError
 from upriver.model.capture import capture, frozen
+from upriver.model.check import checked_layers
 from upriver.model.kept import Kept
-from upriver.model.layers import Layer, find_layers, probe
+from upriver.model.layers import Layer, find_layers
 from upriver.model.load import Model, check_causal
 from upriver.model.losses import LanguageModel, Sampler
 from upriver.runtime.passes import UNIT_TOKENS, doublings
 from upriver.text.batch import Batch, Sequences
 
+CHECKED = 8  # tokens of the sequence that layers are checked on: with fewer, attention has little to show
 LOOKED_AT = 64  # short sequences, for two that have loss
 APART, TINY = 0.1, 1e-6  # of the size of a loss; a size of which nothing can be said
 NARROW_APART, NARROW_TINY = 0.4, 1e-4  # in bfloat16, where another label may be drawn; a mean is off by a half
@@ -40,11 +42,17 @@ class Labels(NamedTuple):
 
 
 def tracked_layers(model: Model, data: Sequences, spec: str) -> list[Layer]:
-    """The layers that ``spec`` names, with those that share an input marked by one forward pass on the shortest sequence."""
-    row = np.array([int(np.argmin(data.lengths_N))])
-    batch = data.batch(row).to(model.device)
-    with frozen(model.module):
-        return probe(find_layers(model.module, spec), lambda: model.task.loss(model.module, batch))
+    """The layers that ``spec`` names, checked on one short sequence, with those that share an input marked."""
+    layers, batch = find_layers(model.module, spec), data.batch(_short(data)).to(model.device)
+    T = model.task.positions(batch)
+    return checked_layers(model.module, layers, 1, T, lambda: model.task.loss(model.module, batch))
+
+
+def _short(data: Sequences) -> np.ndarray:
+    """A sequence with loss, where some short one has any: the shortest of ``CHECKED`` tokens or more, else the longest."""
+    rows = _with_loss(data)
+    enough = rows[data.lengths_N[rows] >= CHECKED]
+    return enough[:1] if len(enough) else rows[-1:] if len(rows) else np.array([int(np.argmin(data.lengths_N))])
 
 
 def check_length(model: Model, data: Sequences) -> None:
