@@ -19,10 +19,9 @@ from scipy.linalg.blas import ssyrk
 
 import upriver  # noqa: F401 - sets how threads wait
 from upriver.influence.score import dots
-from upriver.model.kernels import FastKernels
+from upriver.kernels import MKL_AT_HOME, FastKernels, add_second_moment, matmul, one_core_each
 from upriver.runtime.system import settle_memory
-from upriver.runtime.threads import one_core_each
-from upriver.tensors import MKL_AT_HOME, Scratch, add_second_moment, eigh, matmul, sequence_gradients
+from upriver.tensors import Scratch, eigh, sequence_gradients
 
 Work = Callable[[], object]
 

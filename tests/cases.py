@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import reference
-from upriver.influence.gradients import Measurements
+from upriver.influence.queries import Measurements
 from upriver.model.layers import Layer, find_layers
 from upriver.model.load import Model
 from upriver.model.losses import Classification, LanguageModel, Regression, Sampler, sample

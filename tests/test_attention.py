@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cases import case
-from upriver.model import attention
-from upriver.model.attention import FROM, LONGEST, ROWS, SHORT
+from upriver import kernels
+from upriver.kernels import BRIEF, FROM, LONGEST, ROWS, FastKernels
 from upriver.model.capture import frozen
-from upriver.model.kernels import FastKernels
 
 CAUSAL = {"is_causal": True}
 WIDE, NARROW = torch.float32, torch.bfloat16
@@ -42,8 +41,8 @@ def errors(found: list[torch.Tensor], x: list[torch.Tensor], **how) -> list[floa
 @pytest.fixture
 def everywhere(monkeypatch):
     """By blocks at every length, a sequence at a time."""
-    monkeypatch.setattr(attention, "FROM", {WIDE: 1, NARROW: 1})
-    monkeypatch.setattr(attention, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(kernels, "FROM", {WIDE: 1, NARROW: 1})
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)
 
 
 @pytest.mark.parametrize("how", [CAUSAL, {}, CAUSAL | {"scale": 0.7}], ids=["causal", "all", "scaled"])
@@ -69,14 +68,14 @@ def test_heads_that_share_keys_and_values(dtype, everywhere):
 def test_chunks_change_nothing(monkeypatch):
     x = qkv(LONGEST, WIDE, N=5)
     whole = attended(x, True, **CAUSAL)
-    monkeypatch.setattr(attention, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)
     for one, other in zip(whole, attended(x, True, **CAUSAL), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_it_takes_the_place_of_the_kernel_where_it_is_faster(monkeypatch):
     taken = []
-    monkeypatch.setattr(attention.Attend, "apply", lambda q, *a: taken.append((q.shape[2], q.dtype)) or q)
+    monkeypatch.setattr(kernels.Attend, "apply", lambda q, *a: taken.append((q.shape[2], q.dtype)) or q)
     wanted = [(T, dtype) for dtype in FROM for T in (FROM[dtype], LONGEST)]
     with FastKernels():
         for T, dtype in [
@@ -90,7 +89,7 @@ def test_it_takes_the_place_of_the_kernel_where_it_is_faster(monkeypatch):
     assert taken == wanted
 
 
-@pytest.mark.parametrize("T", [8, SHORT])
+@pytest.mark.parametrize("T", [8, BRIEF])
 @pytest.mark.parametrize("dtype", [WIDE, torch.float64])
 def test_other_calls_are_left_alone(T, dtype):
     x, mask = qkv(T, dtype), torch.randn(T, T, dtype=dtype)

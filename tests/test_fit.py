@@ -16,15 +16,13 @@ from upriver.curvature.base import Damping
 from upriver.curvature.blocks import Eigenblock, Moments, TokenGradient
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM, fit
 from upriver.errors import ConfigError, MismatchError, NumericalError
+from upriver.kernels import add_second_moment, aligned, one_core_each
 from upriver.model.load import Model
 from upriver.model.losses import Regression
 from upriver.runtime.config import CURVATURES
-from upriver.runtime.threads import one_core_each
 from upriver.tensors import (
     LowRank,
     Scratch,
-    add_second_moment,
-    aligned,
     eigh,
     even_parts,
     orthonormal,

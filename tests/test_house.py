@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "upriver"
 ROOMS = [
     "errors",
+    "kernels",
     "tensors",
     "runtime",
     "text",
@@ -17,7 +18,9 @@ ROOMS = [
     "evaluate",
     "show",
     "pipeline",
+    "public",
     "cli",
+    "run",
 ]
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p.name != "__init__.py")
 

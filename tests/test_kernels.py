@@ -1,22 +1,28 @@
 """Products and linear layers by oneDNN: the numbers of torch, its gradients, and only where they are meant to be."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from upriver import tensors
-from upriver.model.kernels import FastKernels
-from upriver.tensors import Scratch, add_second_moment, matmul, rotated_gradients, sequence_gradients, symmetric
+from upriver import kernels
+from upriver.kernels import FastKernels, add_second_moment, matmul
+from upriver.model import capture
+from upriver.tensors import Scratch, rotated_gradients, sequence_gradients, symmetric
 
+PLAIN = Path(__file__).parent / "plain.py"
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch):
     """On all processors."""
-    monkeypatch.setattr(tensors, "WIDE_ONEDNN", tensors.ONEDNN)
+    monkeypatch.setattr(kernels, "WIDE_ONEDNN", kernels.ONEDNN)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -43,23 +49,22 @@ def test_factors_with_gaps_are_multiplied_as_fast_and_right():
     """oneDNN takes a thousand times longer over a second factor with gaps, so it must not be given one."""
     whole = torch.randn(200, 300)
     x_MI, y_IK = whole[:, :128], whole[:128, :100]
-    assert tensors._for_onednn(x_MI, y_IK.contiguous(), None)
-    assert not tensors._for_onednn(x_MI, y_IK, None)
-    assert not tensors._for_onednn(whole.T[:128], y_IK.contiguous(), None)
+    assert kernels.suits(x_MI, y_IK.contiguous(), None)
+    assert not kernels.suits(x_MI, y_IK, None)
     assert error(matmul(x_MI, y_IK), x_MI.double() @ y_IK.double()) < CLOSE[torch.float32]
 
 
 def test_a_large_factor_is_not_copied(monkeypatch):
     x_MI, y_IK = torch.randn(200, 128), torch.randn(128, 100)
-    monkeypatch.setattr(tensors, "PACKED_BYTES", y_IK.nbytes)
-    assert tensors._for_onednn(x_MI, y_IK, None)
-    monkeypatch.setattr(tensors, "PACKED_BYTES", y_IK.nbytes - 1)
-    assert not tensors._for_onednn(x_MI, y_IK, None)
+    monkeypatch.setattr(kernels, "PACKED_BYTES", y_IK.nbytes)
+    assert kernels.suits(x_MI, y_IK, None)
+    monkeypatch.setattr(kernels, "PACKED_BYTES", y_IK.nbytes - 1)
+    assert not kernels.suits(x_MI, y_IK, None)
 
 
 @pytest.mark.parametrize(("left", "right"), [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
 def test_other_types_are_left_to_torch(left, right):
-    assert not tensors._for_onednn(torch.ones(64, 64, dtype=left), torch.ones(64, 64, dtype=right), None)
+    assert not kernels.suits(torch.ones(64, 64, dtype=left), torch.ones(64, 64, dtype=right), None)
 
 
 @pytest.mark.parametrize(("N", "put"), [(0, False), (1, False), (3, False), (1, True), (3, True)])
@@ -68,7 +73,7 @@ def test_gradients_of_sequences(N, put, O):
     """Also of some of the outputs, whose rows lie apart."""
     torch.manual_seed(0)
     a_NTI, g_NTO = torch.randn(N, 64, 513), torch.randn(N, 64, O + 10)[..., 3:-7]
-    assert tensors._suits(torch.ones(O, 64), torch.ones(64, 513))
+    assert kernels.suits(torch.ones(O, 64), torch.ones(64, 513))
     out_NOI = torch.full((N, O, 513), torch.nan) if put else None
     found = sequence_gradients(a_NTI, g_NTO, out_NOI)
     assert found.shape == (N, O, 513)
@@ -95,6 +100,26 @@ def test_rotated_gradients(T):
     expected = wide[0] @ (wide[1] @ wide[2]) @ wide[3]
     for reused in (None, scratch, scratch):
         assert error(rotated_gradients(a_NTI, g_NTO, Q_A_II, Q_S_OO, reused), expected) < 2 * CLOSE[torch.float32]
+
+
+def test_everything_runs_with_the_operations_of_torch_instead():
+    """``plain.py`` takes the place of the whole file, before anything is imported, in a process of its own."""
+    done = subprocess.run([sys.executable, PLAIN], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1e-5
+
+
+def test_a_pass_on_another_device_is_left_to_torch():
+    seen = []
+
+    class Note(nn.Linear):
+        def forward(self, x):
+            seen.append(type(F.linear(x, self.weight, self.bias).grad_fn).__name__)
+            return super().forward(x)
+
+    on_meta = nn.Sequential(Note(256, 256, device="meta"))
+    with capture.frozen(on_meta):
+        on_meta(torch.ones(256, 256, device="meta", requires_grad=True))
+    assert seen == ["AddmmBackward0"]
 
 
 def frozen(layer: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:

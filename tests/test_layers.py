@@ -11,8 +11,19 @@ from cases import Small, Windows, _language, case, close
 from upriver.curvature.fit import fit
 from upriver.errors import ModelError, NumericalError
 from upriver.model import sweep
-from upriver.model.capture import capture, frozen
-from upriver.model.layers import coverage, find_layers, probe
+from upriver.model.capture import capture
+from upriver.model.check import checked_layers
+from upriver.model.layers import Layer, coverage, find_layers
+from upriver.model.sweep import tracked_layers
+
+
+def checked(module: nn.Module, spec: str, x_NTI: torch.Tensor, T: int | None = None) -> list[Layer]:
+    """The layers after the check, on the sum of squares of what the module gives."""
+
+    def loss() -> torch.Tensor:
+        return module(x_NTI.clone()).double().square().sum()
+
+    return checked_layers(module, find_layers(module, spec), len(x_NTI), T, loss)
 
 
 def test_a_shared_weight_is_tracked_in_all_its_places_whichever_is_named():
@@ -52,7 +63,7 @@ def test_a_weight_computed_from_others_is_not_tracked_and_counted_as_such():
 def test_a_layer_that_is_never_called_is_refused():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(ModelError, match="1 tracked layers were never called, the first is '1'"):
-        probe(find_layers(module, "*"), lambda: module[0](torch.ones(1, 2)))
+        checked_layers(module, find_layers(module, "*"), 1, None, lambda: module[0](torch.ones(1, 2)).sum())
 
 
 class Tied(nn.Module):
@@ -67,21 +78,38 @@ class Tied(nn.Module):
         return nn.functional.linear(h, self.there.weight.T) if self.back else h.to(self.there.weight.dtype)
 
 
+OUTSIDE = "cannot be tracked: its calls do not show the gradient of its {}: .* is used outside of it too"
+
+
 def test_a_weight_that_is_used_outside_of_its_layer_too_is_refused():
-    module = Tied(back=True)
-    with pytest.raises(
-        ModelError, match="layer 'there' cannot be tracked: its weight or bias is used outside of it too"
-    ):
-        probe(find_layers(module, "there"), lambda: module(torch.ones(1, 3)))
-    module = Tied(back=False)  # its type may be asked for
-    assert len(probe(find_layers(module, "there"), lambda: module(torch.ones(1, 3)))) == 1
+    x_NI = torch.randn(4, 3)
+    with pytest.raises(ModelError, match="layer 'there' " + OUTSIDE.format("weight")):
+        checked(Tied(back=True), "there", x_NI)
+    assert len(checked(Tied(back=False), "there", x_NI)) == 1  # its type may be asked for
 
 
 def test_a_bias_that_layers_share_is_refused():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[1].bias = module[0].bias
-    with pytest.raises(ModelError, match="is used outside of it too"):
-        probe(find_layers(module, "*"), lambda: module(torch.ones(1, 2)))
+    with pytest.raises(ModelError, match=OUTSIDE.format("bias")):
+        checked(module, "*", torch.ones(1, 2))
+    with pytest.raises(ModelError, match=OUTSIDE.format("bias")):
+        checked(module, "0", torch.ones(1, 2))
+
+
+def test_the_check_leaves_gradients_and_flags_as_they_were():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    kept = module[0].weight.grad = torch.ones(2, 2)
+    module[1].bias.requires_grad_(False)
+    assert len(checked(module, "*", torch.ones(1, 2))) == 2
+    assert module[0].weight.grad is kept
+    assert torch.equal(kept, torch.ones(2, 2))
+    assert [(p.requires_grad, p.grad is None) for p in module.parameters()] == [
+        (True, False),
+        (True, True),
+        (True, True),
+        (False, True),
+    ]
 
 
 def test_a_loss_without_tracked_layers_is_refused():
@@ -185,39 +213,41 @@ LINEAR = {
 }
 
 
-def probed(layer: nn.Module, dtype: torch.dtype = torch.float32) -> list[str]:
+def tracked(layer: nn.Module, dtype: torch.dtype = torch.float32) -> list[Layer]:
     torch.manual_seed(0)
-    module = nn.ModuleDict({"layer": layer}).to(dtype)
-    x_NTI = torch.randn(2, 9, 6, dtype=dtype)
-    with frozen(module):
-        return [x.name for x in probe(find_layers(module, "*"), lambda: module["layer"](x_NTI.clone()))]
+    module = nn.Sequential(layer).to(dtype)
+    return checked(module, "*", torch.randn(2, 9, 6, dtype=dtype), 9)
 
 
 @pytest.mark.parametrize("case", NOT_LINEAR)
 def test_a_layer_that_gives_another_thing_than_its_weight_and_bias_do_is_refused(case):
     make, said = NOT_LINEAR[case]
     layer = make()
-    with pytest.raises(ModelError, match=rf"layer 'layer' cannot be tracked: .*{said}; .* by giving globs to --layers"):
-        probed(layer)
+    with pytest.raises(ModelError, match=rf"layer '0' cannot be tracked: .*{said}.*; .* by giving globs to --layers"):
+        tracked(layer)
     assert not layer._forward_hooks
+    assert all(p.requires_grad and p.grad is None for p in layer.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", LINEAR)
 def test_a_layer_that_gives_the_same_is_tracked_whatever_its_class(case, dtype):
-    assert probed(LINEAR[case](), dtype)
+    assert tracked(LINEAR[case](), dtype)
 
 
 def test_a_wide_layer_of_16_bits_is_tracked_under_autocast_too():
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(4096, 64))
-    x_NI = torch.randn(40, 4096)
+    module, x_NI = nn.Sequential(nn.Linear(4096, 64)), torch.randn(40, 4096)
     with torch.autocast("cpu", torch.bfloat16):
-        assert len(probe(find_layers(module, "*"), lambda: module(x_NI))) == 1
-    module.bfloat16()
-    assert len(probe(find_layers(module, "*"), lambda: module(x_NI.bfloat16()))) == 1
+        assert len(checked(module, "*", x_NI)) == 1
+    assert len(checked(module.bfloat16(), "*", x_NI.bfloat16())) == 1
 
 
-def test_an_expert_that_is_given_no_token_is_tracked():
-    module = nn.Sequential(nn.Linear(4, 4))
-    assert len(probe(find_layers(module, "*"), lambda: module(torch.ones(0, 4)))) == 1
+def test_layers_that_are_given_the_same_input_share_it():
+    c = case("llama")
+    leaders = {x.name: x.A_of for x in tracked_layers(c.model, c.data, "all")}
+    for i in (0, 1):
+        mlp, attention = f"model.layers.{i}.mlp", f"model.layers.{i}.self_attn"
+        assert leaders[f"{mlp}.up_proj"] == f"{mlp}.gate_proj"
+        assert leaders[f"{mlp}.down_proj"] == f"{mlp}.down_proj"
+        assert leaders[f"{attention}.v_proj"] == leaders[f"{attention}.k_proj"] == f"{attention}.q_proj"

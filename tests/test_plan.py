@@ -24,6 +24,7 @@ from upriver.curvature.fit import fit
 from upriver.errors import ConfigError, ModelError
 from upriver.influence.gradients import weighted_measurement
 from upriver.influence.stages import divide
+from upriver.kernels import add_second_moment
 from upriver.model import calibrate
 from upriver.model.calibrate import Blank, plan_here, plan_model
 from upriver.model.capture import capture
@@ -52,7 +53,7 @@ from upriver.runtime.split import (
 )
 from upriver.runtime.system import available_memory, peak_memory, resident_memory, start_seconds
 from upriver.runtime.words import parse_memory, show_bytes, show_flop
-from upriver.tensors import add_second_moment, rotated_gradients
+from upriver.tensors import rotated_gradients
 
 N, T = 3, 16
 PASSES = ["covariance", "eigendecomposition", "correction", "agreement", "queries", "scan", "rescore"]

@@ -10,32 +10,20 @@ Example:
     >>> result.report("report.html")
 """
 
-import os
+from typing import TYPE_CHECKING, Any
 
-# Idle worker threads spin for milliseconds by default and slow down the busy ones: NumPy's and SciPy's those of torch, torch's
-# those of NumPy and of other programs.  Waking one that sleeps takes longer than a small operation, so torch's spin for a moment,
-# until the next one comes (benchmarks/waiting.py).  The libraries read these when they are loaded.
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "passive"
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+if TYPE_CHECKING:
+    from upriver.public import *  # noqa: F403
 
-from upriver.curvature.base import Curvature, Damping, Solution
-from upriver.curvature.fit import Factors, fit
-from upriver.errors import UpriverError
-from upriver.influence.gradients import Measurements
-from upriver.model.generate import complete
-from upriver.model.load import Model, load_model
-from upriver.model.losses import Classification, LanguageModel, Regression, Task
-from upriver.pipeline import trace
-from upriver.show.report import write_report as report
-from upriver.show.scores import Scores
-from upriver.text.batch import Examples
-from upriver.text.corpus import Corpus
-from upriver.text.queries import Queries
 
-__all__ = [
-    "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "LanguageModel", "Measurements", "Model",
-    "Queries", "Regression", "Scores", "Solution", "Task", "UpriverError", "complete", "fit", "load_model", "report",
-    "trace",
-]  # fmt: skip
+def __getattr__(name: str) -> Any:
+    """Load the public names at the first use of one: the command line sets what torch reads when it is loaded before that."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module 'upriver' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("upriver.public"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -12,6 +12,7 @@ from upriver.curvature.choose import needs_factors, solver
 from upriver.curvature.factors import Factors
 from upriver.curvature.fit import fit_diagonal
 from upriver.errors import ConfigError, MismatchError, QueryError
+from upriver.influence.forecast import divide, request, scan_probe
 from upriver.influence.judge import judge
 from upriver.influence.manifest import manifest
 from upriver.influence.passages import answers, ranked, top_rows
@@ -20,12 +21,12 @@ from upriver.influence.rescore import Pairs, rescore_top
 from upriver.influence.results import write_scores, write_top
 from upriver.influence.scan import Part, Scanned, scan, scan_units
 from upriver.influence.solve import Job, solve
-from upriver.model.check import check_length, tracked_layers
+from upriver.model.ready import check_length, tracked_layers
 from upriver.model.fingerprint import measured_by
 from upriver.model.layers import Coverage, coverage
 from upriver.model.load import Model, load_model
 from upriver.model.memory import division_file
-from upriver.model.planned import announce, divided
+from upriver.model.planned import announce, plan_here
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, locked, write_json
 from upriver.runtime.config import CONVENTIONS, TraceOptions, options
@@ -173,7 +174,9 @@ def _run(stage: Artifact, asked: Given) -> None:
     job = _first(stage, asked, rows)
     cover = asked.factors.manifest["coverage"] if asked.factors else _coverage(job)
     say(f"layers: {Coverage.of(cover).line()}")
-    announce(say, job.model, job.layers, data, job.division, queries=asked.queries, rows=rows, options=opts)
+    wanted_of = request(data, rows, asked.queries, opts, job.layers)
+    probes = {"scan": scan_probe(wanted_of.asked)}
+    announce(say, lambda: plan_here(job.model, job.layers, data, wanted_of, probes, job.division))
     parts: list[Part] = []
     for each_job in _jobs(job, asked):
         with times("queries"):
@@ -215,7 +218,7 @@ def _first(stage: Artifact, asked: Given, rows: np.ndarray) -> Job:
     """The work on the model itself, divided so that it stays within the memory."""
     with asked.model.computing_in(asked.exact) as exact:
         layers = tracked_layers(exact, asked.data, str(asked.opts.layers))
-        division = divided(exact, layers, asked.data, asked.queries, asked.opts, stage.path, asked.say)
+        division = divide(exact, layers, asked.data, asked.queries, asked.opts, stage.path, asked.say)
         chosen = _solver(exact, layers, asked)
         return Job(
             stage, exact, layers, asked.data, asked.queries, asked.factors, rows, asked.opts, asked.progress, division, chosen

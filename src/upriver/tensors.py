@@ -6,42 +6,18 @@ Axes: N sequences, T positions, M real tokens, I inputs of a layer (+1 with a bi
 
 import math
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.linalg import get_blas_funcs
 from torch import Tensor
 from torch.nn.functional import pad
 
 from upriver.errors import NumericalError
+from upriver.kernels import aligned, matmul, suits, syevd
 
 OVERSAMPLE, RANDOM_STEPS = 16, 4
-BLOCKS, COLUMNS = 8, 384  # parts of a symmetric product at most (9/16 of the full one), columns of one at least
-ALIGNED = 16  # numbers of 4 bytes in 64
 FLOOR = 1e-6  # of the largest eigenvalue: the smallest weight a direction has in the low-rank factorisation
-
-
-def _intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return False
-
-
-MKL_AT_HOME = torch.backends.mkl.is_available() and _intel()
-ONEDNN = torch.backends.mkldnn.is_available()
-WIDE_ONEDNN = (  # as far as it is measured
-    ONEDNN
-    and torch.backends.mkl.is_available()
-    and not MKL_AT_HOME
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
-NARROW_ONEDNN = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-SHORT, SMALL = 16, 1 << 21  # the shortest side, and the multiplications, of a product that oneDNN is given
-BROAD, BLOCK = 384, 128  # columns from which it forms second moments faster than BLAS, and of its blocks at least
-PACKED_BYTES = 128 << 20  # of a second factor, which oneDNN copies: a chunk of logits, of which the plan has two
 
 
 class LowRank(NamedTuple):
@@ -83,56 +59,17 @@ class Scratch:
     def product(self, name: str, x_NTI: Tensor, y_IK: Tensor, width: int | None = None) -> Tensor:
         """``x @ y``, ``[N, T, K]``, or ``[N, T, width]`` with zeros beyond K; see :func:`product`."""
         K, x_MI = y_IK.shape[1], x_NTI.flatten(0, 1)
-        if _for_onednn(x_MI, y_IK):
+        if suits(x_MI, y_IK):
             return matmul(x_MI, _widened(y_IK)).unflatten(0, x_NTI.shape[:2])[..., : width or K]
         out_NTW = self.rows(name, x_NTI, K)
         torch.mm(x_MI, y_IK, out=out_NTW.flatten(0, 1)[:, :K])
         return out_NTW[..., : width or K]
 
 
-def matmul(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> Tensor:
-    """``x @ y``, plus the bias; no gradient passes through it.
-
-    On the CPU by oneDNN: in float32 on processors with AVX-512 that are not Intel's, where MKL, which torch takes, leaves it
-    aside and needs up to twice as long; in bfloat16 with a bias, which torch copies first (``benchmarks/kernels.py``).
-    """
-    if _for_onednn(x_MI, y_IK, bias_K):
-        return torch.ops.mkldnn._linear_pointwise(x_MI, y_IK.T, bias_K, "none", [], "")  # type: ignore[no-any-return]
-    return x_MI @ y_IK if bias_K is None else torch.addmm(bias_K, x_MI, y_IK)
-
-
-def gains(dtype: torch.dtype, bias: bool) -> bool:
-    """Whether :func:`matmul` is faster than torch's own product."""
-    return (WIDE_ONEDNN and dtype == torch.float32) or (NARROW_ONEDNN and dtype == torch.bfloat16 and bias)
-
-
-def _for_onednn(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> bool:
-    """Whether oneDNN pays for the factors as they lie in memory."""
-    return x_MI.stride(1) == 1 and _suits(x_MI, y_IK, bias_K)
-
-
-def _suits(x_MI: Tensor, y_IK: Tensor, bias_K: Tensor | None = None) -> bool:
-    """Whether oneDNN pays whatever the first factor's layout: the product is large, and the second factor is small enough to be
-    copied and has no gaps between its rows (with gaps oneDNN takes a thousand times longer)."""
-    like = x_MI.dtype
-    alike = all(t is None or (t.dtype == like and on_cpu(t)) for t in (x_MI, y_IK, bias_K))
-    if not alike or not gains(like, bias_K is not None):
-        return False
-    (M, I), K = x_MI.shape, y_IK.shape[1]
-    dense = y_IK.is_contiguous() or y_IK.T.is_contiguous()
-    return dense and min(M, I, K) >= SHORT and M * I * K >= SMALL and y_IK.nbytes <= PACKED_BYTES
-
-
-def aligned(n: int) -> int:
-    """The width of rows of at least ``n`` numbers that all start at a multiple of 64 bytes."""
-    return -(-n // ALIGNED) * ALIGNED
-
-
 def product(x_MI: Tensor, y_IK: Tensor) -> Tensor:
-    """``x @ y`` with rows laid out :func:`aligned`: it takes up to a third longer where they do not start at such places
-    (``benchmarks/kernels.py``)."""
+    """``x @ y`` with rows laid out :func:`aligned`."""
     K = y_IK.shape[1]
-    if _for_onednn(x_MI, y_IK):
+    if suits(x_MI, y_IK):
         return matmul(x_MI, _widened(y_IK))[:, :K]
     return torch.mm(x_MI, y_IK, out=x_MI.new_empty(len(x_MI), aligned(K))[:, :K])
 
@@ -162,45 +99,15 @@ def sequence_gradients(a_NTI: Tensor, g_NTO: Tensor, out_NOI: Tensor | None = No
         out_NOI: where they are put.
     """
     g_NOT = g_NTO.transpose(1, 2)
-    if not (len(a_NTI) and _suits(g_NOT[0], a_NTI[0])):
+    if not (len(a_NTI) and suits(g_NOT[0], a_NTI[0])):
         return g_NOT @ a_NTI if out_NOI is None else torch.bmm(g_NOT, a_NTI, out=out_NOI)
     if len(a_NTI) == 1 and out_NOI is None:
-        return matmul(g_NOT[0].contiguous(), a_NTI[0])[None]
+        return matmul(g_NOT[0], a_NTI[0])[None]
     if out_NOI is None:
         out_NOI = a_NTI.new_empty(len(a_NTI), g_NTO.shape[2], a_NTI.shape[2])
     for out_OI, g_OT, a_TI in zip(out_NOI, g_NOT, a_NTI, strict=True):
-        out_OI.copy_(matmul(g_OT.contiguous(), a_TI))
+        out_OI.copy_(matmul(g_OT, a_TI))
     return out_NOI
-
-
-def add_second_moment(total_II: Tensor, x_MI: Tensor) -> None:
-    """Add ``sum_m x_m x_m^T`` to the lower triangle of ``total_II``, in its dtype; :func:`symmetric` makes it whole.
-
-    Half the multiplications of the full product: by BLAS ``syrk`` on the CPU; by block rows elsewhere, where oneDNN is faster,
-    and for half precision, whose products (each summed in float32 by the library, then rounded once) are faster by more than
-    the conversion costs.
-    """
-    if not x_MI.numel():
-        return
-    if x_MI.dtype == total_II.dtype and x_MI.shape[1] >= BROAD and _suits(x_MI.T, x_MI):
-        x_IM = x_MI.T.contiguous()
-        step = max(BLOCK, -(-len(x_IM) // BLOCKS))
-        for i in range(0, len(x_IM), step):
-            total_II[i : i + step, : i + step] += matmul(x_IM[i : i + step], x_IM[: i + step].T)
-        return
-    if x_MI.dtype == total_II.dtype and on_cpu(total_II):
-        # column-major, as BLAS sees it, both are transposed: the upper triangle there is the lower one here
-        total, x = total_II.numpy().T, x_MI.contiguous().numpy().T
-        syrk: Any = get_blas_funcs("syrk", (total,))
-        syrk(1.0, x, beta=1.0, c=total, overwrite_c=True)
-        return
-    I = x_MI.shape[1]
-    for rows in even_parts(I, max(COLUMNS, -(-I // BLOCKS))):
-        left_iM, right_MI, part = x_MI[:, rows].T, x_MI[:, : rows.stop], total_II[rows, : rows.stop]
-        if x_MI.dtype == total_II.dtype:
-            part.addmm_(left_iM, right_MI)
-        else:
-            part += left_iM @ right_MI
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -235,11 +142,7 @@ def rotated_gradients(
 
 
 def eigh(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Eigenvalues (ascending, clamped at zero), eigenvectors, and the most negative eigenvalue over the largest.
-
-    In the type of the matrix: divide and conquer (LAPACK ``syevd``).  Either library lets other threads run meanwhile, so that
-    each core can have a matrix of its own: torch's, MKL, takes a sixth less time than NumPy's, OpenBLAS, on processors of MKL's
-    maker, and more on others (``benchmarks/kernels.py``).
+    """Eigenvalues (ascending, clamped at zero), eigenvectors, and the most negative eigenvalue over the largest, in its type.
 
     Raises:
         NumericalError: the matrix holds a NaN or an infinity, or the decomposition failed.
@@ -247,10 +150,7 @@ def eigh(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
     if not torch.isfinite(matrix_II).all():
         raise NumericalError("a covariance holds NaN or infinity; check the weights, or fit with --dtype float32")
     try:
-        if matrix_II.is_cuda or MKL_AT_HOME:  # either takes the lower triangle
-            values, vectors = torch.linalg.eigh(matrix_II)
-        else:
-            values, vectors = map(torch.from_numpy, np.linalg.eigh(matrix_II.numpy()))
+        values, vectors = syevd(matrix_II)
     except torch.OutOfMemoryError:
         raise
     except (np.linalg.LinAlgError, RuntimeError) as error:
@@ -294,18 +194,13 @@ def truncated_svd(w_OI: Tensor, rank: int, start_IK: Tensor | None = None) -> Lo
         return LowRank(U[:, :rank] * s[:rank], Vh[:rank])
     basis_OW = matmul(w_OI, _start(I, width, start_IK).to(w_OI))
     for _ in range(RANDOM_STEPS if start_IK is None else 1):
-        basis_OW = matmul(w_OI, _transposed_product(orthonormal(basis_OW), w_OI).T)
+        basis_OW = matmul(w_OI, matmul(orthonormal(basis_OW).T, w_OI).T)
     basis_OW = orthonormal(orthonormal(basis_OW))  # twice: once leaves the rounding of a squared condition number
-    core_WI = _transposed_product(basis_OW, w_OI)
+    core_WI = matmul(basis_OW.T, w_OI)
     even_WI = _of_size_one(core_WI)
     _, U_WW = torch.linalg.eigh((even_WI @ even_WI.T).double())
     U_WR = U_WW.flip(1)[:, :rank].to(w_OI)
     return LowRank(basis_OW @ U_WR, U_WR.T @ core_WI)
-
-
-def _transposed_product(x_OW: Tensor, w_OI: Tensor) -> Tensor:
-    """``x^T w`` for a narrow ``x``."""
-    return matmul(x_OW.T.contiguous(), w_OI)
 
 
 def _start(I: int, width: int, given_IK: Tensor | None) -> Tensor:

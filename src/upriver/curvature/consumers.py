@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from upriver.curvature.blocks import Moments
+from upriver.kernels import add_second_moment, aligned
 from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.model.planned import Probe
 from upriver.model.sweep import Consumer, Source
 from upriver.runtime.artifact import Tensors
 from upriver.runtime.cost import CORRECTION, COVARIANCE, GRADIENT_BYTES, Spec
-from upriver.tensors import Scratch, accumulator_dtype, add_second_moment, aligned, even_parts, rotated_gradients
+from upriver.tensors import Scratch, accumulator_dtype, even_parts, rotated_gradients
 from upriver.text.batch import Batch, real_calls
 
 

@@ -20,7 +20,7 @@ from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.runtime.artifact import Tensors, opened, read_json
 from upriver.runtime.config import CONVENTIONS, CURVATURES, FitOptions
-from upriver.runtime.counts import LayerSize, Sized
+from upriver.runtime.cost import LayerSize, Sized
 from upriver.tensors import eigh
 from upriver.text.batch import Sequences
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from upriver.curvature.agreement import agreement, compare
 from upriver.curvature.consumers import FIT_PROBES, Correction, Covariance
 from upriver.curvature.factors import Factors, decomposed, read_moments
-from upriver.model.check import check_length, check_loss, tracked_layers
+from upriver.kernels import one_core_each
+from upriver.model.ready import check_length, check_loss, tracked_layers
 from upriver.model.layers import Coverage, Layer, coverage
 from upriver.model.load import Model
 from upriver.model.memory import division_file, memory_budget, settled
@@ -38,7 +39,6 @@ from upriver.runtime.divide import Division, divide_fit
 from upriver.runtime.plan import request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.system import give_back
-from upriver.runtime.threads import one_core_each
 from upriver.runtime.units import remaining, total
 from upriver.tensors import accumulator_dtype
 from upriver.text.batch import Sequences

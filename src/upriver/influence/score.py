@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upriver.kernels import aligned, matmul, side_by_side
 from upriver.model.layers import Layer
 from upriver.runtime.cost import REBUILD_BYTES, SCORED_BYTES, SIDES, Order
-from upriver.runtime.threads import side_by_side
-from upriver.tensors import ALIGNED, LowRank, Scratch, accumulator_dtype, matmul, on_cpu, sequence_gradients
+from upriver.tensors import LowRank, Scratch, accumulator_dtype, on_cpu, sequence_gradients
 from upriver.text.batch import Batch
 
 ROWS = 256  # of gradients that are formed at once, for queries that are multiplied out:
@@ -203,7 +203,7 @@ class Score:
         left, right = [x.g_NTO for x in held], [x.a_NTI for x in held]
         if V_QRI.shape[2] > U_QOR.shape[1]:
             U_QOR, V_QRI, left, right = V_QRI.transpose(1, 2), U_QOR.transpose(1, 2), right, left
-        if self.hold == 1 and right[0].shape[2] % ALIGNED:
+        if self.hold == 1 and right[0].shape[2] != aligned(right[0].shape[2]):
             right = [self.scratch.padded("a", x_NTI) for x_NTI in right]
         V_QRI = self.scratch.padded("V", V_QRI)
         (Q, O), I, N = U_QOR.shape[:2], V_QRI.shape[2], sum(map(len, right))

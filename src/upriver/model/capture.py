@@ -12,7 +12,7 @@ over calls, before anything is squared.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from upriver.errors import ModelError, NumericalError
-from upriver.model.kernels import FastKernels
+from upriver.kernels import FastKernels
 from upriver.model.layers import Layer, given
 from upriver.runtime import dist
 
@@ -41,7 +41,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
     module.eval()
     module.requires_grad_(False)
     try:
-        with torch.compiler.set_stance("force_eager"), FastKernels():
+        with torch.compiler.set_stance("force_eager"), FastKernels() if _on_cpu(module) else nullcontext():
             yield
     finally:
         dist.reshard(module)
@@ -55,6 +55,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
             for name in _attributes(m).keys() - before.keys():
                 del vars(m)[name]
             vars(m).update(before)
+
+
+def _on_cpu(module: nn.Module) -> bool:
+    return all(p.device.type == "cpu" for p in module.parameters())
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -131,6 +135,11 @@ class Run:
             raise ModelError(
                 f"layer {layer.name!r} runs without gradients inside the model, as under reentrant activation checkpointing; "
                 "switch checkpointing off or give it use_reentrant=False"
+            )
+        if not isinstance(output, Tensor):
+            raise ModelError(
+                f"layer {layer.name!r} cannot be tracked: it does not give W a + b of its own weight and bias: got "
+                f"{type(module).__name__}, which gives a {type(output).__name__}; leave it out by giving globs to --layers"
             )
         if not output.requires_grad:  # the lowest tracked layer: the graph begins here
             output = output.requires_grad_().clone()

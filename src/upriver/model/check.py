@@ -1,96 +1,91 @@
-"""What must hold before a pass: lengths that the model takes, layers that can be tracked, a loss that is a sum."""
+"""One check of the tracked layers: on one short batch, what is captured is the gradient that autograd gives."""
 
-import numpy as np
+from collections.abc import Callable
+
 import torch
+from torch import Tensor, nn
 
 from upriver.errors import ModelError
-from upriver.model.capture import frozen
-from upriver.model.layers import Layer, find_layers, probe
-from upriver.model.load import Model, check_causal
-from upriver.model.losses import LanguageModel
-from upriver.model.sweep import Labels
-from upriver.text.batch import Sequences
+from upriver.model.capture import capture
+from upriver.model.layers import Layer, probe, weight_gradient_as_stored
+from upriver.runtime import dist
 
-LOOKED_AT = 64  # short sequences, for two that have loss
-APART, TINY = 0.1, 1e-6  # of the size of a loss; a size of which nothing can be said
-NARROW_APART, NARROW_TINY = 0.4, 1e-4  # in bfloat16, where another label may be drawn; a mean is off by a half
-RULE = "give a sum over sequences and tokens, never a mean"
+# Of the largest gradient that such inputs could give; products of float32 numbers may be in TF32.
+TOLERANCE, TF32, NARROW = {torch.float64: 1e-7, torch.float32: 1e-4}, 2e-3, 2e-2
 
 
-def tracked_layers(model: Model, data: Sequences, spec: str) -> list[Layer]:
-    """The layers that ``spec`` names, with those that share an input marked by one forward pass on the shortest sequence."""
-    row = np.array([int(np.argmin(data.lengths_N))])
-    batch = data.batch(row).to(model.device)
-    with frozen(model.module):
-        return probe(find_layers(model.module, spec), lambda: model.task.loss(model.module, batch))
+def checked_layers(
+    module: nn.Module, layers: list[Layer], N: int, T: int | None, forward: Callable[[], Tensor]
+) -> list[Layer]:
+    """Refuse layers that cannot be tracked, and mark those that are given the same inputs.
 
+    ``forward`` is run forward and backward once, with the weights of the layers unfrozen.  As soon as autograd has the gradient
+    of one of them it is compared with what was captured, and both are let go.
 
-def check_length(model: Model, data: Sequences) -> None:
-    """Refuse sequences that the model does not take, and those that change what it makes of others in their batch.
+    Args:
+        N, T: sequences and positions of the loss that ``forward`` gives, as for :func:`capture`.
 
     Raises:
-        ModelError: with the length that is allowed.
+        ModelError: a layer is never called, as inside a compiled model, whose hooks do not run; it computes another thing than
+            ``W a + b``; or its weight or bias is used outside of it too, so that its calls show a part of the gradient.
     """
-    longest, positions, limit = int(np.max(data.lengths_N)), model.positions, model.rotary_limit
-    if positions and longest > positions:
-        raise ModelError(
-            f"the corpus has sequences of {longest} tokens and the model takes {positions}; read it with --seq-len {positions}"
-        )
-    if limit and longest > limit:
-        raise ModelError(
-            f"scores would depend on the batches: got sequences of {longest} tokens, and beyond {limit} the model takes other "
-            f"rotary frequencies for all that stands in a batch; give --seq-len {limit} or less"
-        )
+    comparison = _Comparison(layers)
+    before = {p: p.grad for p in comparison.owners}
+    shared, losses, hooks = layers, [], []
+
+    def probed() -> Tensor:
+        nonlocal shared
+        shared = probe(layers, lambda: losses.append(forward()))
+        return losses[0]
+
+    try:
+        with capture(module, layers, comparison) as run:
+            for p in before:
+                p.grad = None
+                hooks.append(p.requires_grad_().register_post_accumulate_grad_hook(comparison.when_captured))
+            run(N, T, probed)
+            for p in comparison.owners.copy():
+                comparison.compare(p)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p, grad in before.items():
+            p.grad = grad
+    return shared
 
 
-def check_loss(model: Model, data: Sequences, drawn: bool) -> None:
-    """Refuse a task whose loss is no sum over sequences, or draws no labels where it should; tried on two short sequences.
+class _Comparison:
+    """Consumer: holds what was captured of a layer until autograd's gradients of its weight and bias are there."""
 
-    A language model must be causal besides.
+    def __init__(self, layers: list[Layer]):
+        held = [(p, (x, n)) for x in layers for m in x.modules for n, p in m.named_parameters(recurse=False)]
+        self.owners = {p: owner for p, owner in held if owner[1] in ("weight", "bias") and not dist.sharded(p)}
+        self.captured: dict[
+            str, tuple[dict[str, Tensor], float]
+        ] = {}  # parts as stored, and how far rounded sums may be off
 
-    Raises:
-        ModelError: with the rule that is broken.
-    """
-    if isinstance(model.task, LanguageModel):
-        check_causal(model.module)
-    rows = _with_loss(data)[:2]
-    with frozen(model.module), torch.no_grad():
-        for labels in (Labels(), Labels(stream=1))[: 1 + drawn]:
-            each = [_loss(model, data, rows[[i]], labels) for i in range(len(rows))]
-            if len(rows) == 2:
-                _check_sum(model, _loss(model, data, rows, labels), each, labels)
+    def __call__(self, x: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
+        kinds = (a_NTI.dtype, g_NTO.dtype, x.modules[0].get_parameter("weight").dtype)
+        wide = torch.float64 if torch.float64 in kinds else torch.float32
+        a_MI, g_MO = a_NTI.flatten(0, 1).to(wide), g_NTO.flatten(0, 1).to(wide)
+        rounded = TF32 if wide == torch.float32 and torch.get_float32_matmul_precision() != "highest" else 0.0
+        tolerance = max(rounded, *(TOLERANCE.get(kind, NARROW) for kind in kinds))
+        allowed = tolerance * float(a_MI.norm(dim=0).max() * g_MO.norm(dim=0).max())
+        self.captured[x.name] = weight_gradient_as_stored(x.modules[0], g_MO.T @ a_MI), allowed
 
+    def when_captured(self, p: Tensor) -> None:
+        if self.owners[p][0].name in self.captured:
+            self.compare(p)
 
-def _with_loss(data: Sequences) -> np.ndarray:
-    """Some short sequences of more than one token, where there are any, that have a token to predict."""
-    several = np.flatnonzero(data.lengths_N > min(1, int(np.max(data.lengths_N)) - 1))
-    rows = several[np.argsort(data.lengths_N[several], kind="stable")[:LOOKED_AT]]
-    batch = data.batch(rows)
-    if batch.real_NT is None or "loss" not in batch.inputs:
-        return rows
-    return rows[batch.inputs["loss"][:, 1:].any(1).cpu().numpy()]
-
-
-def _loss(model: Model, data: Sequences, rows: np.ndarray, labels: Labels) -> float:
-    batch = data.batch(rows).to(model.device)
-    sampler = labels.sampler(batch)
-    loss = model.task.loss(model.module, batch, sampler)
-    if sampler is not None and not sampler.asked:
-        raise ModelError(
-            f"the task draws no labels: got {type(model.task).__name__}.loss, which asks its sampler for no number; draw them "
-            "by sampler.uniform, or fit with empirical labels (fisher='empirical')"
-        )
-    if loss.numel() != 1:
-        raise ModelError(f"the loss of a batch is not one number: got the shape {tuple(loss.shape)}; {RULE}")
-    return float(loss)
-
-
-def _check_sum(model: Model, together: float, each: list[float], labels: Labels) -> None:
-    size = max(abs(together), sum(map(abs, each)))
-    apart, tiny = (APART, TINY) if model.dtype.itemsize > 2 else (NARROW_APART, NARROW_TINY)
-    if size > tiny and abs(together - sum(each)) > apart * size:
-        drawn = "" if labels.stream is None else ", with labels drawn by the sampler's numbers alone"
-        raise ModelError(
-            f"the loss of two sequences together is not that of one plus that of the other: got {together:.4g} from "
-            f"{type(model.task).__name__}.loss, not {sum(each):.4g}; {RULE}{drawn}"
-        )
+    @torch.no_grad()
+    def compare(self, p: Tensor) -> None:
+        x, name = self.owners.pop(p)
+        parts, allowed = self.captured.get(x.name, ({}, 0.0))
+        mine, theirs = parts.pop(name, p.new_zeros(())), p.new_zeros(()) if p.grad is None else p.grad
+        p.grad = None
+        if float((mine - theirs).abs().max()) > allowed:
+            raise ModelError(
+                f"layer {x.name!r} cannot be tracked: its calls do not show the gradient of its {name}: got "
+                f"{type(x.modules[0]).__name__}, which gives another thing than W a + b, or whose weight or bias is used outside "
+                "of it too; leave it out by giving globs to --layers"
+            )

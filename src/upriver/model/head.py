@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from upriver.errors import ModelError
-from upriver.runtime.split import HEAD_BYTES, HEAD_ROWS
-from upriver.tensors import matmul, on_cpu
+from upriver.kernels import matmul
+from upriver.runtime.divide import HEAD_BYTES, HEAD_ROWS
+from upriver.tensors import on_cpu
 
 PART_BYTES = 2 << 20  # probabilities at once on the CPU: what stays in the caches
 PART_ROWS = 256  # elsewhere: a quarter of a chunk

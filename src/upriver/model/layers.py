@@ -7,27 +7,19 @@ its path or an enclosing class says so, and what is left inside a block is its M
 import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from upriver.errors import ModelError
-from upriver.runtime import dist
 
 ATTENTION = re.compile(r"attn|attention|^wqkv$", re.IGNORECASE)
 MIXER = re.compile(r"mamba|mixer|ssm|recurrent|rglru|conv", re.IGNORECASE)  # of a place in the block
 MIXER_CLASS = re.compile(r"(Mixer|Recurrent\w*Block|RgLru|Conv\w*|DeltaNet)$")  # of a module around the layer
 ROUTER = re.compile(r"^(gate|router|.*_gate)$|router", re.IGNORECASE)
-
-COMPARED = 8  # rows of a layer's output
-ROUNDING = {torch.float64: 1e-6, torch.float32: 5e-3}  # of the largest number; float32 may be multiplied as TF32
-NARROW = 5e-2  # the same in 16 bits
 
 
 class Layer(NamedTuple):
@@ -48,6 +40,10 @@ class Layer(NamedTuple):
     @property
     def parameters(self) -> int:
         return self.O * self.I
+
+    def told(self) -> dict[str, Any]:
+        """What a manifest tells of it."""
+        return {"name": self.name, "shape": [self.O, self.I], "block": self.block, "kind": self.kind, "A_of": self.A_of}
 
 
 class Coverage(NamedTuple):
@@ -205,103 +201,30 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
     """Run ``forward`` once and note which layers are given the very same input, so that they share one ``A``.
 
     Raises:
-        ModelError: a layer is never called, as inside a compiled model, whose hooks do not run; it gives other things than
-            ``W a + b`` of its weight and bias; or these are used outside of it too.
+        ModelError: a layer is never called, as inside a compiled model, whose hooks do not run.
     """
     seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
-    checked: set[nn.Module] = set()
-
-    def note(layer: Layer) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            a = given(args, kwargs)
-            seen[layer.name].append(a)
-            if module not in checked and a.numel():
-                checked.add(module)
-                _check_linear(layer, module, a, output)
-
-        return hook
-
-    # before the hooks of others, as in a captured pass: what they make of the output comes after the weight
-    hooks = [m.register_forward_hook(note(x), with_kwargs=True, prepend=True) for x in layers for m in x.modules]
-    uses = _Uses(layers)
-    hooks += [m.register_forward_pre_hook(uses.enter) for x in layers for m in x.modules]
-    hooks += [m.register_forward_hook(uses.leave) for x in layers for m in x.modules]
+    hooks = [
+        m.register_forward_pre_hook(partial(_note, seen[x.name]), with_kwargs=True) for x in layers for m in x.modules
+    ]
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), uses:
-            forward()
+        forward()
     finally:
         for hook in hooks:
             hook.remove()
-    silent = [layer.name for layer in layers if not seen[layer.name]]
+    silent = [name for name, inputs in seen.items() if not inputs]
     if silent:
         raise ModelError(
             f"{len(silent)} tracked layers were never called, the first is {silent[0]!r}: the model uses their weights without "
             "them, or is compiled; leave them out by giving globs to --layers, or give the plain model (model._orig_mod)"
         )
-    return _share_inputs(layers, seen)
-
-
-class _Uses(TorchFunctionMode):
-    """Refuses a forward pass that uses a tracked parameter outside of its module: the module would see a part of its gradient."""
-
-    def __init__(self, layers: list[Layer]):
-        super().__init__()
-        self.owners = {id(p): x for x in layers for m in x.modules for p in m.parameters(recurse=False)}
-        self.inside: list[nn.Module] = []
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        self.inside.append(module)
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.inside.pop()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and id(out) not in self.owners:  # neither a question nor a change in place
-            for x in tree_leaves((args, kwargs)):
-                owner = self.owners.get(id(x))
-                if owner and not any(m in owner.modules for m in self.inside):
-                    raise ModelError(
-                        f"layer {owner.name!r} cannot be tracked: its weight or bias is used outside of it too, so that its own "
-                        "calls give a part of the gradient; leave it out by giving globs to --layers"
-                    )
-        return out
-
-
-def _check_linear(layer: Layer, module: nn.Module, a: torch.Tensor, output: Any) -> None:
-    """Compare some rows of a module's output with ``W a + b``: its class may compute another thing."""
-    weight = module.get_parameter("weight")
-    if weight.is_meta or isinstance(weight, FakeTensor) or dist.sharded(weight):  # no numbers here to compare
-        return
-    if not _is_linear(module, a, output):
-        raise ModelError(
-            f"layer {layer.name!r} cannot be tracked: it does not give W a + b of its own weight and bias: got "
-            f"{type(module).__name__}; leave it out by giving globs to --layers"
-        )
-
-
-def _is_linear(module: nn.Module, a: torch.Tensor, output: Any) -> bool:
-    (O, I), weight, bias = weight_shape(module), module.get_parameter("weight"), module._parameters["bias"]
-    scaled = weight.dtype.itemsize == 1  # in 8 bits, by factors of its own
-    if scaled or not isinstance(output, torch.Tensor) or output.shape != (*a.shape[:-1], O):
-        return False
-    step = max(1, a.numel() // I // COMPARED)
-    a_RI, out_RO = a.reshape(-1, I)[::step], output.reshape(-1, O)[::step]
-    W_OI = weight.T if isinstance(module, Conv1D) else weight
-    wanted_RO = F.linear(a_RI.to(weight.dtype), W_OI, bias)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    tolerance = max(ROUNDING.get(x.dtype, NARROW) for x in (a, weight, output))
-    largest, error = (x.to(wide).abs().max() for x in (wanted_RO, out_RO.to(wide) - wanted_RO.to(wide)))
-    return not error > tolerance * largest  # NaN is told of elsewhere
-
-
-def _share_inputs(layers: list[Layer], seen: dict[str, list[torch.Tensor]]) -> list[Layer]:
     leaders: dict[tuple, str] = {}
-    out = []
-    for layer in layers:
-        key = (tuple(id(a) for a in seen[layer.name]), layer.bias)
-        out.append(layer._replace(A_of=leaders.setdefault(key, layer.name)))
-    return out
+    keys = [(layer.bias, *map(id, seen[layer.name])) for layer in layers]
+    return [layer._replace(A_of=leaders.setdefault(key, layer.name)) for layer, key in zip(layers, keys, strict=True)]
+
+
+def _note(inputs: list[torch.Tensor], module: nn.Module, args: tuple, kwargs: dict) -> None:
+    inputs.append(given(args, kwargs))
 
 
 def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:

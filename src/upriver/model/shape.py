@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from upriver.errors import ModelError
-from upriver.model.attention import LONGEST
+from upriver.kernels import LONGEST
 from upriver.model.capture import capture, frozen
 from upriver.model.head import hidden_states
 from upriver.model.layers import Layer, block_number, find_layers, given, layer_kind, probe, same_layers, weight_shape
 from upriver.model.load import Model, dtype_named, text_config
-from upriver.runtime.counts import Block, LayerSize, Shape, lowest_block
+from upriver.runtime.cost import Block, LayerSize, Shape, lowest_block
 from upriver.text.batch import Batch, Sequences
 
 PROBE_TOKENS = 8  # of a module without weights
