@@ -16,15 +16,14 @@ from rich.console import Console
 
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, QueryError, UpriverError
-from upriver.model.calibrate import Blank, plan_model
 from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
+from upriver.model.planned import Blank
 from upriver.model.shape import config_only
-from upriver.pipeline import trace
+from upriver.pipeline import plan_model, trace
 from upriver.runtime.artifact import write_json
-from upriver.runtime.config import BATCH_TOKENS, FitOptions, Options, RunOptions, TraceOptions, options
-from upriver.runtime.passes import Request, request_for
-from upriver.runtime.plan import describe, parse_sizes
+from upriver.runtime.config import BATCH_TOKENS, CURVATURES, FitOptions, Options, RunOptions, TraceOptions, options
+from upriver.runtime.plan import Request, describe, parse_sizes, request_for
 from upriver.runtime.system import give_back, resident_memory
 from upriver.runtime.words import parse_memory
 from upriver.show.bars import bars, running_bar, say
@@ -107,13 +106,32 @@ def trace_command(
     model: ModelArg,
     corpus: CorpusArg,
     queries: QueriesArg,
-    factors: Annotated[Path, typer.Option(help="Folder written by upriver fit.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    factors: Annotated[
+        Path | None, typer.Option(help="Folder written by upriver fit; exact, identity, cg and the like do without.")
+    ] = None,
+    curvature: Annotated[str, typer.Option(help=f"One of {', '.join(CURVATURES)}.")] = "ekfac",
+    refine: Annotated[
+        int,
+        typer.Option(help="Steps of conjugate gradients from that solution, on the exact Gauss-Newton matrix.", min=0),
+    ] = 0,
+    refine_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that a matrix-free solver goes over. Default: the fit's sample.", min=1)
+    ] = None,
+    solver_rank: Annotated[int | None, typer.Option(help="Rank of arnoldi and nystrom.", min=1)] = None,
+    solver_steps: Annotated[int | None, typer.Option(help="Steps of cg, lissa and astra at most.", min=1)] = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="For tracincp: FOLDER=RATE,.. of models in training and their learning rates.")
+    ] = None,
+    damping: Annotated[
+        str, typer.Option(help="0.1x of the mean eigenvalue, or an absolute number; several with commas.")
+    ] = "0.1x",
     rank: Rank = "32",
-    damping: Annotated[str, typer.Option(help="0.1x of the mean eigenvalue, or an absolute number.")] = "0.1x",
     top: Top = 100,
     candidates: Annotated[int | None, typer.Option(help="Score only the best N by TF-IDF, per query.", min=1)] = None,
-    curvature: Annotated[str, typer.Option(help="ekfac, kfac, diagonal or identity.")] = "ekfac",
+    held_out: Annotated[
+        int | None, typer.Option(help="Tokens, unseen by the solver, that judge its solutions; 0: none.", min=0)
+    ] = None,
     layer_scores: Annotated[bool, typer.Option("--layer-scores", help="Write layers.npy as well.")] = False,
     complete: Annotated[
         int | None, typer.Option(help="Let the model answer queries without completion, in N tokens.", min=1)
@@ -121,27 +139,58 @@ def trace_command(
     dtype: Annotated[
         str | None, typer.Option(help="Compute type of the scan, as for fit. Default: that of the factors.")
     ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="As for fit, where there are no factors. Default: those of the factors, or mlp.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="As for fit. Default: as the factors were fitted, or 512.", min=2)
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="As for fit. Default: that of the factors.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="As for fit. Default: that of the factors.", min=0)] = None,
     memory: Memory = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Score every passage of CORPUS by its influence on each answer in QUERIES."""
     given: dict[str, Any] = {
-        "rank": rank, "damping": damping, "top": top, "candidates": candidates, "curvature": curvature,
-        "layer_scores": layer_scores, "dtype": dtype, "memory": memory,
+        "rank": rank, "damping": damping, "top": top, "candidates": candidates, "curvature": curvature, "refine": refine,
+        "refine_tokens": refine_tokens, "solver_rank": solver_rank, "solver_steps": solver_steps, "held_out": held_out,
+        "layer_scores": layer_scores, "dtype": dtype, "memory": memory, "layers": layers, "seed": seed,
     }  # fmt: skip
     options(TraceOptions, given)
-    fitted = Factors(factors)
-    how = fitted.reading
+    rates = _checkpoints(checkpoints)
+    fitted = Factors(factors) if factors else None
+    how = fitted.reading if fitted else {"seq_len": seq_len or 512, "pack": False, "on_bad_record": "error"}
+    if seq_len not in (None, how["seq_len"]):
+        raise ConfigError(
+            f"bad value for --seq-len: got {seq_len}; the factors were fitted on sequences of {how['seq_len']}, leave it out"
+        )
     _check_queries(queries, complete)
     loaded = _load_model(model, device)
-    fitted.check(loaded)
+    if fitted:
+        fitted.check(loaded)
     read = _read_corpus(corpus, loaded, **how)
     asked = _read_queries(queries, loaded, complete)
-    given["batch_tokens"] = fitted.options.batch_tokens
-    result = trace(loaded, read, asked, fitted, out, overwrite=overwrite, progress=bars, say=say, **given)
+    given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else BATCH_TOKENS)
+    result = trace(
+        loaded, read, asked, fitted, out, checkpoints=rates, overwrite=overwrite, progress=bars, say=say, **given
+    )
     terminal_summary(result.path, console=stdout)
     say(f"next: upriver report {out} --open")
+
+
+def _checkpoints(text: str | None) -> list[tuple[str, float]]:
+    """``FOLDER=RATE,FOLDER=RATE``: the folders of checkpoints with their learning rates."""
+    found = []
+    for part in text.split(",") if text else ():
+        folder, _, rate = part.rpartition("=")
+        try:
+            found.append((folder.strip(), float(rate)))
+        except ValueError:
+            found = [("", 0.0)]
+        if not found[-1][0] or not 0 < found[-1][1] < float("inf"):
+            raise ConfigError(f"bad value for --checkpoints: got {part!r}; give each as FOLDER=LEARNING_RATE")
+    return found
 
 
 @app.command("report")

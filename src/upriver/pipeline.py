@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from upriver.curvature.choose import needs_factors, solver
+from upriver.curvature.consumers import FIT_PROBES
 from upriver.curvature.factors import Factors
 from upriver.curvature.fit import fit_diagonal
 from upriver.errors import ConfigError, MismatchError, QueryError
@@ -21,15 +22,17 @@ from upriver.influence.rescore import Pairs, rescore_top
 from upriver.influence.results import write_scores, write_top
 from upriver.influence.scan import Part, Scanned, scan, scan_units
 from upriver.influence.solve import Job, solve
-from upriver.model.ready import check_length, tracked_layers
 from upriver.model.fingerprint import measured_by
 from upriver.model.layers import Coverage, coverage
 from upriver.model.load import Model, load_model
 from upriver.model.memory import division_file
-from upriver.model.planned import announce, plan_here
+from upriver.model.planned import announce, plan_config, plan_here
+from upriver.model.ready import check_length, tracked_layers
+from upriver.model.shape import model_shape
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, locked, write_json
 from upriver.runtime.config import CONVENTIONS, TraceOptions, options
+from upriver.runtime.plan import Plan, Request, hardware, plan_run
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.system import give_back
 from upriver.show.scores import Scores
@@ -63,7 +66,9 @@ class Given:
     @property
     def sample(self) -> np.ndarray:
         """The sequences that a matrix-free solver goes over: those of the fit, or some of as many tokens as are asked for."""
-        fitted = self.factors.manifest["fit"]["tokens"] if self.factors else int(self.data.lengths_N.sum(dtype=np.int64))
+        fitted = (
+            self.factors.manifest["fit"]["tokens"] if self.factors else int(self.data.lengths_N.sum(dtype=np.int64))
+        )
         return self.data.sample(self.opts.refine_tokens or fitted, self.opts.seed or 0)
 
 
@@ -113,7 +118,8 @@ def trace(
         "model": factors.manifest["key"]["model"] if factors else model.fingerprint,  # which has been checked
         "corpus": corpus.fingerprint,
         "queries": queries.fingerprint,
-        "factors": factors and digest([factors.manifest["key"], factors.manifest["fit"]["tokens"]]),  # ``until`` may end early
+        "factors": factors
+        and digest([factors.manifest["key"], factors.manifest["fit"]["tokens"]]),  # ``until`` may end early
         "checkpoints": [[_loaded(which, model).fingerprint, weight] for which, weight in checkpoints],
         "kernel": model.attention,
         "options": opts.key(),
@@ -131,6 +137,30 @@ def trace(
     return Scores(out)
 
 
+def plan_model(
+    model: Model | Path, data: Sequences, spec: str, request: Request, hardware_name: str | None, left: int = 0
+) -> Plan:
+    """What ``upriver plan`` shows: any model, also one of which there is only a configuration, on any machine.
+
+    Args:
+        model: a loaded model, or the path of a configuration (:func:`upriver.model.shape.config_only`).
+        hardware_name: an entry of the table of machines, such as ``h100x8``; None: this machine, measured.
+        left: bytes in use here that will not be in a run's own process.
+
+    Raises:
+        ConfigError: no such hardware, or the run cannot be kept within the memory.
+        ModelError: the configuration cannot be used, or there is no such layer.
+    """
+    machine = hardware(hardware_name) if hardware_name else None
+    if isinstance(model, Path):
+        return plan_config(model, spec, request, machine)
+    layers = tracked_layers(model, data, spec)
+    if machine is None:
+        probes = FIT_PROBES | ({"scan": scan_probe(request.asked)} if request.queries else {})
+        return plan_here(model, layers, data, request, probes, left=left)
+    return plan_run(request, model_shape(model, layers, data, [request.dtype, request.scan]), machine)
+
+
 def _settled(
     opts: TraceOptions, model: Model, factors: Factors | None, checkpoints: Sequence[Checkpoint]
 ) -> TraceOptions:
@@ -144,7 +174,9 @@ def _settled(
             "checkpoints; give --curvature tracincp --checkpoints FOLDER=RATE,FOLDER=RATE"
         )
     if kind in ("identity", "tracincp") and (len(opts.dampings) > 1 or opts.refine):
-        raise ConfigError(f"curvature {kind!r} inverts nothing: got --damping {opts.damping} and --refine {opts.refine}")
+        raise ConfigError(
+            f"curvature {kind!r} inverts nothing: got --damping {opts.damping} and --refine {opts.refine}"
+        )
     told = factors.options if factors else None
     if told and opts.layers not in (None, told.layers):
         raise MismatchError(
@@ -221,7 +253,17 @@ def _first(stage: Artifact, asked: Given, rows: np.ndarray) -> Job:
         division = divide(exact, layers, asked.data, asked.queries, asked.opts, stage.path, asked.say)
         chosen = _solver(exact, layers, asked)
         return Job(
-            stage, exact, layers, asked.data, asked.queries, asked.factors, rows, asked.opts, asked.progress, division, chosen
+            stage,
+            exact,
+            layers,
+            asked.data,
+            asked.queries,
+            asked.factors,
+            rows,
+            asked.opts,
+            asked.progress,
+            division,
+            chosen,
         )
 
 
@@ -242,7 +284,9 @@ def _jobs(first: Job, asked: Given) -> Iterator[Job]:
                 continue
             layers = tracked_layers(exact, asked.data, str(asked.opts.layers))
             if [x[2:] for x in layers] != [x[2:] for x in first.layers]:
-                raise ConfigError(f"checkpoint {number + 1} has other layers than the model; give one of the same architecture")
+                raise ConfigError(
+                    f"checkpoint {number + 1} has other layers than the model; give one of the same architecture"
+                )
             part = f"checkpoint-{number}" if asked.checkpoints else ""
             chosen = _solver(exact, layers, asked)
             yield first._replace(model=exact, layers=layers, curvature=chosen, weight=weight, part=part)

@@ -1,4 +1,5 @@
 """temporary"""
+
 from upriver.curvature.blocks import BlockCurvature
 
 
@@ -8,6 +9,7 @@ def needs_factors(kind):
 
 def solver(kind, model, layers, data, rows, factors=None, **how):
     from upriver.curvature.blocks import Eigenblock
+
     by = {x.name: x for x in layers}
     if kind == "identity":
         return BlockCurvature(by, lambda n: Eigenblock.identity(by[n].O, by[n].I))

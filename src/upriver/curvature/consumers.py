@@ -95,7 +95,12 @@ class Correction:
 
 
 def _probe(
-    spec: Spec, make: Callable[[Model, list[Layer]], Any], model: Model, layers: list[Layer], source: Source, rows: np.ndarray
+    spec: Spec,
+    make: Callable[[Model, list[Layer]], Any],
+    model: Model,
+    layers: list[Layer],
+    source: Source,
+    rows: np.ndarray,
 ) -> tuple[Consumer, float]:
     T = float(np.mean(np.asarray(source.lengths_N)[rows]))
     return make(model, layers), 2 * source.tokens(rows) * sum(spec.multiplications(x, T) for x in layers)
@@ -112,6 +117,8 @@ def _correction(model: Model, layers: list[Layer]) -> Correction:
 
 
 FIT_PROBES: dict[str, Probe] = {
-    "covariance": partial(_probe, COVARIANCE, lambda model, layers: Covariance({}, accumulator_dtype(model.like.dtype))),
+    "covariance": partial(
+        _probe, COVARIANCE, lambda model, layers: Covariance({}, accumulator_dtype(model.like.dtype))
+    ),
     "correction": partial(_probe, CORRECTION, _correction),
 }

@@ -19,7 +19,7 @@ from upriver.curvature.base import Grads, Solution
 from upriver.curvature.iterative import conjugate_gradient
 from upriver.curvature.products import Tracked
 from upriver.errors import ConfigError
-from upriver.influence.gradients import Measured, measurements
+from upriver.influence.queries import Measured, measurements
 from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.model.losses import Task

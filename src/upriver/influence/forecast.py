@@ -69,7 +69,9 @@ def scan_probe(asked: Asked) -> Probe:
         M, N = float(source.tokens(rows)), float(len(rows))
         chosen = contraction(layers, M, N, asked, number=like.element_size(), at_hand=not on_cpu(like)).orders
         zeros = {
-            x.name: like.new_zeros(Q, x.O, x.I) if R is None else LowRank(like.new_zeros(Q, x.O, R), like.new_zeros(Q, R, x.I))
+            x.name: like.new_zeros(Q, x.O, x.I)
+            if R is None
+            else LowRank(like.new_zeros(Q, x.O, R), like.new_zeros(Q, R, x.I))
             for x in layers
         }
         routes = {x.name: route(chosen[x.name], partial(zeros.__getitem__, x.name), Q, like) for x in layers}

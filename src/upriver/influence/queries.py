@@ -112,7 +112,7 @@ def _joined(parts: list[TokenGradient]) -> TokenGradient:
 def token_gradients(
     model: Model, layers: list[Layer], queries: Measured, indices: list[int], batch_tokens: int = BATCH_TOKENS
 ) -> TokenGradients:
-    """``grad f`` of the queries ``indices`` for every layer: a pass whose rows are queries, and whose loss is what they measure."""
+    """``grad f`` of the queries ``indices`` for every layer: a pass over queries, whose loss is what they measure."""
     consumer = TokenGradients(layers)
     source = Source(queries.lengths, queries.batch, weighted_measurement, np.asarray(indices), batch_tokens)
     sweep(model, layers, source, source.rows, consumer)
@@ -134,9 +134,7 @@ def gradients(model: Model, layers: list[Layer], queries: Measured, indices: lis
     return dict(dense(token_gradients(model, layers, queries, wanted), layers, wanted, model.like))
 
 
-def dense(
-    found: TokenGradients, layers: list[Layer], indices: list[int], like: Tensor
-) -> Iterator[tuple[str, Tensor]]:
+def dense(found: TokenGradients, layers: list[Layer], indices: list[int], like: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Each layer's gradients whole, ``[Q, O, I]``; the tokens are let go on the way."""
     for x in layers:
         yield x.name, torch.stack([q.dense() for q in found.pop(x, indices, like)])

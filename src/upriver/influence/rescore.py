@@ -113,7 +113,7 @@ class Pairs(NamedTuple):
 
 
 def rescore_top(job: Job, wanted: list[np.ndarray]) -> list[Pairs]:
-    """Full-rank scores of each query's wanted rows, computed in the model's dtype, kept in float32; a chunk of queries at a time."""
+    """Full-rank scores of each query's wanted rows, in the model's dtype; a chunk of queries at a time."""
     how = {"bytes": job.division.rescore_bytes, "batch_tokens": job.division.batch_tokens}
     stage, chunks = job.open("rescored", **how), _chunks(job, wanted)
     with job.progress("rescore", sum(len(rows) for rows in wanted)) as advance:

@@ -1,6 +1,6 @@
 """The scan: one pass over the corpus scores every sequence against every solved query, a unit of consecutive rows at a time.
 
-SCORES/scan/layers-A-B/unit-K    ``scores`` of the rows of unit K, in their order, by a group of layers; ``layers`` where asked for
+SCORES/scan/layers-A-B/unit-K    ``scores`` of the rows of unit K, in their order, by a group of layers
 
 Scores of a sequence add up over groups of layers, and over checkpoints; units follow each other, so that the tables are
 written and the extremes are found a unit at a time, whatever the size of the corpus.
@@ -81,7 +81,9 @@ class Scanned(NamedTuple):
         N = sum(map(len, self.units))
         ends = [(Best(min(top, N)), Best(min(top, N))) for _ in range(queries)]
         for rows_C, scores_CQ in self.chunks():
-            before_C = (np.iinfo(np.int64).max - rows_C).astype(np.uint64)  # of equal lowest scores the later ones are kept
+            before_C = (np.iinfo(np.int64).max - rows_C).astype(
+                np.uint64
+            )  # of equal lowest scores the later ones are kept
             for (high, low), score_C in zip(ends, np.ascontiguousarray(scores_CQ.T), strict=False):
                 high.add(score_C, rows_C)
                 low.add(-score_C, rows_C, before_C)
@@ -131,7 +133,9 @@ def plan_routes(job: Job, solved: list[Path], group: list[int]) -> tuple[dict[st
     lengths_N = np.asarray(job.data.lengths_N)[job.rows]
     M = min(job.division.batch_tokens, int(lengths_N.sum(dtype=np.int64)))
     dtype = next(name for name, size in HANDED.items() if size == like.element_size())
-    budget = Budget(0, 0, M, 1, dtype, sequences=max(1, round(M / float(lengths_N.mean()))), accelerator=not on_cpu(like))
+    budget = Budget(
+        0, 0, M, 1, dtype, sequences=max(1, round(M / float(lengths_N.mean()))), accelerator=not on_cpu(like)
+    )
     chosen = scan_held(layers, Asked(Q, 1, job.rank), budget, M, job.division.scan_room)
     read = {x.name: partial(read_solved, solved, x.name) for x in layers}
     return {name: route(order, read[name], Q, like) for name, order in chosen.orders.items()}, chosen.hold

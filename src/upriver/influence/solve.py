@@ -116,7 +116,9 @@ def solve(job: Job) -> list[Path]:
     return files
 
 
-def _noted(compute: Callable[[list[int]], Tensors], chunks: list[list[int]], advance: Callable) -> Callable[[int], Tensors]:
+def _noted(
+    compute: Callable[[list[int]], Tensors], chunks: list[list[int]], advance: Callable
+) -> Callable[[int], Tensors]:
     def unit(number: int) -> Tensors:
         found = compute(chunks[number])
         advance(len(chunks[number]))
@@ -128,7 +130,11 @@ def _noted(compute: Callable[[list[int]], Tensors], chunks: list[list[int]], adv
 def _by_layer(job: Job, damping: Damping, chunk: list[int]) -> Tensors:
     if job.rank is None:
         return {f"v:{name}": v for name, v in full(job, chunk, damping).items()}
-    found, like, rank = token_gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens), job.model.like, job.rank
+    found, like, rank = (
+        token_gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens),
+        job.model.like,
+        job.rank,
+    )
     curvature = job.by_layer
     assert curvature is not None
 
@@ -190,7 +196,7 @@ def told(job: Job) -> list[dict[str, Any]]:
 
 
 def full(job: Job, chunk: list[int], damping: Damping | None = None) -> Grads:
-    """Solutions of consecutive queries at full rank, ``[len(chunk), O, I]`` for every layer, by the first damping or a given one."""
+    """Solutions of consecutive queries, ``[len(chunk), O, I]`` for every layer, by the first damping or a given one."""
     if job.by_layer is None:
         files = solutions(job)
         found = {x.name: read_solved(files, x.name, slice(chunk[0], chunk[-1] + 1)) for x in job.layers}

@@ -35,7 +35,9 @@ EIGEN_SIDE, PRODUCT_SIDE = 768, 1024  # of the matrix that is decomposed, and of
 DISK = 5e8  # bytes/s, assumed of this machine: sums are written seldom
 ENOUGH = 0.5  # seconds of runs of one operation
 
-Probe = Callable[[Model, list[Layer], Source, np.ndarray], tuple[Consumer, float]]  # a pass's consumer, and its operations
+Probe = Callable[
+    [Model, list[Layer], Source, np.ndarray], tuple[Consumer, float]
+]  # a pass's consumer, and its operations
 _MEASURED: WeakKeyDictionary[nn.Module, dict[tuple, float]] = WeakKeyDictionary()  # once per process
 
 
@@ -91,7 +93,8 @@ def plan_here(
         with model.computing_in(dtype) as computing:
             names = {id(m): name for name, m in model.module.named_modules()}
             same = [
-                x._replace(modules=tuple(computing.module.get_submodule(names[id(m)]) for m in x.modules)) for x in layers
+                x._replace(modules=tuple(computing.module.get_submodule(names[id(m)]) for m in x.modules))
+                for x in layers
             ]
             base, known = _rate(computing, same, data, shape, tokens, "model", nothing), {}
             for name, probe in probes.items():

@@ -20,7 +20,9 @@ CONVENTIONS = {
     "damping": "relative to the mean of lam, layer by layer, or absolute",
     "accumulation": "float32 or wider",
 }
-UNIT_TOKENS = 65_536  # work that a kill can cost; with it artifact.SCHEMA must change: a run in progress counts in units
+UNIT_TOKENS = (
+    65_536  # work that a kill can cost; with it artifact.SCHEMA must change: a run in progress counts in units
+)
 BATCH_TOKENS = 2048  # two cores are as fast with 1,024 as with 4,096, and activations take memory; a GPU may want more
 POSITIVE = "Positive means: training on this passage raises the probability of the answer."
 MEASURED = "Positive means: training on this example raises the measurement."  # of tasks that are no language model
@@ -30,7 +32,10 @@ CurvatureKind = Literal[
     "ekfac", "kfac", "diagonal", "identity", "exact", "arnoldi", "nystrom", "cg", "lissa", "astra", "tracincp"
 ]
 CURVATURES: tuple[str, ...] = get_args(CurvatureKind)
-HELD_OUT = 30_000, 8  # tokens that a solution is judged on by default, for so many questions; fewer tokens for more of them
+HELD_OUT = (
+    30_000,
+    8,
+)  # tokens that a solution is judged on by default, for so many questions; fewer tokens for more of them
 PLAIN = {
     "Input should be": "allowed is", "a valid integer": "a whole number", "a valid string": "a text",
     "a valid boolean": "true or false",

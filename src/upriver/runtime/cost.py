@@ -5,7 +5,6 @@ sequence, ``M`` tokens of a batch in ``N`` sequences, ``Q`` queries, ``R`` rank.
 operations (with its addition).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -289,7 +288,9 @@ def contraction(
         by_token = []
     hold = hold_for([x for x in layers if x not in by_token], compressed(by_token))
     rebuilt = [
-        x for x in layers if x not in by_token and (not by_token or costs[x.name].dense + Q * x.O * x.I * R / hold < costs[x.name].tokens)
+        x
+        for x in layers
+        if x not in by_token and (not by_token or costs[x.name].dense + Q * x.O * x.I * R / hold < costs[x.name].tokens)
     ]
     by_token = [x for x in layers if x not in rebuilt]
     hold = hold_for(rebuilt, compressed(by_token))

@@ -21,7 +21,6 @@ from upriver.runtime.config import BATCH_TOKENS, HELD_OUT, MIXED, UNIT_TOKENS, w
 from upriver.runtime.cost import (
     CORRECTION,
     COVARIANCE,
-    HANDED,
     ITEM,
     SUM,
     Asked,
@@ -291,7 +290,11 @@ def _through(shape: Shape, T: float, groups: list[list[int]]) -> float:
 
 def _fit_passes(r: Request, shape: Shape, machine: Machine, division: Division) -> list[Pass]:
     layers, T, tokens, rates = shape.layers, r.tokens, r.fitted, machine.of(r.dtype)
-    sizes = [tokens] if not r.rounds else [min(tokens, UNIT_TOKENS * 2.0**k) for k in range(64) if UNIT_TOKENS * 2.0 ** (k - 1) < tokens]
+    sizes = (
+        [tokens]
+        if not r.rounds
+        else [min(tokens, UNIT_TOKENS * 2.0**k) for k in range(64) if UNIT_TOKENS * 2.0 ** (k - 1) < tokens]
+    )
     found = []
     for spec, again, size in (
         (COVARIANCE, 1.0, moments_size(layers)),
@@ -302,22 +305,38 @@ def _fit_passes(r: Request, shape: Shape, machine: Machine, division: Division) 
         work = again * tokens * 2 * sum(spec.multiplications(x, T) for x in layers)
         moved = again * size * max(1.0, tokens / UNIT_TOKENS)
         seconds = rates.seconds(spec.name, through, work) / machine.devices + moved / machine.disk
-        found.append(Pass(spec.name, "fit", len(groups), tokens, through + work, moved, seconds, division.peak[spec.name]))
+        found.append(
+            Pass(spec.name, "fit", len(groups), tokens, through + work, moved, seconds, division.peak[spec.name])
+        )
     cubes = len(sizes) * sum(float(n) ** 3 for x in layers for n in ([x.O, x.I] if leads(x) else [x.O]))
     each = machine.eigen * (FLOAT32_EIGEN if r.dtype == "bfloat16" else 1.0)
     seconds = each * cubes / division.eigen_workers / machine.devices
-    eigen = Pass("eigendecomposition", "fit", 0, 0, EIGEN_OPERATIONS * cubes, 0.0, seconds, division.peak["eigendecomposition"])
+    eigen = Pass(
+        "eigendecomposition", "fit", 0, 0, EIGEN_OPERATIONS * cubes, 0.0, seconds, division.peak["eigendecomposition"]
+    )
     few = min(SAMPLE * T, tokens)
     share = few * len(sizes) / tokens * tokens / max(sum(sizes), 1)
     last = found[1]
     agreement = last._replace(
-        name="agreement", tokens=few, flop=share * last.flop, moved=0.0, seconds=share * last.seconds, peak=division.peak["agreement"]
+        name="agreement",
+        tokens=few,
+        flop=share * last.flop,
+        moved=0.0,
+        seconds=share * last.seconds,
+        peak=division.peak["agreement"],
     )
     return [found[0], eigen, last, agreement]
 
 
 def _trace_passes(r: Request, shape: Shape, machine: Machine, division: Division) -> list[Pass]:
-    layers, T, Q, t, exact, rates = shape.layers, r.tokens, r.queries, r.query_tokens, machine.of("float32"), machine.of(r.scan)
+    layers, T, Q, t, exact, rates = (
+        shape.layers,
+        r.tokens,
+        r.queries,
+        r.query_tokens,
+        machine.of("float32"),
+        machine.of(r.scan),
+    )
     model, asked, everything = 2 * (shape.forward(T) + shape.backward(T)), r.asked, r.sequences * T
     found: list[Pass] = []
 
@@ -325,14 +344,24 @@ def _trace_passes(r: Request, shape: Shape, machine: Machine, division: Division
         seconds = rates.seconds(name, through, work) / machine.devices
         found.append(Pass(name, "trace", sweeps, tokens, through + work, 0.0, seconds, division.peak[peak]))
 
-    add("queries", exact, 1, Q * t, Q * t * model, 2.0 * asked.queries * sum(solving(x, t, r.rank) for x in layers), "queries")
+    add(
+        "queries",
+        exact,
+        1,
+        Q * t,
+        Q * t * model,
+        2.0 * asked.queries * sum(solving(x, t, r.rank) for x in layers),
+        "queries",
+    )
     if r.refine:
         some = r.refine_tokens or r.fitted
         product = Q * some * (FORWARD_MODE * shape.forward(T) + shape.backward(T) + shape.forward(T)) * 2
         add("refine", exact, r.refine, some, r.refine * product, 0.0, "queries")
     M, groups = min(division.batch_tokens, everything), division.groups["scan"]
     N, work = max(1.0, M / T), 0.0
-    budget = budget_for(r, shape, machine, division.limit, r.scan)._replace(sequences=max(1, round(N)), batch_tokens=int(max(1, M)))
+    budget = budget_for(r, shape, machine, division.limit, r.scan)._replace(
+        sequences=max(1, round(N)), batch_tokens=int(max(1, M))
+    )
     for group in groups:
         chosen = scan_held([layers[i] for i in group], asked, budget, int(max(1, M)), division.scan_room)
         for i in group:
@@ -358,7 +387,9 @@ def _disk(r: Request, shape: Shape, fit: Division | None, machine: Machine) -> d
         first = max(moments_size(group) for group in groups["covariance"])
         sizes["factors"] = moments_size(layers) + lam_size(layers)
         sums = moments_size(layers) if r.rounds else first
-        sizes["while fitting"] = moments_size(layers) + machine.devices * max(sums, 2 * lam_size(layers)) + lam_size(layers)
+        sizes["while fitting"] = (
+            moments_size(layers) + machine.devices * max(sums, 2 * lam_size(layers)) + lam_size(layers)
+        )
     if r.queries:
         sizes["solved queries"] = r.asked.queries * solved_size(layers, r.asked)
         table = SUM * r.asked.queries * r.sequences * (1 + len(layers) * r.layer_scores)

@@ -26,7 +26,7 @@ UNITS = "units"  # in a file of sums: how many of this process's units are in th
 _stopping, _running = threading.Event(), threading.Event()
 
 
-class Stopped(UpriverError):
+class Stopped(UpriverError):  # noqa: N818 - asked for, no error
     """The run was asked to stop; what was finished is committed."""
 
     exit_status = 75
@@ -45,7 +45,9 @@ def _end() -> NoReturn:
     raise Stopped("stopped; what was finished is kept, and the same command goes on from there")
 
 
-def spans(lengths_N: Sequence[int] | np.ndarray, most_rows: int | None = None, unit_tokens: int | None = None) -> list[slice]:
+def spans(
+    lengths_N: Sequence[int] | np.ndarray, most_rows: int | None = None, unit_tokens: int | None = None
+) -> list[slice]:
     """Places of consecutive sequences in units of about ``unit_tokens`` tokens, and at most ``most_rows`` sequences."""
     place_N = np.cumsum(np.asarray(lengths_N), dtype=np.int64)
     unit_N = (place_N - 1) // (unit_tokens or UNIT_TOKENS)
@@ -96,7 +98,7 @@ def total(stage: Artifact, count: int, add: Callable[[int, Tensors], None], devi
     if dist.world() == 1:
         return path
     whole = stage.path / "sum.safetensors"
-    dist.on_first(lambda: whole.exists() and _count(whole) == count or _add_up(stage, whole))
+    dist.on_first(lambda: (whole.exists() and _count(whole) == count) or _add_up(stage, whole))
     return whole
 
 
