@@ -27,9 +27,8 @@ from upriver.runtime.passes import Request, request_for
 from upriver.runtime.plan import describe, parse_sizes
 from upriver.runtime.system import give_back, resident_memory
 from upriver.runtime.words import parse_memory
-from upriver.show.bars import bars, running_bar, say
 from upriver.show.report import report_files, write_report
-from upriver.show.terminal import terminal_summary
+from upriver.show.terminal import bars, running_bar, say, terminal_summary
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
