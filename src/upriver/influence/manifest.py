@@ -9,7 +9,7 @@ from upriver.influence.stages import Job
 from upriver.model.losses import LanguageModel
 from upriver.runtime.config import CONVENTIONS, MEASURED, POSITIVE
 from upriver.runtime.progress import Times
-from upriver.text.encode import tokenizer_fingerprint
+from upriver.text.tokenise import tokenizer_fingerprint
 
 
 def manifest(job: Job, found: Ranked, kept: dict[str, Any] | None, times: Times) -> dict[str, Any]:

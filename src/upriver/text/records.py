@@ -25,6 +25,10 @@ class Record:
     where: str  # file and line
 
 
+class BadRowError(Exception):
+    """Why a row is not a record, or a record has no text."""
+
+
 @dataclass
 class BadRecords:
     """What happens to records that cannot be used: an error at once, or counted and (the first ones) listed."""
@@ -62,12 +66,13 @@ def read_records(sources: list[Source], bad: BadRecords) -> Iterator[Record]:
             where = f"{source.path}:{line}"
             try:
                 if isinstance(row, str):
-                    raise _BadRowError(row)
+                    raise BadRowError(row)
                 record = _record(row, where, f"{source.name}:{line}")
-                first = seen.setdefault(content_hash(record.id.encode()), (number, line))
-                if first != (number, line):
-                    raise _BadRowError(f"a second document with the id {record.id!r}; {_first(sources, first)}")
-            except _BadRowError as reason:
+                file, first = seen.setdefault(content_hash(record.id.encode()), (number, line))
+                if (file, first) != (number, line):
+                    place = f"the first is at {sources[file].path}:{first}, give each document its own"
+                    raise BadRowError(f"a second document with the id {record.id!r}; {place}")
+            except BadRowError as reason:
                 bad.report(where, str(reason))
             except RecursionError:
                 bad.report(where, "its metadata is nested too deeply; leave it out")
@@ -75,70 +80,50 @@ def read_records(sources: list[Source], bad: BadRecords) -> Iterator[Record]:
                 yield record
 
 
-class _BadRowError(Exception):
-    """Why a row is not a record."""
-
-
-def _first(sources: list[Source], first: tuple[int, int]) -> str:
-    return f"the first is at {sources[first[0]].path}:{first[1]}, give each document its own"
-
-
 def _record(row: dict[str, Any], where: str, default_id: str) -> Record:
     form = next((form for form in FORMS if all(row.get(name) is not None for name in form)), None)
     if form is None:
-        raise _BadRowError(f"{_missing(row)}; a record has text, or prompt and completion, or messages")
+        lack = {"prompt": "completion", "completion": "prompt"}
+        missing = next((f"the field {lack[have]!r} is missing" for have in lack if row.get(have) is not None), None)
+        missing = missing or f"the field 'text' is missing: got the fields {', '.join(map(repr, row)) or 'none'}"
+        raise BadRowError(f"{missing}; a record has text, or prompt and completion, or messages")
     parts = {name: row[name] for name in form}
     if form == ("messages",):
         parts["messages"] = _messages(row["messages"])
     else:
-        _check_texts(parts)
+        for name, value in parts.items():
+            if not isinstance(value, str):
+                raise BadRowError(f"the field {name!r} is not a text: got {value!r:.60}")
+            _check_unicode(name, value)
+        if not parts[form[-1]].strip():
+            raise BadRowError(f"the field {form[-1]!r} is empty: got {parts[form[-1]]!r:.60}")
+    own = row.get("id")
+    if own is None or own == "":
+        own = default_id
+    elif isinstance(own, bool) or not isinstance(own, str | int):
+        raise BadRowError(f"the field 'id' is not a text or a whole number: got {own!r:.60}")
+    else:
+        _check_unicode("id", str(own))
     metadata = {name: jsonable(value) for name, value in row.items() if name not in (*form, "id")}
-    return Record(_id(row.get("id"), default_id), parts, metadata, where)
-
-
-def _missing(row: dict[str, Any]) -> str:
-    for have, lack in (("prompt", "completion"), ("completion", "prompt")):
-        if row.get(have) is not None:
-            return f"the field {lack!r} is missing"
-    return f"the field 'text' is missing: got the fields {', '.join(map(repr, row)) or 'none'}"
-
-
-def _check_texts(parts: dict[str, Any]) -> None:
-    for name, value in parts.items():
-        if not isinstance(value, str):
-            raise _BadRowError(f"the field {name!r} is not a text: got {value!r:.60}")
-        _check_unicode(name, value)
-    name = list(parts)[-1]
-    if not parts[name].strip():
-        raise _BadRowError(f"the field {name!r} is empty: got {parts[name]!r:.60}")
-
-
-def _check_unicode(name: str, value: str) -> None:
-    fault = half_pair(name, value)
-    if fault:
-        raise _BadRowError(fault)
+    return Record(str(own), parts, metadata, where)
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise _BadRowError(f"the field 'messages' is not a list of objects: got {messages!r:.60}")
+        raise BadRowError(f"the field 'messages' is not a list of objects: got {messages!r:.60}")
     for message in messages:
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
-                raise _BadRowError(f"a message has no text as its {name!r}: got {message!r:.60}")
+                raise BadRowError(f"a message has no text as its {name!r}: got {message!r:.60}")
             _check_unicode(name, message[name])
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise _BadRowError("no message of the role 'assistant' has a content; its answer is what is learned")
+        raise BadRowError("no message of the role 'assistant' has a content; its answer is what is learned")
     return [{name: value for name, value in message.items() if value is not None} for message in messages]
 
 
-def _id(value: Any, default: str) -> str:
-    if value is None or value == "":
-        return default
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _BadRowError(f"the field 'id' is not a text or a whole number: got {value!r:.60}")
-    _check_unicode("id", str(value))
-    return str(value)
+def _check_unicode(name: str, value: str) -> None:
+    if fault := half_pair(name, value):
+        raise BadRowError(fault)
 
 
 def jsonable(value: Any) -> Any:
@@ -149,9 +134,7 @@ def jsonable(value: Any) -> Any:
         return [jsonable(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    return str(value)
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def half_pair(name: str, value: str) -> str | None:
