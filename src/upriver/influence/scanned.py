@@ -16,8 +16,8 @@ import numpy as np
 from upriver.errors import NumericalError, StorageError
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, atomic
-from upriver.runtime.best import Best
 from upriver.runtime.passes import SAMPLE
+from upriver.text.candidates import Best
 
 CHUNK_BYTES = 8 << 20  # of scores in memory at once
 ITEM = 4  # bytes of a float32

@@ -80,7 +80,8 @@ class Queries:
         completion: it is then listed by ``needs_completion``, to be supplied by `completed`.  Without a tokenizer the
         queries are checked but not tokenised; `bound` does that later.
         """
-        return cls._checked(_rows(Path(path)), str(path), tokenizer, seq_len, complete)
+        unbound = cls(_checked(_rows(Path(path)), str(path), complete), None, seq_len)
+        return unbound if tokenizer is None else unbound.bound(tokenizer)
 
     @classmethod
     def of(
@@ -91,29 +92,9 @@ class Queries:
         complete: int | None = None,
     ) -> "Queries":
         """The same from dictionaries; without an ``id`` they are named ``q1``, ``q2``, ..."""
-        rows = [(f"query {n}", {"id": f"q{n}", **query}) for n, query in enumerate(queries, 1)]
-        return cls._checked(rows, "the list of queries", tokenizer, seq_len, complete)
-
-    @classmethod
-    def _checked(
-        cls,
-        rows: Iterable[tuple[str, dict[str, Any]]],
-        origin: str,
-        tokenizer: PreTrainedTokenizerBase | None,
-        seq_len: int | None,
-        complete: int | None,
-    ) -> "Queries":
-        records, seen = [], {}
-        for where, fields in rows:
-            query = _query(fields, where, complete)
-            if query.id in seen:
-                raise QueryError(f"{where}: two queries have one id: got {query.id!r}, also at {seen[query.id]}")
-            seen[query.id] = where
-            records.append(query)
-        if not records:
-            raise QueryError(f"{origin}: no query in it; give one JSON object a line with id, prompt and completion")
-        unbound = cls(records, None, seq_len)
-        return unbound if tokenizer is None else unbound.bound(tokenizer, seq_len)
+        rows = ((f"query {n}", {"id": f"q{n}", **query}) for n, query in enumerate(queries, 1))
+        unbound = cls(_checked(rows, "the list of queries", complete), None, seq_len)
+        return unbound if tokenizer is None else unbound.bound(tokenizer)
 
     def bound(self, tokenizer: PreTrainedTokenizerBase, seq_len: int | None = None) -> "Queries":
         """The same queries with a tokenizer: tokenised at once, so that a query that cannot be used is named early."""
@@ -146,7 +127,15 @@ class Queries:
         Raises:
             QueryError: an answer is empty, or no token of it can be scored.
         """
-        records = [_with_answer(query, answers[query.id]) if query.id in answers else query for query in self.records]
+        for query in self.records:
+            if answers.get(query.id) == "":
+                raise QueryError(
+                    f"{query.where}: the model's own answer to query {query.id!r} is empty; give a completion yourself"
+                )
+        records = [
+            dataclasses.replace(query, completion=answers[query.id], generated=True) if query.id in answers else query
+            for query in self.records
+        ]
         return Queries(records, None).bound(self.tokenizer, self.seq_len)
 
     def prompt_tokens(self, i: int) -> np.ndarray:
@@ -169,9 +158,8 @@ class Queries:
             raise QueryError(_no_completion(query.where, query.id))
         rows = []
         for index, query in enumerate(self.records):
-            for text, weight in ((query.completion, 1.0), (query.contrast, -1.0)):
-                if text is not None:
-                    rows.append(self._row(index, text, weight))
+            texts = ((query.completion, 1.0), (query.contrast, -1.0))
+            rows += [self._row(index, text, weight) for text, weight in texts if text is not None]
         return rows
 
     def _row(self, index: int, completion: str, weight: float) -> Row:
@@ -221,11 +209,13 @@ class Queries:
         """All rows of the queries, in the order given: a completion with weight +1, then its contrast with -1."""
         rows = [r for q in query_indices for r in self._rows_of_query[int(q)]]
         picked = [self.rows[r] for r in rows]
-        batch = pad(
-            np.array(rows), self._keys[rows], [row.encoded.tokens_T for row in picked], [row.loss_T for row in picked]
+        tokens, loss = [row.encoded.tokens_T for row in picked], [row.loss_T for row in picked]
+        weight_N, query_N = (
+            torch.tensor([row.weight for row in picked]),
+            np.array([row.query for row in picked], np.int64),
         )
-        weights = torch.tensor([row.weight for row in picked])
-        return dataclasses.replace(batch, weight_N=weights, query_N=np.array([row.query for row in picked], np.int64))
+        batch = pad(np.array(rows), self._keys[rows], tokens, loss)
+        return dataclasses.replace(batch, weight_N=weight_N, query_N=query_N)
 
     def token_ids(self, i: int) -> np.ndarray:
         """The tokens of prompt, completion and contrast, as often as they occur; added special tokens are left out."""
@@ -241,8 +231,7 @@ class Queries:
 
 
 def _rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    sources = find_sources(path, QueryError)
-    for source in sources:
+    for source in find_sources(path, QueryError):
         if source.kind != "jsonl":
             raise QueryError(
                 f"queries are JSON lines: got {source.path}; give a .jsonl file, or .jsonl.gz or .jsonl.xz"
@@ -253,12 +242,25 @@ def _rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
             yield f"{source.path}:{line}", row
 
 
+def _checked(rows: Iterable[tuple[str, dict[str, Any]]], origin: str, complete: int | None) -> list[Query]:
+    records: list[Query] = []
+    seen: dict[str, str] = {}
+    for where, fields in rows:
+        query = _query(fields, where, complete)
+        if query.id in seen:
+            raise QueryError(f"{where}: two queries have one id: got {query.id!r}, also at {seen[query.id]}")
+        seen[query.id] = where
+        records.append(query)
+    if not records:
+        raise QueryError(f"{origin}: no query in it; give one JSON object a line with id, prompt and completion")
+    return records
+
+
 def _query(fields: dict[str, Any], where: str, complete: int | None) -> Query:
-    for name in fields:
-        if name not in FIELDS:
-            near = get_close_matches(name, FIELDS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"a query has {', '.join(FIELDS)}"
-            raise QueryError(f"{where}: a query has no such field: got {name!r}; {hint}")
+    for name in (name for name in fields if name not in FIELDS):
+        near = get_close_matches(name, FIELDS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"a query has {', '.join(FIELDS)}"
+        raise QueryError(f"{where}: a query has no such field: got {name!r}; {hint}")
     name = checked_id(fields.get("id"), where)
     prompt, completion, contrast = (_text(fields.get(field), field, where) for field in FIELDS[1:])
     if not prompt and not completion:
@@ -301,11 +303,3 @@ def _text(value: Any, field: str, where: str) -> str | None:
     if fault:
         raise QueryError(f"{where}: {fault}")
     return value
-
-
-def _with_answer(query: Query, answer: str) -> Query:
-    if not answer:
-        raise QueryError(
-            f"{query.where}: the model's own answer to query {query.id!r} is empty; give a completion yourself"
-        )
-    return dataclasses.replace(query, completion=answer, generated=True)
