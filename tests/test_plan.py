@@ -33,11 +33,12 @@ from upriver.model.memory import memory_budget
 from upriver.model.shape import config_only, config_shape, model_shape, module_shape, observe
 from upriver.model.sweep import tracked_layers
 from upriver.runtime import counts
-from upriver.runtime.config import TraceOptions
+from upriver.runtime.config import TraceOptions, parse_memory
 from upriver.runtime.counts import Block, LayerSize, Shape
 from upriver.runtime.hardware import Machine, Rates, hardware
 from upriver.runtime.passes import Request, request_for
 from upriver.runtime.plan import describe, parse_sizes, plan_run
+from upriver.runtime.progress import show_bytes, show_flop
 from upriver.runtime.split import (
     LAYER_SCORES_BYTES,
     SLACK,
@@ -51,7 +52,6 @@ from upriver.runtime.split import (
     split_trace,
 )
 from upriver.runtime.system import available_memory, peak_memory, resident_memory, start_seconds
-from upriver.runtime.words import parse_memory, show_bytes, show_flop
 from upriver.tensors import add_second_moment, rotated_gradients
 
 N, T = 3, 16

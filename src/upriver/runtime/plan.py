@@ -18,6 +18,7 @@ from upriver.runtime.config import weights_in
 from upriver.runtime.counts import LayerSize, Shape
 from upriver.runtime.hardware import LIBRARIES, Machine
 from upriver.runtime.passes import UNIT_TOKENS, Pass, Passes, Request
+from upriver.runtime.progress import show_bytes, show_count, show_flop, show_seconds
 from upriver.runtime.split import (
     ITEM,
     SEQUENCE_BYTES,
@@ -32,7 +33,6 @@ from upriver.runtime.split import (
     split_trace,
 )
 from upriver.runtime.system import DEFAULT_SHARE
-from upriver.runtime.words import show_bytes, show_count, show_flop, show_seconds
 
 PAYS = 1.2  # times as fast in bfloat16, the run as a whole: recommended
 

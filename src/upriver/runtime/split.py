@@ -9,7 +9,7 @@ from typing import NamedTuple
 from upriver.errors import ConfigError
 from upriver.runtime.config import MIXED
 from upriver.runtime.counts import DENSE_BYTES, Shape, Sized, contraction, leads
-from upriver.runtime.words import show_bytes
+from upriver.runtime.progress import show_bytes
 
 SUM = 4  # bytes of a number in a sum, a basis or a full-rank query, whatever the compute type
 WIDE = 8  # float64, in eigendecompositions
