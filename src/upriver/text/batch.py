@@ -70,17 +70,6 @@ def plan(lengths_N: np.ndarray, batch_tokens: int, rows: np.ndarray | None = Non
     return batches
 
 
-def sample(lengths_N: np.ndarray, keys_N: np.ndarray, max_tokens: int, seed: int) -> np.ndarray:
-    """A seeded random selection of at most ``max_tokens`` tokens, at least one sequence: sorted rows.
-
-    The draw depends on each sequence's key, not on its place, so reordering a corpus selects the same sequences.
-    """
-    seeds = splitmix64(np.array([seed % 2**64], np.uint64))
-    order = np.argsort(splitmix64(np.asarray(keys_N) ^ seeds), kind="stable")
-    total = np.cumsum(np.asarray(lengths_N)[order], dtype=np.int64)
-    return np.sort(order[: max(1, np.searchsorted(total, max_tokens, side="right"))])
-
-
 def splitmix64(x_N: np.ndarray) -> np.ndarray:
     """Mix 64-bit integers so that every bit of the result depends on every bit of the argument (Steele et al. 2014)."""
     x = x_N + np.uint64(0x9E3779B97F4A7C15)
@@ -133,8 +122,14 @@ class Sequences(ABC):
         return plan(self.lengths_N, batch_tokens, rows)
 
     def sample(self, max_tokens: int, seed: int) -> np.ndarray:
-        """A seeded random selection of at most ``max_tokens`` tokens, at least one sequence: sorted rows."""
-        return sample(self.lengths_N, self.keys_N, max_tokens, seed)
+        """A seeded random selection of at most ``max_tokens`` tokens, at least one sequence: sorted rows.
+
+        The draw depends on each sequence's key, not on its place, so reordering a corpus selects the same sequences.
+        """
+        seeds = splitmix64(np.array([seed % 2**64], np.uint64))
+        order = np.argsort(splitmix64(np.asarray(self.keys_N) ^ seeds), kind="stable")
+        total = np.cumsum(np.asarray(self.lengths_N)[order], dtype=np.int64)
+        return np.sort(order[: max(1, np.searchsorted(total, max_tokens, side="right"))])
 
 
 class Examples(Sequences):
@@ -156,20 +151,19 @@ class Examples(Sequences):
             raise CorpusError(f"examples need tensors of one and the same length, at least 1: got {sizes}")
         self.inputs = {name: t.detach().clone() for name, t in inputs.items()}  # what is hashed stays as it is
         self.lengths_N = np.ones(next(iter(sizes.values())), np.int32)
-        content_NB = np.concatenate([_bytes_NB(inputs[name]) for name in sorted(inputs)], axis=1)
+        named = sorted(self.inputs.items())
+        flat = [t.cpu().contiguous().reshape(len(self), -1).view(torch.uint8).numpy() for _, t in named]
+        content_NB = np.ascontiguousarray(np.concatenate(flat, axis=1))
         if keys is None:
             keys = sequence_keys(np.array([content_hash(row.tobytes()) for row in content_NB], np.uint64))
         self.keys_N = np.asarray(keys, np.uint64)
         if self.keys_N.shape != self.lengths_N.shape:
             raise CorpusError(f"one key per example is needed: got {self.keys_N.shape} keys, {len(self)} examples")
-        self.fingerprint = self._fingerprint(content_NB)
-
-    def _fingerprint(self, content_NB: np.ndarray) -> str:
-        form = repr([(name, str(t.dtype), tuple(t.shape)) for name, t in sorted(self.inputs.items())])
+        form = repr([(name, str(t.dtype), tuple(t.shape)) for name, t in named])
         content = hashlib.blake2b(form.encode(), digest_size=12)
-        content.update(np.ascontiguousarray(content_NB).tobytes())
+        content.update(content_NB.tobytes())
         content.update(self.keys_N.tobytes())
-        return content.hexdigest()
+        self.fingerprint = content.hexdigest()
 
     def batch(self, rows: np.ndarray) -> Batch:
         rows = np.asarray(rows, np.int64)
@@ -190,8 +184,3 @@ def real_calls(real_NT: Tensor, x_NTI: Tensor, layer: str) -> Tensor:
             "of which it is not known what is padding; leave it out by giving globs to --layers, or give sequences of one length"
         )
     return real_NT.repeat(1, seen // T)
-
-
-def _bytes_NB(tensor: Tensor) -> np.ndarray:
-    flat = tensor.detach().cpu().contiguous().reshape(len(tensor), -1)
-    return flat.view(torch.uint8).numpy()
