@@ -211,32 +211,27 @@ def rank_documents(
     ranked: dict[str, list[Json]] = {side: [] for side in ends}
     for side, end in ends.items():
         for rank, row in enumerate(end.to_dict("records"), 1):
-            best = []
-            if (own := groups.get(row["document"])) is not None:
-                best = own.sort_values("score", ascending=side == "negative").head(BEST_SEQUENCES).to_dict("records")
             document = {"side": side, "rank": rank, "document": row["document"], "sequences": row.get("sequences")}
-            sequences = [
-                {key: entry.get(key) for key in ("sequence", "start", "end")}
-                | _in_nats(entry["score"], n_train)
-                | {"passage": place.get((side, entry["sequence"]))}
-                for entry in best
-            ]
-            ranked[side].append(document | _in_nats(row["score"], n_train) | {"best": sequences})
+            document |= _in_nats(row["score"], n_train) | {"best": []}
+            own = groups.get(row["document"], pd.DataFrame({"score": []})).sort_values(
+                "score", ascending=side == "negative"
+            )
+            for entry in own.head(BEST_SEQUENCES).to_dict("records"):
+                best = {key: entry.get(key) for key in ("sequence", "start", "end")} | _in_nats(entry["score"], n_train)
+                document["best"].append(best | {"passage": place.get((side, entry["sequence"]))})
+            ranked[side].append(document)
     return ranked
 
 
 def _clean(value: Any) -> Any:
     """Plain JSON values: no NumPy types, no NaN, and no lone surrogate, which UTF-8 cannot hold."""
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, dict):
         return {_clean(str(key)): _clean(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_clean(entry) for entry in value]
-    if isinstance(value, str):
-        return whole(value)
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
+    if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
-    return None if value is None or value is pd.NA or value is pd.NaT else str(value)
+    if value is None or value is pd.NA or value is pd.NaT:
+        return None
+    return value if isinstance(value, int) else whole(str(value))

@@ -44,8 +44,11 @@ OURS = {  # how the files of a report begin
 
 class Page(NamedTuple):
     html: str
-    quantised: bool
-    size: int  # bytes
+    quantised: bool  # token scores are in 8 bits
+
+    @property
+    def size(self) -> int:
+        return len(self.html.encode())
 
 
 def write_report(scores: Path, out: Path | None = None, *, warn_above: int = WARN_ABOVE) -> Path:
@@ -145,7 +148,7 @@ def _page(report: Json, title: str, quantise: bool) -> Page:
         encoding="gzip" if packed else "plain",
         data=base64.b64encode(gzip.compress(data.encode(), 6, mtime=0)).decode() if packed else data,
     )
-    return Page(html, quantise, len(html.encode()))
+    return Page(html, quantise)
 
 
 def code(*names: str) -> str:

@@ -7,18 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich import progress as shown
 from rich.console import Console, Group
 from rich.padding import Padding
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.style import Style
 from rich.text import Text
 
@@ -57,17 +48,18 @@ def running_bar(name: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _bar() -> Progress:
+def _bar() -> shown.Progress:
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(),
+        shown.SpinnerColumn(), shown.TextColumn("{task.description}"), shown.BarColumn(), shown.MofNCompleteColumn(),
+        Rate(), shown.TimeRemainingColumn(),
     )  # fmt: skip
-    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+    return shown.Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 
-class Rate(ProgressColumn):
+class Rate(shown.ProgressColumn):
     """How much is done in a second."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: shown.Task) -> Text:
         return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
 

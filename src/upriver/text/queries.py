@@ -127,15 +127,13 @@ class Queries:
         Raises:
             QueryError: an answer is empty, or no token of it can be scored.
         """
+        records = []
         for query in self.records:
-            if answers.get(query.id) == "":
-                raise QueryError(
-                    f"{query.where}: the model's own answer to query {query.id!r} is empty; give a completion yourself"
-                )
-        records = [
-            dataclasses.replace(query, completion=answers[query.id], generated=True) if query.id in answers else query
-            for query in self.records
-        ]
+            given = answers.get(query.id)
+            if given == "":
+                what = f"{query.where}: the model's own answer to query {query.id!r} is empty"
+                raise QueryError(f"{what}; give a completion yourself")
+            records.append(query if given is None else dataclasses.replace(query, completion=given, generated=True))
         return Queries(records, None).bound(self.tokenizer, self.seq_len)
 
     def prompt_tokens(self, i: int) -> np.ndarray:
@@ -210,10 +208,8 @@ class Queries:
         rows = [r for q in query_indices for r in self._rows_of_query[int(q)]]
         picked = [self.rows[r] for r in rows]
         tokens, loss = [row.encoded.tokens_T for row in picked], [row.loss_T for row in picked]
-        weight_N, query_N = (
-            torch.tensor([row.weight for row in picked]),
-            np.array([row.query for row in picked], np.int64),
-        )
+        weight_N = torch.tensor([row.weight for row in picked])
+        query_N = np.array([row.query for row in picked], np.int64)
         batch = pad(np.array(rows), self._keys[rows], tokens, loss)
         return dataclasses.replace(batch, weight_N=weight_N, query_N=query_N)
 
@@ -299,7 +295,6 @@ def checked_id(value: Any, where: str) -> str:
 def _text(value: Any, field: str, where: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise QueryError(f"{where}: the field {field!r} is not a text: got {value!r}")
-    fault = half_pair(field, value or "")
-    if fault:
+    if fault := half_pair(field, value or ""):
         raise QueryError(f"{where}: {fault}")
     return value

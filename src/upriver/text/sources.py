@@ -128,9 +128,8 @@ def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Itera
     try:
         paths = list(folder.iterdir())
     except OSError as reason:
-        raise error(
-            f"the folder cannot be listed: got {folder} ({reason.strerror}); change its permissions, or move it away"
-        ) from reason
+        what = f"the folder cannot be listed: got {folder} ({reason.strerror})"
+        raise error(f"{what}; change its permissions, or move it away") from reason
     for path in paths:
         if path.name.startswith("."):
             continue
@@ -169,17 +168,13 @@ def _dataset(path: Path, saved: bool, error: ErrorType) -> Source:
     try:
         data: Any = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     except Exception as reason:
-        if saved:
-            raise error(
-                f"cannot read the data set saved in {path}: {reason}; save it again with save_to_disk"
-            ) from reason
-        raise error(f"{missing}, nor can a data set of that name be loaded ({reason})") from reason
+        what = f"cannot read the data set saved in {path}: {reason}; save it again with save_to_disk"
+        raise error(what if saved else f"{missing}, nor can a data set of that name be loaded ({reason})") from reason
     if isinstance(data, dict):
         split = "train" if "train" in data else next(iter(data))
         if split != "train" and len(data) > 1:
-            raise error(
-                f"the data set has no split named 'train': got {sorted(data)} in {path}; save one of them alone"
-            )
+            what = f"the data set has no split named 'train': got {sorted(data)} in {path}"
+            raise error(f"{what}; save one of them alone")
         data = data[split]
     return Source(path, path.name, "dataset", data=data)
 
@@ -190,14 +185,12 @@ def rows(source: Source) -> Iterator[tuple[int, Row]]:
     Raises:
         CorpusError: the file is damaged or cut short.
     """
-    readers = {
-        "jsonl": json_rows,
-        "csv": _csv_rows,
-        "text": _text_rows,
-        "parquet": _parquet_rows,
-        "dataset": _data_rows,
-    }
-    return readers[source.kind](source)
+    readers = {"jsonl": json_rows, "csv": _csv_rows, "text": _text_rows, "parquet": _parquet_rows}
+    if source.data is None:
+        yield from readers[source.kind](source)
+    for row, value in enumerate(source.data or (), 1):
+        source.read_bytes = row
+        yield row, value
 
 
 def json_rows(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int, Row]]:
@@ -287,12 +280,6 @@ def _parquet_rows(source: Source) -> Iterator[tuple[int, Row]]:
                 source.read_bytes = source.size * row // max(1, file.metadata.num_rows)
     except UNREADABLE as reason:
         raise CorpusError(f"{source.path}:{row + 1}: {_damaged(reason)}") from reason
-
-
-def _data_rows(source: Source) -> Iterator[tuple[int, Row]]:
-    for row, value in enumerate(source.data, 1):
-        source.read_bytes = row
-        yield row, value
 
 
 def _lines(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int, bytes]]:
