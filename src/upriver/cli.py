@@ -270,11 +270,9 @@ def _run(opts: RunOptions, overwrite: bool) -> Path:
     corpus = _read_corpus(opts.corpus, model, opts.seq_len, opts.pack, opts.on_bad_record)
     queries = _read_queries(opts.queries, model, opts.complete)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
-    of_fit, of_trace = (
-        {name: getattr(opts, name) for name in kind.model_fields} for kind in (FitOptions, TraceOptions)
-    )
-    factors = fit(model, corpus, folder / "factors", **common, **of_fit)
-    result = trace(model, corpus, queries, factors, folder / "scores", **common, **of_trace)
+    given = [{name: getattr(opts, name) for name in kind.model_fields} for kind in (FitOptions, TraceOptions)]
+    factors = fit(model, corpus, folder / "factors", **common, **given[0])
+    result = trace(model, corpus, queries, factors, folder / "scores", **common, **given[1])
     terminal_summary(result.path, console=stdout)
     return _write_report(result.path, folder / "report.html")
 

@@ -173,22 +173,22 @@ def _method(manifest: Json) -> Iterator[Json]:
         yield _fact("Factors fitted on", f"{fit['sequences']:,} sequences", tokens)
     if manifest.get("rank") is not None:
         yield _fact("Rank of the scan", str(manifest["rank"]), "the passages shown are rescored at full rank")
-    if kept:
-        note = str(kept.get("note") or "") or "TF-IDF filter before scoring"
-        yield _fact("Candidates", f"{kept.get('per_query') or kept.get('kept')} per query", note)
-    else:
-        yield _fact("Candidates", "all sequences", "no filter before scoring")
+    some = (
+        f"{kept.get('per_query') or kept.get('kept')} per query",
+        str(kept.get("note") or "TF-IDF filter before scoring"),
+    )
+    yield _fact("Candidates", *(some if kept else ("all sequences", "no filter before scoring")))
 
 
 def _model(manifest: Json) -> Iterator[Json]:
     model = manifest.get("model") or {}
-    if model.get("name"):
-        yield _fact("Model", short_name(str(model["name"])), str(model.get("fingerprint") or ""))
+    if name := model.get("name"):
+        yield _fact("Model", short_name(str(name)), str(model.get("fingerprint") or ""))
     if model.get("parameters"):
         yield _fact("Parameters", f"{model['parameters']:,}")
-    if model.get("dtype"):
-        scan = model.get("scan_dtype", model["dtype"])
-        yield _fact("Precision", str(model["dtype"]), "" if scan == model["dtype"] else f"the scan in {scan}")
+    if dtype := model.get("dtype"):
+        scan = model.get("scan_dtype", dtype)
+        yield _fact("Precision", str(dtype), "" if scan == dtype else f"the scan in {scan}")
     if kernel := manifest.get("kernel") or model.get("attention"):
         yield _fact("Attention kernel", str(kernel), "scores made with another kernel are not comparable")
     if fingerprint := (manifest.get("tokenizer") or {}).get("fingerprint"):

@@ -7,6 +7,7 @@ prompt.  Messages are rendered with the tokenizer's chat template, and the token
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from upriver.text.records import BadRecords, BadRowError, Record
 from upriver.text.sources import LARGEST, TOO_LARGE
 
 CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 1_000_000
+Spans = list[tuple[int, int]]  # of characters; None where they would be the whole text
 
 
 class Encoded(NamedTuple):
@@ -111,26 +113,18 @@ class Document(NamedTuple):
     loss_T: np.ndarray  # bool
 
 
-class _Prepared(NamedTuple):
-    record: Record
-    text: str
-    special: bool
-    answers: list[tuple[int, int]] | None  # character spans that carry loss; None: everything
-
-
 def documents(
     records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, bad: BadRecords
 ) -> Iterator[list[Document]]:
     """The records as tokens, in chunks; one without a token of its own or of too much text is a bad one."""
     for chunk in _chunks(records, tokenizer, bad):
-        encoded: dict[int, Encoded] = {}
-        for special in {prepared.special for prepared in chunk}:
-            which = [i for i, prepared in enumerate(chunk) if prepared.special == special]
-            found = encode(tokenizer, [chunk[i].text for i in which], special)
-            encoded |= dict(zip(which, found, strict=True))
+        encoded = {
+            special: iter(encode(tokenizer, [text for _, text, added, _ in chunk if added == special], special))
+            for special in {added for _, _, added, _ in chunk}
+        }
         good = []
-        for i, (record, text, special, answers) in enumerate(chunk):
-            tokens = encoded[i]
+        for record, text, special, answers in chunk:
+            tokens = next(encoded[special])
             if tokens.is_empty:
                 bad.report(record.where, f"the text tokenises to nothing: got {text!r:.60}")
                 continue
@@ -143,20 +137,23 @@ def documents(
 
 def _chunks(
     records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, bad: BadRecords
-) -> Iterator[list[_Prepared]]:
-    """Lists of a bounded number of documents and, but for the last document of each, of characters."""
+) -> Iterator[list[tuple[Record, str, bool, Spans | None]]]:
+    """Lists of a bounded number of documents and, but for the last document of each, of characters.
+
+    A document is a record, its text, whether the tokenizer adds special tokens, and what of the text carries loss.
+    """
     chunk, n_characters = [], 0
     for record in records:
         try:
-            prepared = _prepare(record, tokenizer)
+            text, special, answers = _prepare(record, tokenizer)
         except BadRowError as reason:
             bad.report(record.where, str(reason))
             continue
-        if len(prepared.text.encode()) > LARGEST:
+        if len(text.encode()) > LARGEST:
             bad.report(record.where, TOO_LARGE)
             continue
-        chunk.append(prepared)
-        n_characters += len(prepared.text)
+        chunk.append((record, text, special, answers))
+        n_characters += len(text)
         if len(chunk) == CHUNK_DOCUMENTS or n_characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, n_characters = [], 0
@@ -164,23 +161,23 @@ def _chunks(
         yield chunk
 
 
-def _prepare(record: Record, tokenizer: PreTrainedTokenizerBase) -> _Prepared:
+def _prepare(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool, Spans | None]:
     parts = record.parts
     if "text" in parts:
-        return _Prepared(record, parts["text"], True, None)
+        return parts["text"], True, None
     if "prompt" in parts:
         text = parts["prompt"] + parts["completion"]
-        return _Prepared(record, text, True, [(len(parts["prompt"]), len(text))])
+        return text, True, [(len(parts["prompt"]), len(text))]
     if not tokenizer.chat_template:
         raise CorpusError(
             f"{record.where}: a record has messages, and the tokenizer has no chat template to render them; "
             "give records with prompt and completion, or a tokenizer with a chat template"
         )
     text, answers = render(parts["messages"], tokenizer)
-    return _Prepared(record, text, False, answers)
+    return text, False, answers  # a template brings its own special tokens
 
 
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
     """The conversation as text, and the character span of each content of the assistant in it.
 
     Raises:
@@ -189,8 +186,12 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
     text, position, answers = _template(messages, tokenizer), 0, []
     for index, message in enumerate(messages):
         content, answered = message["content"].strip(), message["role"] == "assistant"
-        if answered:
-            position = max(position, _head(text, messages[:index], tokenizer))
+        if (
+            answered and index
+        ):  # where it begins, if the template renders the messages before it to a beginning of the text
+            with suppress(BadRowError):
+                head = _template(messages[:index], tokenizer, reply=True)
+                position = max(position, len(head) if text.startswith(head) else 0)
         start = text.find(content, position)
         if start < 0 and answered:
             raise BadRowError(f"the chat template does not show an answer of the assistant as it is: {content!r:.60}")
@@ -199,15 +200,6 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
         if content and answered:
             answers.append((start, position))
     return text, answers
-
-
-def _head(text: str, before: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where an answer begins, if the template renders the messages before it to a beginning of the whole text."""
-    try:
-        head = _template(before, tokenizer, reply=True) if before else ""
-    except BadRowError:
-        return 0
-    return len(head) if text.startswith(head) else 0
 
 
 def _template(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, reply: bool = False) -> str:
