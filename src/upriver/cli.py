@@ -1,4 +1,4 @@
-"""The command line: parse, call the library, print.  An ordinary client of the public interface."""
+"""The command line parses, calls the library and prints; it is an ordinary client of the public interface."""
 
 import os
 import sys
@@ -214,7 +214,7 @@ def plan_command(
 def read_for_others(
     corpus: str, model: Model, seq_len: int, resident: Callable[[], int | None] = resident_memory
 ) -> tuple[Corpus, int]:
-    """The corpus, and what reading it has left in memory: a fit and a trace after this find its tokens made."""
+    """Read the corpus, and measure what that has left in memory: a fit and a trace after this find its tokens made."""
     give_back()
     before = resident() or 0
     data = _read_corpus(corpus, model, seq_len, False, "error")
@@ -223,7 +223,7 @@ def read_for_others(
 
 
 def _query_size(queries: str, model: Model | Path) -> dict[str, int]:
-    """How many queries there are, and how long they are where that can be told."""
+    """Count the queries, and their tokens where that can be told."""
     if queries.isdecimal():
         return {"queries": int(queries)}
     if isinstance(model, Path):
@@ -320,7 +320,7 @@ def _read_queries(path: str, model: Model, most: int | None) -> Queries:
 
 
 def main() -> None:
-    """Run the command line; errors are one sentence on standard error, the exit status says whose fault it was."""
+    """Run the command line; an error is one sentence on standard error, and the exit status says whose fault it was."""
     debug = "--debug" in sys.argv
     args = [arg for arg in sys.argv[1:] if arg != "--debug"] or ["--help"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -339,7 +339,7 @@ def main() -> None:
 
 
 def _usage(error: Any, args: list[str]) -> str:
-    """What is wrong with the arguments, and with which value."""
+    """Say what is wrong with the arguments, and with which value."""
     text = " ".join(error.format_message().split()).rstrip(".")
     opts = error.param.opts if isinstance(error, typer.BadParameter) and error.param else []
     given = [value for arg, value in pairwise(args) if arg in opts]

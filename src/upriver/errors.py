@@ -1,4 +1,4 @@
-"""Every error that Upriver raises on purpose.
+"""Every error that Upriver raises on purpose is one of these.
 
 A message says what is wrong, the value found, and what to do: ``<what is wrong>: got <value>; <what to do>``.
 Each class knows the exit status of a command that ends with it: 2 where what was given is wrong, 1 where the run failed.
@@ -6,7 +6,7 @@ Each class knows the exit status of a command that ends with it: 2 where what wa
 
 
 class UpriverError(Exception):
-    """Base of all errors raised on purpose."""
+    """This is the base of all errors raised on purpose."""
 
     exit_status = 1
 
@@ -38,7 +38,7 @@ class MismatchError(InputError):
 
 
 class NumericalError(UpriverError):
-    """A NaN or an infinity where a number should be."""
+    """A NaN or an infinity stands where a number should be."""
 
 
 class StorageError(UpriverError):

@@ -1,4 +1,4 @@
-"""What a run tells: its progress, without saying how that is shown, and sizes and times in words.
+"""A run tells its progress, without saying how that is shown, and its sizes and times in words.
 
 The library is silent; the command line shows bars.
 """
@@ -23,7 +23,7 @@ def mute(line: str) -> None:
 
 
 class Times(dict[str, float]):
-    """Seconds by phase, added up where a phase comes more than once."""
+    """The seconds of each phase are added up where it comes more than once."""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -33,7 +33,7 @@ class Times(dict[str, float]):
 
 
 def in_units(n: float, *units: tuple[float, str]) -> str:
-    """``n`` in three digits, in the first of the descending units that it makes one of, or else in the last."""
+    """Write ``n`` in three digits, in the first of the descending units that it makes one of, or else in the last."""
     unit, name = next(((u, s) for u, s in units if n >= ROUNDS_UP * u), units[-1])
     return f"{n / unit:.3g}{name}"
 

@@ -1,4 +1,4 @@
-"""``report.json``: everything the page shows, built from a SCORES folder (format: docs/report.md)."""
+"""``report.json`` holds everything the page shows; it is built from a SCORES folder (format: docs/report.md)."""
 
 import math
 from collections import Counter
@@ -23,7 +23,7 @@ BEST_SEQUENCES = 3  # listed with a document
 
 
 def build_report(folder: Folder) -> Json:
-    """The content of ``report.json`` as plain lists, dictionaries, strings and numbers."""
+    """Build the content of ``report.json`` from plain lists, dictionaries, strings and numbers."""
     manifest, layers, spans = folder.manifest, layers_by_depth(folder.manifest), folder.spans()
     blocks: dict[int, list[int]] = {}
     for layer in layers:
@@ -59,12 +59,12 @@ def build_report(folder: Folder) -> Json:
 
 
 def sign(folder: Folder) -> str:
-    """What a positive score means."""
+    """Say what a positive score means."""
     return folder.manifest.get("sign") or POSITIVE
 
 
 def unit(folder: Folder) -> str:
-    """What a score is a number of."""
+    """Say what a score is a number of."""
     n_train = folder.n_train
     if folder.manifest.get("curvature") == "identity":
         return "Scores are dot products of gradients, without the curvature: they rank passages, and are in no unit."
@@ -83,7 +83,7 @@ def unit(folder: Folder) -> str:
 
 
 def layers_by_depth(manifest: Json) -> list[Json]:
-    """The tracked layers with the depth group of each: nine groups of blocks, or one per block when there are fewer.
+    """Put the tracked layers into groups by depth: nine groups of blocks, or one per block when there are fewer.
 
     Groups without a tracked layer are left out.  Layers of a block whose names end alike are told apart by one part more.
     """
@@ -101,7 +101,7 @@ def layers_by_depth(manifest: Json) -> list[Json]:
 
 
 def answer(folder: Folder, query: Json) -> Json:
-    """One question, its answer and its passages; what memory it takes does not depend on the number of sequences."""
+    """Collect one question, its answer and its passages; the memory it takes does not depend on the number of sequences."""
     rows = folder.top.loc[folder.top["query"].astype(str) == str(query["id"])]
     words = query_words(f"{query.get('prompt') or ''} {query.get('completion') or ''}")
     passages = []
@@ -154,7 +154,7 @@ def _in_nats(score: float, n_train: int | None) -> Json:
 
 
 def spread(raw: np.ndarray, n_train: int | None) -> Json | None:
-    """How the influence on one query is spread over all sequences: its survival curves and the share of the top 1 %.
+    """Measure how the influence on one query is spread over all sequences: survival curves and the share of the top 1 %.
 
     ``survival.positive`` holds points ``[x, share]``: the share of all scored sequences whose score is at least ``x``
     (nats, or raw without ``n_train``); ``survival.negative`` the same for ``-score``.  At most 200 points each, evenly
@@ -188,7 +188,7 @@ def spread(raw: np.ndarray, n_train: int | None) -> Json | None:
 def rank_documents(
     folder: Folder, query_id: str, spans: pd.DataFrame, raw: np.ndarray, passages: list[Json]
 ) -> dict[str, list[Json]] | None:
-    """The documents with the largest sums over their sequences, of either sign; None where the run wrote no sums.
+    """Rank the documents with the largest sums over their sequences, of either sign; None where the run wrote no sums.
 
     Args:
         spans, raw: ``folder.spans()`` and ``folder.scores(query_id)``.
@@ -224,7 +224,7 @@ def rank_documents(
 
 
 def _clean(value: Any) -> Any:
-    """Plain JSON values: no NumPy types, no NaN, and no lone surrogate, which UTF-8 cannot hold."""
+    """Turn values into plain JSON: no NumPy types, no NaN, and no lone surrogate, which UTF-8 cannot hold."""
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, dict):
         return {_clean(str(key)): _clean(entry) for key, entry in value.items()}

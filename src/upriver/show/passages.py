@@ -1,4 +1,4 @@
-"""What can be said about passages from their text: sentences, near-duplicates, words shared with the query."""
+"""Some things can be said about passages from their text: sentences, near-duplicates, words shared with the query."""
 
 import re
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ COMMON = frozenset(_COMMON.split())
 
 
 def sentences(tokens: Sequence[str]) -> list[tuple[int, int]]:
-    """Token spans ``[start, end)`` of the sentences of a passage, at most ``SENTENCES``; together they cover every token once."""
+    """Find the sentences of a passage, at most ``SENTENCES``, as token spans ``[start, end)`` that cover every token once."""
     text = "".join(tokens)
     found = [match.end() for match in SENTENCE_END.finditer(text)]
     ends = [end for end in found if not ABBREVIATION.search(text[max(0, end - 12) : end])]
@@ -39,7 +39,7 @@ def sentences(tokens: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def shingles(text: str) -> frozenset[str]:
-    """The runs of five words of a text; of eight characters where it has no words to speak of."""
+    """List the runs of five words of a text; of eight characters where it has no words to speak of."""
     words = [word.casefold() for word in WORD.findall(text)]
     if len(words) < SHINGLE:
         joined = "".join(words) or "".join(text.split())
@@ -48,7 +48,7 @@ def shingles(text: str) -> frozenset[str]:
 
 
 def near_duplicates(texts: Sequence[str]) -> list[int]:
-    """For each text the index of the first text that it nearly repeats (its own, when there is none).
+    """Find for each text the index of the first text that it nearly repeats (its own, when there is none).
 
     Two texts are near-duplicates when the Jaccard index of their word 5-shingles is at least 0.5, or when 90 % of the
     shorter one's are in the longer one.
@@ -68,13 +68,13 @@ def near_duplicates(texts: Sequence[str]) -> list[int]:
 
 
 def query_words(query: str) -> frozenset[str]:
-    """The words of a query that say something when a passage shares them."""
+    """List the words of a query that say something when a passage shares them."""
     words = {word.casefold() for word in WORD.findall(query)}
     return frozenset(word for word in words - COMMON if len(word) > 2 or not word.isascii())
 
 
 def matches(tokens: Sequence[str], words: frozenset[str]) -> list[int]:
-    """Indices of the tokens that belong to a word of the query."""
+    """Find the indices of the tokens that belong to a word of the query."""
     text = "".join(tokens)
     starts = np.cumsum([0, *map(len, tokens)])
     found: set[int] = set()
@@ -86,6 +86,6 @@ def matches(tokens: Sequence[str], words: frozenset[str]) -> list[int]:
 
 
 def concentration(token_scores: np.ndarray) -> float | None:
-    """``||tok||_2 / ||tok||_1``: 1 when a single token holds all; above 2/3 the passage is called spurious."""
+    """Compute ``||tok||_2 / ||tok||_1``, which is 1 when a single token holds all; above 2/3 a passage is called spurious."""
     total = float(np.abs(token_scores).sum())
     return float(np.linalg.norm(token_scores)) / total if total > 0 else None

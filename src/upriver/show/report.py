@@ -1,4 +1,4 @@
-"""The report of a trace: one page that opens from disk and loads nothing, and its content as JSON, JSONL and CSV."""
+"""The report of a trace is one page that opens from disk and loads nothing, and its content as JSON, JSONL and CSV."""
 
 import base64
 import csv
@@ -90,7 +90,7 @@ def write_report(scores: Path, out: Path | None = None, *, warn_above: int = WAR
 
 
 def report_files(out: Path) -> list[Path]:
-    """The page, JSON, JSONL and CSV that a report at ``out`` (folder or page) consists of; writes nothing.
+    """Name the page, JSON, JSONL and CSV that a report at ``out`` (folder or page) consists of; nothing is written.
 
     Raises:
         ConfigError: one of them is there and is not of an earlier report, or the place cannot be looked at.
@@ -119,7 +119,7 @@ def _unwritable(place: Path, error: OSError) -> ConfigError:
 
 
 def render(report: Json, title: str = "Upriver", quantise_above: int = QUANTISE_ABOVE) -> Page:
-    """The page that shows ``report`` (the content of ``report.json``); one of more bytes has its token scores in 8 bits.
+    """Make the page of ``report`` (the content of ``report.json``); one of more bytes has its token scores in 8 bits.
 
     Corpus text reaches the browser only as JSON in a data block, where ``<`` is written ``\\u003c``; the script puts it
     on the page as text.  The content-security policy admits this one script, by its hash, and no network.
@@ -152,13 +152,13 @@ def _page(report: Json, title: str, quantise: bool) -> Page:
 
 
 def code(*names: str) -> str:
-    """Our own files of the page, one after the other."""
+    """Read our own files of the page, one after the other."""
     folder = resources.files("upriver.show") / "viewer"
     return "\n".join((folder / name).read_text(encoding="utf-8").strip() for name in names)
 
 
 def _passage(passage: Json, quantise: bool) -> Json:
-    """A passage as the page holds it: without a text that its tokens repeat, its token scores rounded."""
+    """Shorten a passage for the page: a text that its tokens repeat is left out, its token scores are rounded."""
     repeated = passage["text"] == "".join(passage["tokens"])
     kept = {key: value for key, value in passage.items() if key != "text" or not repeated}
     if quantise and passage["token_scores"]:
@@ -168,7 +168,7 @@ def _passage(passage: Json, quantise: bool) -> Json:
 
 
 def quantised(scores: list[float]) -> dict[str, Any]:
-    """Signed bytes, base64, and the value of one step: ``score = byte * step``, off by half a step at most."""
+    """Store scores as signed bytes, in base64, and the value of one step; they are off by half a step at most."""
     values = np.nan_to_num(np.asarray(scores, np.float64))
     step = float(np.abs(values).max()) / 127 or 1.0
     codes = np.round(values / step).astype(np.int8)
@@ -176,7 +176,7 @@ def quantised(scores: list[float]) -> dict[str, Any]:
 
 
 def jsonl_text(report: Json) -> str:
-    """A line per query in the schema of ``pretraining-tda``, the public viewer of the TrackStar paper (PAIR).
+    """Write a line per query in the schema of ``pretraining-tda``, the public viewer of the TrackStar paper (PAIR).
 
     Scores are in nats where they are known.
     """
@@ -198,7 +198,7 @@ def jsonl_text(report: Json) -> str:
 
 
 def csv_text(report: Json) -> str:
-    """A row per passage and query, without the lists of tokens and layers."""
+    """Write a row per passage and query, without the lists of tokens and layers."""
     sink = io.StringIO()
     csv.writer(sink, lineterminator="\n").writerow(CSV_COLUMNS)
     # quoted, as some versions of Python leave a lone \r bare otherwise

@@ -1,4 +1,4 @@
-"""What a run prints: lines and progress bars on standard error, and the best passages of each query at its end."""
+"""A run prints lines and progress bars on standard error, and at its end the best passages of each query."""
 
 import math
 import re
@@ -31,7 +31,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def bars(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error with rate and remaining time, and one line at the end."""
+    """Show a progress bar on standard error with rate and remaining time, and say one line at the end."""
     start = time.perf_counter()
     with _bar() as progress:
         task = progress.add_task(name, total=total)
@@ -42,7 +42,7 @@ def bars(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def running_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """The same for work that tells how far it is and how much there is."""
+    """Show the same for work that tells how far it is and how much there is."""
     with _bar() as progress:
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -57,7 +57,7 @@ def _bar() -> shown.Progress:
 
 
 class Rate(shown.ProgressColumn):
-    """How much is done in a second."""
+    """This column shows how much is done in a second."""
 
     def render(self, task: shown.Task) -> Text:
         return Text(f"{task.speed:,.0f}/s" if task.speed else "")
@@ -120,7 +120,7 @@ def _line(passage: Json, copies: int) -> Text:
 
 
 def _excerpt(passage: Json) -> Text:
-    """About 280 characters from the start of the sentence with the largest sum."""
+    """Cut out about 280 characters from the start of the sentence with the largest sum."""
     tokens, scores = passage["tokens"], passage["token_scores"]
     if not tokens:
         return Text(_safe(passage["text"][:EXCERPT]))
@@ -135,7 +135,7 @@ def _excerpt(passage: Json) -> Text:
 
 
 def _tint(share: float) -> Style | None:
-    """A background from black towards blue (raises) or red (lowers); small shares stay plain."""
+    """Choose a background from black towards blue (raises) or red (lowers); small shares stay plain."""
     if abs(share) < 0.08:
         return None
     red, green, blue = (round(channel * (0.25 + 0.75 * abs(share))) for channel in (RAISES if share > 0 else LOWERS))

@@ -1,4 +1,4 @@
-"""The trust panel: what the numbers rest on, in words, from the manifest; a fact that is not there is left out."""
+"""The trust panel says what the numbers rest on, in words, from the manifest; a fact that is not there is left out."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ SOLVERS = {
 
 
 def trust(manifest: Json, queries: list[Json]) -> list[Json]:
-    """Groups of facts: ``[{title, facts: [{label, value, note, state}]}]``; state is ``ok``, ``warn`` or null."""
+    """Collect groups of facts, ``[{title, facts: [{label, value, note, state}]}]``; a state is ``ok``, ``warn`` or null."""
     groups = {
         "Checks": _checks(manifest, queries),
         "Solver": _solver(manifest.get("solver") or {}, [q["solution"] for q in queries if q.get("solution")]),
@@ -33,7 +33,7 @@ def _fact(label: str, value: str, note: str = "", state: str | None = None) -> J
 
 
 def _graded(label: str, entry: Any, note: str) -> Json:
-    """A correlation: its mean, with the worst case in the note."""
+    """Show a correlation by its mean, with the worst case in the note."""
     mean, worst = (entry.get("mean"), entry.get("worst")) if isinstance(entry, dict) else (entry, None)
     note = str(entry.get("what") or note) if isinstance(entry, dict) else note
     if not isinstance(mean, (int, float)):
@@ -75,7 +75,7 @@ def _checks(manifest: Json, queries: list[Json]) -> Iterator[Json]:
 
 
 def _solver(solver: Json, solutions: list[Json]) -> Iterator[Json]:
-    """Who solved the queries, whether that converged, and how good the solutions are on sequences they have not seen."""
+    """Say who solved the queries, whether that converged, and how good the solutions are on sequences they have not seen."""
     if solver.get("name"):
         passes = f"{solver['passes']:.3g} passes over its sample" if solver.get("passes") is not None else ""
         note = "; ".join(filter(None, (str(solver.get("lambda_rule") or ""), passes)))
@@ -108,7 +108,7 @@ def _solver(solver: Json, solutions: list[Json]) -> Iterator[Json]:
 
 
 def gained(solution: Json | None) -> bool | None:
-    """Whether a solution's held-out energy is above that of the plain gradient; None where it was not measured."""
+    """Tell whether a solution's held-out energy is above that of the plain gradient; None where it was not measured."""
     gradient = (solution or {}).get("gradient") or {}
     if solution is None or None in (
         solution.get("best_energy"),
@@ -120,13 +120,13 @@ def gained(solution: Json | None) -> bool | None:
 
 
 def solver_name(name: Any, refine: Any = None) -> str:
-    """The solver in words, such as ``EK-FAC + 3 CG steps``."""
+    """Name the solver in words, such as ``EK-FAC + 3 CG steps``."""
     words = SOLVERS.get(str(name), str(name))
     return f"{words} + {refine} CG step{'s' if refine != 1 else ''}" if refine else words
 
 
 def figure(x: float, digits: int = 3) -> str:
-    """A number in ``digits`` digits, the last ones written even where they are zero: ``341``, ``11.5``, ``0.30``."""
+    """Write a number in ``digits`` digits, the last ones even where they are zero: ``341``, ``11.5``, ``0.30``."""
     return f"{x:,.0f}" if abs(x) >= 10**digits else f"{x:#.{digits}g}".rstrip(".")
 
 
@@ -136,14 +136,14 @@ def _span(values: list[float], digits: int = 3) -> str:
 
 
 def _power(x: float) -> str:
-    """``1.2×10⁻⁷``."""
+    """Write a number as a power of ten, such as ``1.2×10⁻⁷``."""
     mantissa, exponent = f"{x:.1e}".split("e")
     raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"{mantissa}×10{raised}" if x else "0"
 
 
 def short_name(name: str) -> str:
-    """A model's name on the hub as it is, of a path its last part."""
+    """Keep a model's name on the hub as it is, and of a path its last part."""
     parts = name.rstrip("/").split("/")
     return name if len(parts) == 2 and all(parts) else parts[-1]
 

@@ -1,4 +1,4 @@
-"""Batches: which sequences go through the model together, and how they are padded.
+"""A batch says which sequences go through the model together, and how they are padded.
 
 Axes: N sequences (rows), T positions.  A corpus, whatever it holds, offers the same few things, and everything after it
 asks for nothing else: ``len``, ``lengths_N``, ``plan``, ``batch``, ``sample``, ``fingerprint``.
@@ -20,7 +20,7 @@ from upriver.errors import CorpusError, ModelError
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences that go through the model together, right-padded with token 0.
+    """A batch holds sequences that go through the model together, padded on the right with token 0.
 
     A language model's ``inputs`` are ``tokens`` (int64 ``[N, T]``) and ``loss`` (bool ``[N, T]``): ``loss[n, t]`` says
     that token ``t`` is predicted with loss, from the tokens before it; it is never true at position 0.
@@ -34,7 +34,7 @@ class Batch:
     query_N: np.ndarray | None = None  # queries only: int64 index of the query that each row belongs to
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on ``device``."""
+        """Return the same batch with its tensors on ``device``."""
         return dataclasses.replace(
             self,
             inputs={name: t.to(device) for name, t in self.inputs.items()},
@@ -44,7 +44,7 @@ class Batch:
 
 
 def pad(rows: np.ndarray, keys_N: np.ndarray, tokens: Sequence[np.ndarray], loss: Sequence[np.ndarray]) -> Batch:
-    """One batch of a language model from the tokens and loss masks of its sequences."""
+    """Make one batch of a language model from the tokens and loss masks of its sequences."""
     lengths = np.array([len(t) for t in tokens])
     real_NT = np.arange(lengths.max()) < lengths[:, None]
     tokens_NT, loss_NT = np.zeros(real_NT.shape, np.int64), np.zeros(real_NT.shape, bool)
@@ -79,17 +79,17 @@ def splitmix64(x_N: np.ndarray) -> np.ndarray:
 
 
 def content_hash(content: bytes) -> int:
-    """A 64-bit hash of a sequence's content, the same on every machine."""
+    """Hash the content of a sequence to 64 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def sequence_hash(tokens_T: np.ndarray, loss_T: np.ndarray) -> int:
-    """A hash of the tokens of a sequence and of which are predicted with loss; the first never is."""
+    """Hash the tokens of a sequence and which of them are predicted with loss; the first never is."""
     return content_hash(np.asarray(tokens_T, "<u4").tobytes() + np.asarray(loss_T[1:], bool).tobytes())
 
 
 def sequence_keys(hashes_N: np.ndarray) -> np.ndarray:
-    """The counter key of each sequence: its content hash mixed with how many equal sequences came before it.
+    """Give each sequence its counter key: the hash of its content mixed with how many equal sequences came before it.
 
     Keys are distinct and do not depend on where in the corpus a sequence stands.
     """
@@ -98,7 +98,7 @@ def sequence_keys(hashes_N: np.ndarray) -> np.ndarray:
 
 
 class Sequences(ABC):
-    """What every corpus offers to the passes that stream over it.
+    """Every corpus offers this, and nothing else, to the passes that stream over it.
 
     Attributes:
         lengths_N: tokens of each sequence.
@@ -112,17 +112,17 @@ class Sequences(ABC):
 
     @abstractmethod
     def batch(self, rows: np.ndarray) -> Batch:
-        """The sequences ``rows`` as one batch."""
+        """Return the sequences ``rows`` as one batch."""
 
     def __len__(self) -> int:
         return len(self.lengths_N)
 
     def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
-        """Rows in batches of at most ``batch_tokens`` positions, padding counted, longest first; see :func:`plan`."""
+        """Cut rows into batches of at most ``batch_tokens`` positions, padding counted, longest first; see :func:`plan`."""
         return plan(self.lengths_N, batch_tokens, rows)
 
     def sample(self, max_tokens: int, seed: int) -> np.ndarray:
-        """A seeded random selection of at most ``max_tokens`` tokens, at least one sequence: sorted rows.
+        """Select sequences at random, by ``seed``, of at most ``max_tokens`` tokens but at least one; return their sorted rows.
 
         The draw depends on each sequence's key, not on its place, so reordering a corpus selects the same sequences.
         """
@@ -133,7 +133,7 @@ class Sequences(ABC):
 
 
 class Examples(Sequences):
-    """A corpus of independent examples given as tensors, for classification and regression.
+    """Examples are a corpus of independent rows of tensors, for classification and regression.
 
     ``inputs`` maps names to tensors with one row per example; a `Task` says what the names mean.
 
@@ -172,7 +172,7 @@ class Examples(Sequences):
 
 
 def real_calls(real_NT: Tensor, x_NTI: Tensor, layer: str) -> Tensor:
-    """Which positions of what a layer saw are real, ``[N, T]``; one that is called twice has its calls side by side.
+    """Tell which positions of what a layer saw are real, ``[N, T]``; a layer that is called twice has its calls side by side.
 
     Raises:
         ModelError: the layer saw something else than the positions of the sequences.

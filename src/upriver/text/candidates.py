@@ -1,4 +1,4 @@
-"""TF-IDF: which sequences share the words of a query, whatever the model learned from them.
+"""TF-IDF tells which sequences share the words of a query, whatever the model learned from them.
 
 Axes: Q queries, N sequences, C sequences of a chunk, W words (distinct tokens of all queries), R rows that are asked for.
 With occurrence 0/1 the score is the sum, over the query's tokens with multiplicity, of
@@ -20,7 +20,7 @@ CHUNK_ROWS = 4096
 
 
 class Best:
-    """The ``k`` largest numbers of a stream and their places, largest first.
+    """The ``k`` largest numbers of a stream are kept with their places, the largest first.
 
     Of equal numbers those of the smaller ``ties`` go first, and without ties those that came first.
     """
@@ -43,7 +43,7 @@ class Best:
 
 
 class Tfidf:
-    """TF-IDF of the sequences of a corpus for every query, on the model's tokens (28, 29)."""
+    """TF-IDF scores the sequences of a corpus for every query, on the model's tokens (28, 29)."""
 
     def __init__(self, corpus: Corpus, queries: Queries, chunk_rows: int = CHUNK_ROWS):
         self.corpus = corpus
@@ -62,7 +62,7 @@ class Tfidf:
         return (rows[i : i + self.size] for i in range(0, len(rows), self.size))
 
     def _held(self, rows: np.ndarray) -> np.ndarray:
-        """Which words each sequence holds, 0 or 1: float32 ``[W, C]``."""
+        """Mark with 1 which words each sequence holds: float32 ``[W, C]``."""
         tokens = [self.corpus.token_ids(int(row)) for row in rows]
         word = self.place[np.concatenate(tokens)]
         column = np.repeat(np.arange(len(rows)), [len(t) for t in tokens])
@@ -71,7 +71,7 @@ class Tfidf:
         return held_WC
 
     def scores(self, rows: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The scores of sequences (default: all), a chunk at a time: their rows ``[C]``, float32 ``[Q, C]``."""
+        """Score sequences (default: all), a chunk at a time: their rows ``[C]``, float32 ``[Q, C]``."""
         for chunk in self._cut(np.arange(len(self.corpus)) if rows is None else rows):
             idf_WC = self._held(chunk)
             idf_WC *= self.idf_W1
@@ -83,7 +83,7 @@ class Tfidf:
 
 
 class Ranked(NamedTuple):
-    """The rows that were asked for: ``rank_R`` is 1 + how many sequences of the corpus have a larger ``score_R``."""
+    """The rows that were asked for have as their ``rank_R`` 1 + how many sequences of the corpus have a larger ``score_R``."""
 
     rank_R: np.ndarray
     score_R: np.ndarray
@@ -92,7 +92,7 @@ class Ranked(NamedTuple):
 def tfidf_ranks(
     corpus: Corpus, queries: Queries, rows_Q: list[np.ndarray], chunk_rows: int = CHUNK_ROWS
 ) -> list[Ranked]:
-    """For each query the TF-IDF ranks and scores of the sequences ``rows_Q[q]`` among all of the corpus."""
+    """Rank and score the sequences ``rows_Q[q]`` of each query by TF-IDF among all of the corpus."""
     tfidf = Tfidf(corpus, queries, chunk_rows)
     score_QR = [np.zeros(len(rows), np.float32) for rows in rows_Q]
     for chunk, scores_QC in tfidf.scores(np.unique(np.concatenate([*rows_Q, np.empty(0, np.int64)]))):
@@ -113,7 +113,7 @@ def tfidf_ranks(
 def candidates(
     corpus: Corpus, queries: Queries, per_query: int, chunk_rows: int = CHUNK_ROWS
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """The sequences worth scoring: of each query the ``per_query`` best by TF-IDF, equal scores by `keys_N`.
+    """Choose the sequences worth scoring: of each query the ``per_query`` best by TF-IDF, equal scores by `keys_N`.
 
     Returns the sorted rows, int64, and what was kept, for the manifest.
     """

@@ -1,8 +1,8 @@
-"""Queries: the answers whose origin is asked for.
+"""A query is an answer whose origin is asked for.
 
-A query is a prompt and a completion, and optionally a contrast: a second completion whose log-probability is
-subtracted.  Prompt and completion are tokenised as one text; a token belongs to the completion when it ends beyond the
-last character of the prompt.
+It has a prompt and a completion, and optionally a contrast: a second completion whose log-probability is subtracted.
+Prompt and completion are tokenised as one text; a token belongs to the completion when it ends beyond the last character
+of the prompt.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ RESERVED = ("sequence", "document", "start", "end", "sequences")  # columns of t
 
 @dataclass(frozen=True)
 class Query:
-    """One query as it was given; ``completion`` is None while the model's own answer is still to be generated."""
+    """A query as it was given has no ``completion`` while the model's own answer is still to be generated."""
 
     id: str
     prompt: str
@@ -41,7 +41,7 @@ class Query:
 
 
 class Row(NamedTuple):
-    """One prompt with one completion, tokenised."""
+    """A row is one prompt with one completion, tokenised."""
 
     encoded: Encoded
     loss_T: np.ndarray  # bool: completion tokens that have a context
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 class Queries:
-    """Queries, checked and tokenised.
+    """Queries are checked when they are read, and tokenised as soon as a tokenizer is known.
 
     Example:
         >>> queries = Queries.read("queries.jsonl", tokenizer, seq_len=512)
@@ -91,13 +91,13 @@ class Queries:
         seq_len: int | None = None,
         complete: int | None = None,
     ) -> "Queries":
-        """The same from dictionaries; without an ``id`` they are named ``q1``, ``q2``, ..."""
+        """Do the same with dictionaries; those without an ``id`` are named ``q1``, ``q2``, ..."""
         rows = ((f"query {n}", {"id": f"q{n}", **query}) for n, query in enumerate(queries, 1))
         unbound = cls(_checked(rows, "the list of queries", complete), None, seq_len)
         return unbound if tokenizer is None else unbound.bound(tokenizer)
 
     def bound(self, tokenizer: PreTrainedTokenizerBase, seq_len: int | None = None) -> "Queries":
-        """The same queries with a tokenizer: tokenised at once, so that a query that cannot be used is named early."""
+        """Give the queries a tokenizer; they are tokenised at once, so that one that cannot be used is named early."""
         queries = Queries(self.records, tokenizer, seq_len if seq_len is not None else self.seq_len)
         if not queries.needs_completion:
             queries.rows  # noqa: B018 - computed here for its errors
@@ -118,11 +118,11 @@ class Queries:
 
     @property
     def needs_completion(self) -> list[int]:
-        """Indices of the queries whose completion is still to be generated."""
+        """Return the indices of the queries whose completion is still to be generated."""
         return [i for i, query in enumerate(self.records) if query.completion is None]
 
     def completed(self, answers: dict[str, str]) -> "Queries":
-        """New queries in which those named by id have the model's own answer as their completion.
+        """Return queries in which those named by id have the model's own answer as their completion.
 
         Raises:
             QueryError: an answer is empty, or no token of it can be scored.
@@ -137,20 +137,20 @@ class Queries:
         return Queries(records, None).bound(self.tokenizer, self.seq_len)
 
     def prompt_tokens(self, i: int) -> np.ndarray:
-        """The tokens of a prompt alone, to be continued by the model; a closing special token is left out."""
+        """Return the tokens of a prompt, for the model to continue; a closing special token is left out."""
         encoded = encode(self.tokenizer, [self.records[i].prompt])[0]
         trailing = int(np.argmin(encoded.special_T[::-1])) if not encoded.is_empty else 0
         return encoded.tokens_T[: len(encoded.tokens_T) - trailing]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the queries and the tokenizer."""
+        """Hash the queries and the tokenizer."""
         fields = [[q.id, q.prompt, q.completion, q.contrast] for q in self.records]
         return digest([fields, tokenizer_fingerprint(self.tokenizer)])
 
     @cached_property
     def rows(self) -> list[Row]:
-        """The rows that go through the model: one per completion, one more per contrast, in query order."""
+        """Return the rows that go through the model: one per completion, one more per contrast, in query order."""
         if self.needs_completion:
             query = self.records[self.needs_completion[0]]
             raise QueryError(_no_completion(query.where, query.id))
@@ -183,7 +183,7 @@ class Queries:
 
     @cached_property
     def _rows_of_query(self) -> list[list[int]]:
-        """The indices of the rows of each query."""
+        """Return the indices of the rows of each query."""
         found: list[list[int]] = [[] for _ in self.records]
         for r, row in enumerate(self.rows):
             found[row.query].append(r)
@@ -191,7 +191,7 @@ class Queries:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens that each query counts for, int32 ``[Q]``: its longest row, for each row that a query with a contrast has.
+        """Return how many tokens each query counts for, int32 ``[Q]``: its longest row, times the rows of a query with a contrast.
 
         In a batch all rows are padded to the longest, so no batch of these lengths holds more.
         """
@@ -204,7 +204,7 @@ class Queries:
         return sequence_keys(np.array(hashes, np.uint64))
 
     def batch(self, query_indices: Sequence[int] | np.ndarray) -> Batch:
-        """All rows of the queries, in the order given: a completion with weight +1, then its contrast with -1."""
+        """Return all rows of the queries, in the order given: a completion with weight +1, then its contrast with -1."""
         rows = [r for q in query_indices for r in self._rows_of_query[int(q)]]
         picked = [self.rows[r] for r in rows]
         tokens, loss = [row.encoded.tokens_T for row in picked], [row.loss_T for row in picked]
@@ -214,14 +214,14 @@ class Queries:
         return dataclasses.replace(batch, weight_N=weight_N, query_N=query_N)
 
     def token_ids(self, i: int) -> np.ndarray:
-        """The tokens of prompt, completion and contrast, as often as they occur; added special tokens are left out."""
+        """Return the tokens of prompt, completion and contrast, as often as they occur, without added special tokens."""
         first, *contrast = (self.rows[r] for r in self._rows_of_query[i])
         parts = [first.encoded.tokens_T[~first.encoded.special_T]]
         parts += [row.encoded.tokens_T[row.loss_T] for row in contrast]
         return np.concatenate(parts)
 
     def completion_pieces(self, i: int, contrast: bool = False) -> list[str]:
-        """The text of each scored token of the completion (or contrast), in the order of the row's loss mask."""
+        """Return the text of each scored token of the completion (or contrast), in the order of the row's loss mask."""
         row = self.rows[self._rows_of_query[i][1 if contrast else 0]]
         return [row.pieces[t] for t in np.flatnonzero(row.loss_T)]
 
@@ -276,7 +276,7 @@ def _no_completion(where: str, name: str) -> str:
 
 
 def checked_id(value: Any, where: str) -> str:
-    """The id of a query as a text.
+    """Return the id of a query as a text.
 
     Raises:
         QueryError: neither a text nor a whole number, or one that cannot name a column of the results.

@@ -1,4 +1,4 @@
-"""Rows to records: the documents of a corpus, checked one by one as they stream by."""
+"""Rows become records here: the documents of a corpus are checked one by one as they stream by."""
 
 import json
 import math
@@ -17,7 +17,7 @@ FORMS = (("text",), ("prompt", "completion"), ("messages",))
 
 @dataclass(frozen=True)
 class Record:
-    """A document: ``parts`` is ``text``, or ``prompt`` and ``completion``, or ``messages``."""
+    """A record is a document; its ``parts`` are ``text``, or ``prompt`` and ``completion``, or ``messages``."""
 
     id: str
     parts: dict[str, Any]
@@ -26,12 +26,12 @@ class Record:
 
 
 class BadRowError(Exception):
-    """Why a row is not a record, or a record has no text."""
+    """A row is not a record, or a record cannot become text; the message says why."""
 
 
 @dataclass
 class BadRecords:
-    """What happens to records that cannot be used: an error at once, or counted and (the first ones) listed."""
+    """Records that cannot be used are an error at once, or are counted and (the first ones) listed."""
 
     policy: str = "error"
     count: int = 0
@@ -50,12 +50,12 @@ class BadRecords:
 
 
 def open_corpus(path: Path, bad: BadRecords) -> list[Source]:
-    """The files of a corpus; in a folder, files of an unknown type count as bad records."""
+    """Find the files of a corpus; in a folder, files of an unknown type count as bad records."""
     return find_sources(path, CorpusError, bad.report if bad.policy == "skip" else None)
 
 
 def read_records(sources: list[Source], bad: BadRecords) -> Iterator[Record]:
-    """All records of ``sources``, in order, one in memory at a time.
+    """Read all records of ``sources`` in order; one is in memory at a time.
 
     Raises:
         CorpusError: a file that is damaged; a record that cannot be used, unless these are skipped.
@@ -127,7 +127,7 @@ def _check_unicode(name: str, value: str) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """The value as JSON can hold it: NaN and infinity become null, dates and the like their text."""
+    """Turn a value into one that JSON can hold: NaN and infinity become null, dates and the like their text."""
     if isinstance(value, dict):
         return {str(name): jsonable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -138,7 +138,7 @@ def jsonable(value: Any) -> Any:
 
 
 def half_pair(name: str, value: str) -> str | None:
-    """What is wrong with a field that holds half of a surrogate pair, which UTF-8 cannot hold."""
+    """Say what is wrong with a field that holds half of a surrogate pair, which UTF-8 cannot hold."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -148,10 +148,10 @@ def half_pair(name: str, value: str) -> str | None:
 
 
 def whole(text: str) -> str:
-    """Half of a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD."""
+    """Replace half of a surrogate pair, which UTF-8 cannot hold, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def dump(value: Any) -> bytes:
-    """One line of JSON."""
+    """Write a value as one line of JSON."""
     return json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"

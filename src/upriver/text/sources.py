@@ -1,4 +1,4 @@
-"""Files to rows: JSON lines, Parquet, CSV and text, alone or in a folder, compressed or not, and `datasets` data.
+"""Files become rows here: JSON lines, Parquet, CSV and text, alone or in a folder, compressed or not, and `datasets` data.
 
 A row is a dictionary, or a sentence that says why it is none; where a whole file cannot be read on, an error is raised.
 Rows are counted from 1; of the forms made of lines the number is that of the line.
@@ -47,7 +47,7 @@ ErrorType = type[InputError]
 
 @dataclass
 class Source:
-    """One file, or one `datasets` data set, to read rows from."""
+    """A source is one file, or one `datasets` data set, that rows are read from."""
 
     path: Path
     name: str  # as in the folder that was given; the default id of its documents
@@ -62,7 +62,7 @@ class Source:
 
     @property
     def fingerprint(self) -> list[str]:
-        """Its name and a hash of its content.
+        """Return its name and a hash of its content.
 
         Raises:
             CorpusError: a file cannot be read.
@@ -76,7 +76,7 @@ class Source:
 
     @property
     def form(self) -> list[Any]:
-        """What the files of a data set do not say: a selection of rows, and the columns."""
+        """Return what the files of a data set do not say: a selection of rows, and the columns."""
         indices = self.data._indices
         picked = None if indices is None else [int(i) for i in indices.column(0).to_pylist()]
         in_memory = None if self.data.cache_files else self.data._fingerprint
@@ -84,7 +84,7 @@ class Source:
 
 
 def find_sources(path: Path, error: ErrorType = CorpusError, skip: Callable[[str, str], None] | None = None):
-    """The files at ``path`` in the order in which they are read (sorted by name), links followed.
+    """Find the files at ``path``, in the order in which they are read (sorted by name); links are followed.
 
     ``skip(where, reason)`` is told of files in a folder that are of no known type; without it they are an error.
 
@@ -110,7 +110,7 @@ def find_sources(path: Path, error: ErrorType = CorpusError, skip: Callable[[str
 
 
 def _mode(path: Path, error: ErrorType) -> int:
-    """What stands at ``path``, as `os.stat` tells it; 0 for nothing."""
+    """Tell what stands at ``path``, as `os.stat` does; 0 means nothing."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no file can have such a name
@@ -123,7 +123,7 @@ def _mode(path: Path, error: ErrorType) -> int:
 
 
 def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The files below a folder, hidden ones left out; a link into the corpus, or to a folder ``above``, holds nothing new."""
+    """List the files below a folder but hidden ones; a link into the corpus, or to a folder ``above``, holds nothing new."""
     above = (*above, os.path.realpath(folder))
     try:
         paths = list(folder.iterdir())
@@ -143,7 +143,7 @@ def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Itera
 
 
 def _read_anyway(folder: Path, above: tuple[str, ...]) -> bool:
-    """Whether a folder is one of those ``above`` it, or a link to one that the first of them, the corpus, holds openly."""
+    """Tell whether a folder is one of those ``above`` it, or a link to one that the first of them, the corpus, holds openly."""
     target = Path(os.path.realpath(folder))
     if str(target) in above:
         return True
@@ -159,7 +159,7 @@ def _kind(path: Path) -> tuple[str, str] | None:
 
 
 def _dataset(path: Path, saved: bool, error: ErrorType) -> Source:
-    """The `datasets` data set that was saved in a folder, or that the hub has by that name."""
+    """Load the `datasets` data set that was saved in a folder, or that the hub has by that name."""
     missing = f"no such file or folder: got {path}"
     if not saved and (path.is_absolute() or _kind(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))):
         raise error(f"{missing}; check the path")
@@ -180,7 +180,7 @@ def _dataset(path: Path, saved: bool, error: ErrorType) -> Source:
 
 
 def rows(source: Source) -> Iterator[tuple[int, Row]]:
-    """All rows of a source, numbered.
+    """Read all rows of a source, with their numbers.
 
     Raises:
         CorpusError: the file is damaged or cut short.
@@ -241,7 +241,7 @@ def _csv_rows(source: Source) -> Iterator[tuple[int, Row]]:
 
 
 def _csv_cells(reader: Iterator[list[str]]) -> list[str] | str | None:
-    """The cells of the next row, or why it has none; after that the reader goes on with the next line."""
+    """Read the cells of the next row, or say why it has none; the reader then goes on with the next line."""
     try:
         cells = next(reader, None)
     except csv.Error as reason:

@@ -1,4 +1,4 @@
-"""Text and records to tokens: where each token stands in its text, and which tokens carry loss.
+"""Text and records become tokens here, which know where they stand in their text and whether they carry loss.
 
 Axes: T tokens.  Only fast tokenizers know where in the text a token stands, so only they are accepted.
 Plain text: every token carries loss.  Prompt and completion are joined, and a token carries loss when it ends beyond the
@@ -24,7 +24,7 @@ Spans = list[tuple[int, int]]  # of characters; None where they would be the who
 
 
 class Encoded(NamedTuple):
-    """A text as tokens; token ``t`` stands for the characters ``cuts_C[t]`` to ``cuts_C[t + 1]``.
+    """A text was cut into tokens; token ``t`` stands for the characters ``cuts_C[t]`` to ``cuts_C[t + 1]``.
 
     The cuts partition the text exactly: what the tokenizer gives to no token (a trimmed space) goes to the next one,
     and of several tokens that share one character (the bytes of an emoji) the first holds it, the others nothing.
@@ -37,12 +37,12 @@ class Encoded(NamedTuple):
     special_T: np.ndarray  # bool: added by the tokenizer, not read from the text
 
     def pieces(self, text: str) -> list[str]:
-        """The text of each token; joined they are the text."""
+        """Return the text of each token; joined they are the text."""
         return [text[start:end] for start, end in pairwise(self.cuts_C.tolist())]
 
     @property
     def is_empty(self) -> bool:
-        """No token comes from the text."""
+        """Tell whether no token comes from the text."""
         return bool(self.special_T.all())
 
 
@@ -86,7 +86,7 @@ def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides how text becomes tokens: vocabulary, merges, special tokens, chat template.
+    """Hash all that decides how text becomes tokens: vocabulary, merges, special tokens, chat template.
 
     Raises:
         ModelError: the tokenizer does not tell character offsets.
@@ -99,12 +99,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def largest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest token id that the tokenizer can produce."""
+    """Return the largest token id that the tokenizer can produce."""
     return max(tokenizer.get_vocab().values())
 
 
 class Document(NamedTuple):
-    """A record as tokens."""
+    """A document is a record that was tokenised."""
 
     record: Record
     text: str  # as tokenised
@@ -116,7 +116,7 @@ class Document(NamedTuple):
 def documents(
     records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, bad: BadRecords
 ) -> Iterator[list[Document]]:
-    """The records as tokens, in chunks; one without a token of its own or of too much text is a bad one."""
+    """Tokenise records, in chunks; one without a token of its own, or of too much text, is a bad record."""
     for chunk in _chunks(records, tokenizer, bad):
         encoded = {
             special: iter(encode(tokenizer, [text for _, text, added, _ in chunk if added == special], special))
@@ -138,7 +138,7 @@ def documents(
 def _chunks(
     records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, bad: BadRecords
 ) -> Iterator[list[tuple[Record, str, bool, Spans | None]]]:
-    """Lists of a bounded number of documents and, but for the last document of each, of characters.
+    """Collect a bounded number of documents and, but for the last of each list, of characters.
 
     A document is a record, its text, whether the tokenizer adds special tokens, and what of the text carries loss.
     """
@@ -178,7 +178,7 @@ def _prepare(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, b
 
 
 def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
-    """The conversation as text, and the character span of each content of the assistant in it.
+    """Render a conversation as text, and find the characters of each content of the assistant in it.
 
     Raises:
         BadRowError: the chat template refuses the messages, or does not show an answer as it is.
