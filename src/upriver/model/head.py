@@ -142,7 +142,7 @@ def _patched(module: nn.Module) -> bool:
 
 def _found(module: nn.Module, head: nn.Linear, body: nn.Module | None) -> LinearHead | None:
     tokens_NT = torch.arange(8, device=head.weight.device).view(2, 4) % head.out_features
-    ends: list[tuple[Tensor, int]] = []
+    ends: list[Any] = []
     calls: list[Call] = []
 
     def note(body: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
