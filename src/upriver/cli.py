@@ -15,13 +15,13 @@ import typer
 from rich.console import Console
 
 from upriver.curvature.fit import Factors, fit
-from upriver.errors import ConfigError, QueryError, UpriverError
+from upriver.errors import ConfigError, QueryError, StorageError, UpriverError
 from upriver.model.calibrate import Blank, plan_model
 from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
 from upriver.model.shape import config_only
 from upriver.pipeline import trace
-from upriver.runtime.artifact import write_json
+from upriver.runtime.artifact import load_json, refuse_inside, write_json
 from upriver.runtime.config import BATCH_TOKENS, FitOptions, Options, RunOptions, TraceOptions, options
 from upriver.runtime.passes import Request, request_for
 from upriver.runtime.plan import describe, parse_sizes
@@ -96,6 +96,7 @@ def fit_command(
         "batch_tokens": batch_tokens, "memory": memory, "seed": seed,
     }  # fmt: skip
     options(FitOptions, given)  # a mistake is known before a model is loaded
+    refuse_inside(out)
     loaded = _load_model(model, device)
     read = _read_corpus(corpus, loaded, seq_len, pack, on_bad_record)
     factors = fit(loaded, read, out, overwrite=overwrite, progress=bars, say=say, **given)
@@ -131,6 +132,7 @@ def trace_command(
         "layer_scores": layer_scores, "dtype": dtype, "memory": memory,
     }  # fmt: skip
     options(TraceOptions, given)
+    refuse_inside(out)
     fitted = Factors(factors)
     how = fitted.reading
     _check_queries(queries, complete)
@@ -181,10 +183,8 @@ def plan_command(
 ) -> None:
     """Passes, operations, time, memory and disk of a fit and a trace, before anything starts."""
     traced = options(TraceOptions, {"rank": rank, "top": top})
-    if out and not out.parent.is_dir():
-        raise ConfigError(
-            f"bad value for --out: got {str(out)!r}; there is no folder {str(out.parent)!r}, make it first"
-        )
+    if out:
+        _check_plan_file(out)
     options(FitOptions, {"max_tokens": max_tokens, "dtype": dtype, "batch_tokens": batch_tokens})
     alone, size = config_only(model), parse_sizes(corpus)
     what = alone or _load_model(model, "auto")
@@ -209,7 +209,25 @@ def plan_command(
     for line in describe(plan):
         stdout.print(line, markup=False)
     if out:
-        write_json(out, plan.as_dict())
+        write_json(out, plan.as_dict(), sealed=False)
+
+
+def _check_plan_file(out: Path) -> None:
+    """Refuse a file for a plan that would replace anything but an earlier plan."""
+    if not out.parent.is_dir():
+        raise ConfigError(
+            f"bad value for --out: got {str(out)!r}; there is no folder {str(out.parent)!r}, make it first"
+        )
+    refuse_inside(out)
+    if os.path.lexists(out):
+        try:
+            found = load_json(out)
+        except StorageError:
+            found = None
+        if not isinstance(found, dict) or not {"machine", "passes", "seconds", "peak_bytes", "advice"} <= found.keys():
+            raise ConfigError(
+                f"bad value for --out: got {str(out)!r}, which is there and is no plan; choose another file, or move it away"
+            )
 
 
 def _read_for_others(corpus: str, model: Model, seq_len: int) -> tuple[Corpus, int]:

@@ -1,6 +1,5 @@
 """The main path: solve the queries, stream the corpus past them, look again at the top, write it down."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ from upriver.model.load import Model
 from upriver.model.memory import DIVISION
 from upriver.model.sweep import check_length, tracked_layers
 from upriver.runtime import dist
-from upriver.runtime.artifact import Artifact, digest, locked, write_json
+from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
 from upriver.runtime.config import CONVENTIONS, TraceOptions, options
 from upriver.runtime.passes import Request, request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.system import give_back, work_ended
+from upriver.show.report import is_report
 from upriver.show.scores import Scores
 from upriver.text.batch import Sequences
 from upriver.text.candidates import candidates
@@ -78,7 +78,7 @@ def trace(
         "conventions": CONVENTIONS,
     }
     with locked(out):
-        stage = Artifact.open(out, "trace", key, overwrite)
+        stage = Artifact.open(out, "trace", key, overwrite, is_report)
         if stage.done:
             dist.on_first(lambda: _tidy(out))  # a kill may have come between the two
             say(f"scores: {out} is complete and was made from the same inputs; used as it is")
@@ -162,7 +162,7 @@ def _request(job: Job) -> Request:
 def _tidy(folder: Path) -> None:
     """Remove what the stages left: all that counts of it is in the tables."""
     for name in ("solved", "scan", "rescored"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        discard(folder / name)
     (folder / DIVISION).unlink(missing_ok=True)
 
 

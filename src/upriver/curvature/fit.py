@@ -8,7 +8,6 @@ FACTORS/covariance/layers-A-B/    sums of A and S of a group; removed when the f
 FACTORS/correction/layers-A-B/    sums of squared rotated gradients; likewise
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -32,7 +31,7 @@ from upriver.model.memory import DIVISION, memory_budget, settle, settled_split
 from upriver.model.shape import model_shape
 from upriver.model.sweep import Labels, check_length, check_loss, doubled, split_units, sweep, tokens_of, tracked_layers
 from upriver.runtime import dist
-from upriver.runtime.artifact import Artifact, Tensors, locked, opened, read_json, read_tensor, write_stream
+from upriver.runtime.artifact import Artifact, Tensors, discard, locked, opened, read_json, read_tensor, write_stream
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.counts import Shape
 from upriver.runtime.passes import request_for
@@ -200,7 +199,7 @@ def _run(stage: Artifact, work: Work, opts: FitOptions, say: Say) -> None:
     }
 
     def finish() -> None:
-        stage.finish(manifest)
+        stage.finish(manifest, "eigen/*", "correction/lam.safetensors")
         _tidy(stage.path)
 
     dist.on_first(finish)
@@ -229,14 +228,14 @@ def _rounds(top: Artifact, work: Work) -> Iterator[Work]:
 
 def _tidy(folder: Path) -> None:
     """Remove the sums of finished passes: all that counts of them is in ``eigen`` and ``lam``."""
-    shutil.rmtree(folder / "covariance", ignore_errors=True)
+    discard(folder / "covariance")
     _remove_parts(folder / "correction")
     (folder / DIVISION).unlink(missing_ok=True)
 
 
 def _remove_parts(folder: Path) -> None:
     for sums in folder.glob("layers-*"):
-        shutil.rmtree(sums, ignore_errors=True)
+        discard(sums)
     (folder / DIVISION).unlink(missing_ok=True)
 
 
@@ -294,7 +293,7 @@ def _bases(top: Artifact, work: Work, times: Times, keep: bool) -> float:
             _decompose(stage, work, group, sums)
             give_back()
         if not keep:
-            dist.on_first(lambda done=sums.parent: shutil.rmtree(done, ignore_errors=True))
+            dist.on_first(lambda done=sums.parent: discard(done))
     found = []
     for unit in range(len(work.layers)):
         with opened(stage.unit_path(unit)) as file:

@@ -122,7 +122,7 @@ def gather(passes: list[Scan], rows_N: np.ndarray, n_layers: int | None = None) 
     """Put the units of all passes in the order of ``rows_N`` (ascending), in two files in the first pass's folder.
 
     Units hold ``rows [n]``, ``scores [n, G]`` and, when there are ``n_layers``, ``layers [n, G, L]``.  The first process
-    writes while the others wait; files that are there already were finished from the same units, and are used.
+    writes while the others wait.
 
     Raises:
         NumericalError: a score is NaN or infinite.
@@ -130,7 +130,7 @@ def gather(passes: list[Scan], rows_N: np.ndarray, n_layers: int | None = None) 
     folder, Q = passes[0].stage.path, max(p.queries.stop for p in passes)
     shapes = {"scores": (len(rows_N), Q)} | ({"layers": (len(rows_N), Q, n_layers)} if n_layers else {})
     paths = {name: folder / f"{name}.npy" for name in shapes}
-    dist.on_first(lambda: all(path.exists() for path in paths.values()) or _fill(passes, rows_N, paths, shapes))
+    dist.on_first(lambda: _fill(passes, rows_N, paths, shapes))
     return Scanned(rows_N, Table(paths["scores"]), Table(paths["layers"]) if n_layers else None)
 
 

@@ -85,6 +85,15 @@ def _refuse_foreign(file: Path) -> None:
         )
 
 
+def is_report(file: Path) -> bool:
+    """Whether a report wrote a file, as its beginning tells."""
+    try:
+        with open(file, "rb") as there:
+            return file.suffix in OURS and bool(OURS[file.suffix].match(there.read(HEAD)))
+    except OSError:
+        return False
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
