@@ -191,7 +191,7 @@ class Queries:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Return how many tokens each query counts for, int32 ``[Q]``: its longest row, times the rows of a query with a contrast.
+        """Return how many tokens each query counts for, int32 ``[Q]``: its longest row, times the rows that a contrast makes it.
 
         In a batch all rows are padded to the longest, so no batch of these lengths holds more.
         """
