@@ -255,15 +255,16 @@ def _advice(options: dict[str, Any], error: Exception, otherwise: str) -> str:
 def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
+    load: Any = AutoModelForCausalLM.from_pretrained
     asked = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         try:
             kernel = {"attn_implementation": attention}
-            module, report = AutoModelForCausalLM.from_pretrained(place, **asked, **kernel, **options)
+            module, report = load(place, **asked, **kernel, **options)
         except ValueError as error:
             if "attn" not in str(error) and "attention" not in str(error):
                 raise
-            module, report = AutoModelForCausalLM.from_pretrained(place, **asked, **options)
+            module, report = load(place, **asked, **options)
     except Exception as error:
         advice = _advice(options, error, "give a sound and complete copy of a causal language model")
         what = f"no causal language model could be loaded from {_shown(place, options)}"
