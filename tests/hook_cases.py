@@ -181,9 +181,10 @@ def fit_and_trace(rank: int, folder: Path, fitted: dict | None = None, traced: d
 
 def fail_alone(rank: int, folder: Path) -> None:
     """One process fails in its part of a sum: the others do not wait for it, and every process is told why."""
+    from upriver.runtime.sums import accumulate
+
     from upriver.errors import NumericalError
     from upriver.runtime.artifact import Artifact
-    from upriver.runtime.sums import accumulate
 
     def compute(unit: int) -> dict[str, torch.Tensor]:
         if unit == 1:

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from upriver.influence.gradients import measurements, query_gradients
 
 import reference
 from captured import kept
 from cases import CASES, case
 from upriver.errors import ModelError
-from upriver.influence.gradients import measurements, query_gradients
 from upriver.model.capture import capture
 from upriver.model.layers import find_layers
 from upriver.model.sweep import Labels, tracked_layers

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from upriver.influence.stages import evenly
+from upriver.runtime.counts import contraction, orders
 
 import reference
 from cases import CASES, case, close, gradients, measured
 from upriver.influence.score import Score, route
-from upriver.influence.stages import evenly
 from upriver.model.layers import Layer
 from upriver.model.sweep import sweep, tracked_layers
-from upriver.runtime.counts import contraction, orders
 from upriver.tensors import LowRank
 
 

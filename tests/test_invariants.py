@@ -24,6 +24,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
+from upriver.influence.gradients import Solver
+from upriver.influence.tokens import output_token_influence, rescore
 
 import cases
 import reference
@@ -32,8 +34,6 @@ from cases import case, close
 from hook_cases import ROUNDS, fit_and_trace, in_processes
 from upriver.curvature.blocks import Moments
 from upriver.curvature.fit import Correction
-from upriver.influence.gradients import Solver
-from upriver.influence.tokens import output_token_influence, rescore
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.text.batch import Batch
 

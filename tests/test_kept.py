@@ -6,6 +6,9 @@ import os
 import numpy as np
 import pytest
 import torch
+from upriver.model.kept import Kept
+from upriver.runtime.passes import Request
+from upriver.runtime.split import keeping
 
 from cases import CASES, case
 from test_plan import HERE, SMALL
@@ -16,13 +19,10 @@ from upriver.curvature.agreement import probed
 from upriver.curvature.factors import Factors
 from upriver.curvature.fit import fit
 from upriver.model import kept, sweep
-from upriver.model.kept import Kept
 from upriver.model.layers import Layer
 from upriver.model.shape import model_shape
 from upriver.model.sweep import check_loss, tracked_layers
-from upriver.runtime.passes import Request
 from upriver.runtime.plan import describe, plan_run
-from upriver.runtime.split import keeping
 
 ROWS = [np.array([3, 1]), np.array([2])]
 

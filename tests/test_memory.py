@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
+from upriver.runtime.split import SEQUENCE_BYTES, Budget
 
 from upriver.model import memory
 from upriver.model.load import Model
 from upriver.model.losses import Regression
 from upriver.model.memory import ROOMY, settle
 from upriver.runtime import system
-from upriver.runtime.split import SEQUENCE_BYTES, Budget
 from upriver.text.batch import Examples
 
 FAULTS = """

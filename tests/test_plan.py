@@ -17,28 +17,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from cases import case
-from in_memory import TokenCorpus, TokenQueries
-from upriver.curvature.fit import fit
-from upriver.errors import ConfigError, ModelError
 from upriver.influence.gradients import weighted_measurement
 from upriver.influence.stages import divide
-from upriver.kernels import add_second_moment
-from upriver.model import calibrate
 from upriver.model.calibrate import Blank, plan_here, plan_model
-from upriver.model.capture import capture
-from upriver.model.layers import find_layers, probe
-from upriver.model.load import Model
-from upriver.model.memory import memory_budget
-from upriver.model.shape import config_only, config_shape, model_shape, module_shape, observe
-from upriver.model.sweep import tracked_layers
-from upriver.runtime import counts
-from upriver.runtime.config import TraceOptions
 from upriver.runtime.counts import Block, LayerSize, Shape
 from upriver.runtime.hardware import Machine, Rates, hardware
 from upriver.runtime.passes import Request, request_for
-from upriver.runtime.plan import describe, parse_sizes, plan_run
 from upriver.runtime.split import (
     LAYER_SCORES_BYTES,
     SLACK,
@@ -51,9 +35,24 @@ from upriver.runtime.split import (
     split_fit,
     split_trace,
 )
-from upriver.runtime.system import available_memory, peak_memory, resident_memory, start_seconds
-from upriver.runtime.config import parse_memory
+
+from cases import case
+from in_memory import TokenCorpus, TokenQueries
+from upriver.curvature.fit import fit
+from upriver.errors import ConfigError, ModelError
+from upriver.kernels import add_second_moment
+from upriver.model import calibrate
+from upriver.model.capture import capture
+from upriver.model.layers import find_layers, probe
+from upriver.model.load import Model
+from upriver.model.memory import memory_budget
+from upriver.model.shape import config_only, config_shape, model_shape, module_shape, observe
+from upriver.model.sweep import tracked_layers
+from upriver.runtime import counts
+from upriver.runtime.config import TraceOptions, parse_memory
+from upriver.runtime.plan import describe, parse_sizes, plan_run
 from upriver.runtime.progress import show_bytes, show_flop
+from upriver.runtime.system import available_memory, peak_memory, resident_memory, start_seconds
 from upriver.tensors import rotated_gradients
 
 N, T = 3, 16

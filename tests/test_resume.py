@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from upriver.runtime.sums import accumulate
 
 from in_memory import TokenCorpus, TokenQueries
 from upriver.curvature.fit import Factors, fit, fit_diagonal
@@ -25,7 +26,6 @@ from upriver.pipeline import trace
 from upriver.runtime import artifact, dist, sums
 from upriver.runtime.artifact import Artifact, locked
 from upriver.runtime.config import CONVENTIONS, FitOptions, TraceOptions
-from upriver.runtime.sums import accumulate
 
 GIVEN = {"batch_tokens": 40}
 ENDED = 2**22 + 1  # no process has such a number

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from upriver.influence.scanned import Scan, Scanned, Table, extremes, gather, random_rows, scores_of
 
 from text_cases import byte_tokenizer, write_jsonl
 from upriver.errors import NumericalError
 from upriver.influence import results, scanned
-from upriver.influence.scanned import Scan, Scanned, Table, extremes, gather, random_rows, scores_of
 from upriver.runtime.artifact import Artifact
 from upriver.text.batch import Examples
 from upriver.text.corpus import Corpus

@@ -9,6 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from upriver.influence.gradients import Solver, query_chunks
+from upriver.influence.tokens import output_token_influence, rescore, spurious
+from upriver.runtime.counts import Contraction
+from upriver.runtime.split import split_trace
 
 import reference
 from cases import CASES, case, close, gradients, measured, pairs
@@ -17,14 +21,10 @@ from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.errors import ModelError
 from upriver.influence import score as scoring
 from upriver.influence import stages
-from upriver.influence.gradients import Solver, query_chunks
 from upriver.influence.score import Score, dots, route
-from upriver.influence.tokens import output_token_influence, rescore, spurious
 from upriver.model.sweep import sweep, tracked_layers
 from upriver.pipeline import trace
 from upriver.runtime.config import CURVATURES
-from upriver.runtime.counts import Contraction
-from upriver.runtime.split import split_trace
 from upriver.tensors import LowRank, Scratch
 
 ORDERS = ("tokens", "dense", "rebuilt")

@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from upriver.runtime.counts import Block, LayerSize, Shape, contraction
+from upriver.runtime.split import SLACK, Asked, Budget, FitSplit, fits, scan_size, split_fit, split_trace
 
 from cases import case, close, gradients
 from in_memory import TokenCorpus
@@ -27,8 +29,6 @@ from upriver.model.shape import module_shape
 from upriver.model.sweep import tracked_layers
 from upriver.pipeline import trace
 from upriver.runtime.artifact import Artifact
-from upriver.runtime.counts import Block, LayerSize, Shape, contraction
-from upriver.runtime.split import SLACK, Asked, Budget, FitSplit, fits, scan_size, split_fit, split_trace
 
 GIVEN = {"batch_tokens": 40}
 
