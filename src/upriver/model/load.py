@@ -177,8 +177,7 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
         tokenizer = _load_tokenizer(place, options)
         module = _load_module(place, options, wanted, attention)
     module = module.to(on).eval()
-    _check_weights(module, str(path))
-    _check_vocabulary(module, tokenizer)
+    _check(module, tokenizer, str(path))
     check_causal(module)
     model = Model(module, tokenizer, name=str(path))
     model.info |= {
@@ -280,13 +279,11 @@ def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attent
     return module
 
 
-def _check_weights(module: nn.Module, place: str) -> None:
+def _check(module: Any, tokenizer: Any, place: str) -> None:
+    """Refuse weights that are no numbers, and a vocabulary that is not the tokenizer's."""
     for name, p in module.named_parameters():
         if not torch.isfinite(p).all():
             raise ModelError(f"the weights hold NaN or infinity: {name!r} of {place!r}; get a sound copy of the model")
-
-
-def _check_vocabulary(module: Any, tokenizer: Any) -> None:
     rows, highest = module.get_input_embeddings().weight.shape[0], largest_token(tokenizer)
     if highest >= rows:
         raise ModelError(
