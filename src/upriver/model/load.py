@@ -206,7 +206,8 @@ def _locate(path: str) -> tuple[str, dict[str, Any]]:
         raise ModelError(f"{path} holds {len(ggufs)} GGUF files; name one of them, such as {ggufs[0]}")
     if folder and not plain and not ggufs:
         raise ModelError(
-            f"no model in the folder: got {path!r} without config.json or a .gguf file; give a folder written by save_pretrained"
+            f"no model in the folder: got {path!r} without a config.json or a .gguf file; "
+            "give a folder written by save_pretrained"
         )
     if not folder and (there or path[:1] in tuple("./~") or path.count("/") > 1):
         raise ModelError(f"no model at {path!r}; {PLACES}, or a hub name")
