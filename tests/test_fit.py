@@ -301,7 +301,7 @@ class TestTensors:
     @pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
     @pytest.mark.parametrize("mkl", [True, False])
     def test_eigh_by_either_library(self, mkl, dtype, exact, monkeypatch):
-        monkeypatch.setattr("upriver.tensors.MKL_AT_HOME", mkl)
+        monkeypatch.setattr("upriver.kernels.MKL_AT_HOME", mkl)
         torch.manual_seed(0)
         x = torch.randn(30, 20, dtype=dtype)
         matrix = x @ x.T  # ten eigenvalues are zero

@@ -180,8 +180,7 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
         module = _load_module(place, options, wanted, attention)
     module = module.to(on).eval()
     _leave_files(module)
-    _check_weights(module, str(path))
-    _check_vocabulary(module, tokenizer)
+    _check(module, tokenizer, str(path))
     check_causal(module)
     model = Model(module, tokenizer, name=str(path))
     model.info |= {
@@ -210,7 +209,8 @@ def _locate(path: str) -> tuple[str, dict[str, Any]]:
         raise ModelError(f"{path} holds {len(ggufs)} GGUF files; name one of them, such as {ggufs[0]}")
     if folder and not plain and not ggufs:
         raise ModelError(
-            f"no model in the folder: got {path!r} without config.json or a .gguf file; give a folder written by save_pretrained"
+            f"no model in the folder: got {path!r} without a config.json or a .gguf file; "
+            "give a folder written by save_pretrained"
         )
     if not folder and (there or path[:1] in tuple("./~") or path.count("/") > 1):
         raise ModelError(f"no model at {path!r}; {PLACES}, or a hub name")
@@ -313,13 +313,11 @@ def _mapped_files() -> list[tuple[int, int]] | None:
     return [(int(start, 16), int(end, 16)) for start, end in found]
 
 
-def _check_weights(module: nn.Module, place: str) -> None:
+def _check(module: Any, tokenizer: Any, place: str) -> None:
+    """Refuse weights that are no numbers, and a vocabulary that is not the tokenizer's."""
     for name, p in module.named_parameters():
         if not torch.isfinite(p).all():
             raise ModelError(f"the weights hold NaN or infinity: {name!r} of {place!r}; get a sound copy of the model")
-
-
-def _check_vocabulary(module: Any, tokenizer: Any) -> None:
     rows, highest = module.get_input_embeddings().weight.shape[0], largest_token(tokenizer)
     if highest >= rows:
         raise ModelError(
