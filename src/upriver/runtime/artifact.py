@@ -10,6 +10,8 @@ hand.  Partial results add up in unit order, so a resumed run equals an uninterr
 replaced is only what was written by this program (`files_of`).
 """
 
+# ruff: noqa: F401 - what its files are made of can be had here too
+
 import errno
 import fcntl
 import json
@@ -50,40 +52,6 @@ from upriver.runtime.files import (
     write_tensors,
 )
 from upriver.runtime.heads import MANIFESTS, SCHEMA, FitManifest, Info, Manifest, TraceManifest, read_head
-
-__all__ = [  # with what its files are made of
-    "ADVICE",
-    "SCHEMA",
-    "Artifact",
-    "FitManifest",
-    "Form",
-    "Info",
-    "Tensors",
-    "TraceManifest",
-    "abandoned",
-    "atomic",
-    "check",
-    "content",
-    "digest",
-    "discard",
-    "file_digest",
-    "first_difference",
-    "form_of",
-    "load_json",
-    "locked",
-    "new_digest",
-    "opened",
-    "read_head",
-    "read_json",
-    "read_tensor",
-    "read_tensors",
-    "refuse_inside",
-    "unreadable",
-    "write_array",
-    "write_json",
-    "write_stream",
-    "write_tensors",
-]  # fmt: skip
 
 NAMED = re.compile(
     r"(key|manifest|queries|\.split)\.json|lam\.safetensors|(unit|sum)-[\d-]+\.safetensors"
