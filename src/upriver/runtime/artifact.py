@@ -208,9 +208,9 @@ def files_of(path: Path, ours: Ours | None = None) -> tuple[list[Path], list[Pat
     Hidden files that are not ours are in neither list: they are left where they are, and nobody minds them.
     """
     try:
-        listed = read_json(path / "manifest.json")["files"]
-    except (StorageError, KeyError):
-        listed = {}
+        listed = set(read_json(path / "manifest.json")["files"])
+    except (StorageError, LookupError, TypeError):  # it is not there, or damaged
+        listed = set()
     written, foreign = [], []
     for place, folders, names in os.walk(path):
         folder = Path(place)

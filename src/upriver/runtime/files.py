@@ -189,8 +189,10 @@ def _listed(path: Path) -> str | None:
     """What the manifest of a finished artifact says that the file holds; None: it is not listed."""
     heads = [folder / "manifest.json" for folder in list(path.parents)[:DEPTH] if (folder / "key.json").exists()]
     for head in (path.with_name("info.json"), *heads):
-        if head.exists() and isinstance(files := read_json(head).get("files"), dict):
-            return files.get(path.relative_to(head.parent).as_posix())
+        if head.exists():
+            held = read_json(head)
+            files = held.get("files") if isinstance(held, dict) else None
+            return files.get(path.relative_to(head.parent).as_posix()) if isinstance(files, dict) else None
     return None
 
 
