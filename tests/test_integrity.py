@@ -163,12 +163,23 @@ def test_a_parquet_corpus_that_changes_while_it_is_read_is_refused(tmp_path):
 # ---- what is ours and what is not
 
 
-@pytest.mark.parametrize("place", ["notes.txt", "eigen/notes.txt", "deep/er/notes.json", "correction/mine.safetensors"])
-def test_overwrite_refuses_and_keeps_what_we_did_not_write(tiny, tmp_path, call, place):
+FOREIGN = [
+    "notes.txt",
+    "eigen/notes.txt",
+    "deep/er/notes.json",
+    "correction/mine.safetensors",
+    "queries.json",
+    "in/key.json",
+]
+
+
+@pytest.mark.parametrize("place", FOREIGN)
+@pytest.mark.parametrize("content", ["{}", "[1]"])
+def test_overwrite_refuses_and_keeps_what_we_did_not_write(tiny, tmp_path, call, place, content):
     out = tmp_path / "out"
     assert call(*fit(tiny, out)).status == 0
     (out / place).parent.mkdir(parents=True, exist_ok=True)
-    (out / place).write_text("{}")
+    (out / place).write_text(content)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert_one_error(
         call(*fit(tiny, out, "--seed", 1, "--overwrite")), 2, str(out / place), "did not write", "move it away"

@@ -53,11 +53,14 @@ from upriver.runtime.files import (
 )
 from upriver.runtime.heads import MANIFESTS, SCHEMA, FitManifest, Info, Manifest, TraceManifest, read_head
 
-NAMED = re.compile(
-    r"(key|manifest|queries|\.split)\.json|lam\.safetensors|(unit|sum)-[\d-]+\.safetensors"
-    r"|(scores|documents|top)\.parquet|(scores|layers)\.npy"
-)
-SUFFIXES = (".json", ".safetensors", ".parquet", ".npy")
+HEADS = r"(key|manifest|\.split)\.json"
+NAMED = {  # the files of a folder, by its stage
+    "fit": re.compile(HEADS),
+    "trace": re.compile(HEADS + r"|queries\.json|(scores|documents|top)\.parquet|layers\.npy"),
+}
+UNITS = re.compile(HEADS + r"|[a-z]+(-\d+)+\.safetensors|(scores|layers)\.npy")  # of all other stages
+PLACED = re.compile(r"(correction|diagonal)/(lam\.safetensors|\.split\.json)")
+SUFFIXES = (".json", ".safetensors", ".parquet", ".npy", ".html", ".jsonl", ".csv")  # of what is written
 Ours = Callable[[Path], bool]
 
 
@@ -163,9 +166,10 @@ class Artifact:
         Args:
             inner: patterns of files in folders below, such as ``eigen/*``, that stay a part of it beside those in its own.
         """
-        found = {p for pattern in ("*", *inner) for p in self.path.glob(pattern) if NAMED.fullmatch(p.name)}
-        kept = sorted(p for p in found if p.name not in ("key.json", "manifest.json", ".split.json"))
-        files = {p.relative_to(self.path).as_posix(): checksum(p) for p in kept}
+        own = NAMED.get(self.key["stage"], UNITS)
+        found = {p for p in self.path.glob("*") if own.fullmatch(p.name) and not re.fullmatch(HEADS, p.name)}
+        found |= {p for pattern in inner for p in self.path.glob(pattern) if p.suffix != ".json" and _is_sealed(p)}
+        files = {p.relative_to(self.path).as_posix(): checksum(p) for p in sorted(found)}
         write_json(self.path / "manifest.json", {"key": self.key, **info, "files": files})
 
     def unit_path(self, unit: int, suffix: str = "safetensors") -> Path:
@@ -219,10 +223,11 @@ def files_of(path: Path, ours: Ours | None = None) -> tuple[list[Path], list[Pat
             foreign.append(folder)
             continue
         foreign += [folder / name for name in folders if (folder / name).is_symlink()]
+        own = NAMED.get(load_json(folder / "key.json")["stage"], UNITS) if _is_ours(folder) else None
         for file in (folder / name for name in names):
-            known = (
-                file.relative_to(path).as_posix() in listed or NAMED.fullmatch(file.name) or _is_temporary(file.name)
-            )
+            below = file.relative_to(path).as_posix()
+            known = below in listed or PLACED.fullmatch(below) or _is_temporary(file.name)
+            known = known or (own and own.fullmatch(file.name))
             if not file.is_symlink() and (known or _is_sealed(file) or (ours and ours(file))):
                 written.append(file)
             elif not file.name.startswith("."):
@@ -238,7 +243,9 @@ def _is_temporary(name: str) -> bool:
 
 def _is_sealed(file: Path) -> bool:
     try:
-        return bool(sealed(file)) if file.suffix == ".safetensors" else file.suffix == ".json" and bool(read_json(file))
+        if file.suffix == ".safetensors":
+            return sealed(file) is not None
+        return file.suffix == ".json" and isinstance(read_json(file), dict)
     except (OSError, ValueError, StorageError):
         return False
 
