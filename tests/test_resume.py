@@ -140,14 +140,15 @@ def test_dying_at_every_commit_changes_nothing(after: bool, alone, tmp_path, mon
 
 
 def test_what_a_killed_process_left_half_written_is_removed(alone, tmp_path, monkeypatch):
-    killed(monkeypatch, 3, lambda: run(tmp_path))
+    killed(monkeypatch, 6, lambda: run(tmp_path))
+    sums = next((tmp_path / "factors" / "covariance").glob("layers-*"))
     half = [
         tmp_path / "factors" / f".key.json.{ENDED}.tmp",
-        tmp_path / "factors" / "covariance" / f".sum-000009.safetensors.{ENDED}.tmp",
+        sums / f".sum-000009.safetensors.{ENDED}.tmp",
     ]
     for path in half:
         path.write_bytes(b"half")
-    stale = tmp_path / "factors" / "covariance" / "sum-000000.safetensors"
+    stale = sums / "sum-000000.safetensors"
     stale.write_bytes(b"of a kill between the next sum and its removal")
     run(tmp_path)
     assert results(tmp_path) == alone
