@@ -26,7 +26,7 @@ from upriver.model.shape import config_only, config_shape, model_shape
 from upriver.model.sweep import Labels, sweep, tracked_layers
 from upriver.runtime import counts
 from upriver.runtime.config import BATCH_TOKENS
-from upriver.runtime.words import show_bytes
+from upriver.runtime.progress import show_bytes
 from upriver.tensors import LowRank
 
 

@@ -11,7 +11,7 @@ from architectures import CONFIGS, HEADER, ONLY_WITH, build, row
 from text_cases import byte_tokenizer
 from upriver.errors import ModelError
 from upriver.model.capture import frozen
-from upriver.model.head import Heads
+from upriver.model.head import decide_ending, ending, whole_logits
 from upriver.model.layers import Coverage, find_layers
 
 PAGE = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text()
@@ -67,7 +67,7 @@ def test_architecture_goes_through_fit_and_trace(name, tokenizer, corpus, querie
     assert row(name, module) in PAGE.splitlines()
     head = module.get_output_embeddings()
     assert all(m is not head for x in find_layers(module, "all") for m in x.modules)
-    assert_not_all_logits_after_the_first_pass(module)
+    assert_its_end_is_that_of_the_model(module)
     model = up.Model(module, tokenizer, name=name)
     factors = up.fit(model, corpus, tmp_path / "factors", layers=spec)
     covered = Coverage.of(factors.manifest["coverage"])
@@ -84,14 +84,15 @@ def test_architecture_goes_through_fit_and_trace(name, tokenizer, corpus, querie
     assert plain.manifest["checks"]["token_sum"] < 1e-4
 
 
-def assert_not_all_logits_after_the_first_pass(module):
-    heads, tokens_NT = Heads(), torch.arange(24).view(2, 12)
+def assert_its_end_is_that_of_the_model(module):
+    """In a linear head, or in a tail of its own."""
+    tokens_NT = torch.arange(24).view(2, 12)
+    decide_ending(module)
     with torch.no_grad(), frozen(module):
-        logits_MV = heads.logits(module, tokens_NT).flatten(0, 1)
-        ending = heads.ending(module)
-        assert ending is not None
-        hidden_MH = ending.hidden(module, tokens_NT).flatten(0, 1)
-        torch.testing.assert_close(ending.logits(hidden_MH[7:19], False)[0], logits_MV[7:19])
+        logits_MV, end = whole_logits(module, tokens_NT).flatten(0, 1), ending(module)
+        assert end is not None
+        hidden_MH = end.hidden(module, tokens_NT).flatten(0, 1)
+        torch.testing.assert_close(end.logits(hidden_MH[7:19], False)[0], logits_MV[7:19])
 
 
 @pytest.mark.parametrize("name", ONLY_WITH)

@@ -18,6 +18,7 @@ import cli_cases
 from cli_cases import QUERIES, RECORDS, Tiny, upriver
 from text_cases import write_jsonl
 from upriver import cli
+from upriver.model.load import load_model
 
 FORMATS = Path(__file__).parent.parent / "docs" / "formats.md"
 SEQ_LEN, TOP = 16, 4
@@ -134,15 +135,12 @@ def test_a_skipped_record_is_listed_by_fit_and_trace(tiny, tmp_path, call):
         assert f"{bad}:7: the field 'text' is empty" in ran.err
 
 
-def test_a_plan_leaves_out_what_reading_the_corpus_left(tiny, tmp_path, call, monkeypatch):
+def test_a_plan_leaves_out_what_reading_the_corpus_left(tiny, tmp_path):
     """The fit after it finds the tokens made, as a second plan does."""
-    seen, plain, sizes = [], cli.plan_model, iter([10**9, 10**9 + 5, 10**9])
-    monkeypatch.setattr(cli, "resident_memory", lambda: next(sizes))
-    monkeypatch.setattr(cli, "plan_model", lambda *given: seen.append(given[-1]) or plain(*given))
+    model, sizes = load_model(str(tiny.model)), iter([10**9, 10**9 + 5, 10**9])
     corpus = write_jsonl(tmp_path / "new.jsonl", [*RECORDS, {"text": "we the people of this test"}])
-    for _ in range(2):
-        assert call("plan", tiny.model, corpus, "--seq-len", 16).status == 0
-    assert seen == [5, 0]
+    left = [cli.read_for_others(str(corpus), model, 16, lambda: next(sizes))[1] for _ in range(2)]
+    assert left == [5, 0]
 
 
 VERBS = {"fit": 2, "trace": 3, "plan": 2, "report": 1, "run": 1, "demo": 0}

@@ -1,6 +1,7 @@
 """What a model is told apart by, what is read of it as it is now, and what of its files is refused with which advice."""
 
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -43,11 +44,20 @@ def of_task(task: up.Task) -> up.Model:
     return up.Model(net(), task=task)
 
 
-def written(source: str) -> up.Task:
-    """An instance of the class ``Mine`` of a script."""
-    names = {"up": up, "torch": torch, "__name__": "script"}
-    exec(source, names)
-    return names["Mine"]()
+@pytest.fixture
+def written(tmp_path, monkeypatch) -> Callable[[str], up.Task]:
+    """Makes an instance of the class ``Mine`` of a script, each in a file of its own."""
+    monkeypatch.syspath_prepend(tmp_path)
+    made = []
+
+    def write(source: str) -> up.Task:
+        made.append(f"script{len(made)}")
+        (tmp_path / f"{made[-1]}.py").write_text(source)
+        return importlib.import_module(made[-1]).Mine()
+
+    yield write
+    for name in made:
+        del sys.modules[name]
 
 
 def with_attribute(value: object) -> up.Model:
@@ -67,12 +77,8 @@ def with_private(value: object) -> up.Model:
 
 
 BODY = """
-POWER = 2
-SCALES = torch.ones(2000)
-
-
-def away(x):
-    return x.abs()
+import torch
+import upriver as up
 
 
 class Base(up.Regression):
@@ -86,7 +92,7 @@ class Mine(Base):
         "The error, to some power."
         error = self.outputs(module, batch) - 0.5
         parts = [(lambda x: 3 * x)(e) for e in error.exp().split(1)]
-        return weight * SCALES.sum() * away(torch.cat(parts)).pow(POWER).sum() if weight in {"a", "b", 1.0} else error.sum()
+        return weight * torch.cat(parts).pow(2).sum() if weight in {"a", "b", 1.0} else error.sum()
 
     def measurement(self, module, batch):
         return self.outputs(module, batch).flatten()
@@ -97,23 +103,15 @@ EDITS = {
     "a number in a body": ("- 0.5", "- 0.25"),
     "a method that is called": (".exp()", ".sin()"),
     "a function inside": ("3 * x", "4 * x"),
-    "a function beside": ("x.abs()", "x.neg()"),
-    "a number beside": ("POWER = 2", "POWER = 4"),
-    "a tensor beside": ("torch.ones(2000)", "torch.zeros(2000)"),
     "a default": ("weight=1.0", "weight=2.0"),
     "what is looked for": ('"a", "b"', '"a", "c"'),
 }
 NOT_THE_LOSS = {
-    "a line of its own": ("POWER = 2", "\n\nPOWER = 2  # as usual"),
+    "a line of its own": ("class Base", "# as usual\n\nclass Base"),
+    "a comment": ("margin = 2", "margin = 2  # as usual"),
     "a docstring": ("to some power", "to the power of two"),
-    "a name inside": ("parts", "pieces"),
     "the measurement": ("flatten()", "sum(1)"),
 }
-
-
-def edited(old: str, new: str) -> up.Model:
-    assert old in BODY
-    return of_task(written(BODY.replace(old, new)))
 
 
 def long_array(middle: float) -> np.ndarray:
@@ -134,11 +132,9 @@ class Held(NamedTuple):
     number: float
 
 
-class Slotted:
-    __slots__ = ("number",)
-
+class Kept:
     def __init__(self, number: float):
-        self.number = number
+        self._number = number
 
 
 VALUES: dict[str, Callable[[float], object]] = {  # each differs from number to number, and shows too little of it
@@ -147,15 +143,12 @@ VALUES: dict[str, Callable[[float], object]] = {  # each differs from number to 
     "a list of tensors": lambda x: [torch.ones(3), torch.from_numpy(long_array(x))],
     "a dictionary of tensors": lambda x: {"a": {"b": torch.from_numpy(long_array(x))}},
     "a named tuple": Held,
-    "an object of slots": Slotted,
+    "an object": Kept,
     "a class": lambda x: type("Inside", (), {"number": x}),
     "a distribution": lambda x: torch.distributions.Normal(torch.zeros(2000), torch.full((2000,), x)),
     "a set": lambda x: {"a", "b", "c", str(x)},
     "a module": layer_with,
-    "a function that closes over it": lambda x: lambda y: x * y,
-    "a bound method": lambda x: written(BODY.replace("- 0.5", f"- {x}")).loss,
-    "some arguments of a function": lambda x: partial(torch.add, alpha=x),
-    "a task inside": lambda x: written(BODY.replace("margin = 2", f"margin = {x}")),
+    "a task inside": lambda x: with_attribute(x).task,
 }
 
 
@@ -177,6 +170,12 @@ def small(times: int) -> up.Model:
     return up.Model(Small(blocks=1, times=times, bias=True))
 
 
+def buffered(number: float) -> up.Model:
+    module = net()
+    module.register_buffer("scale", torch.full((3,), number))
+    return up.Model(module, task=up.Regression())
+
+
 def dilated(**settings) -> up.Model:
     torch.manual_seed(0)
     return up.Model(Dilated(**settings), task=up.Regression())
@@ -190,7 +189,8 @@ DIFFERENT: dict[str, tuple[Callable[[], up.Model], Callable[[], up.Model]]] = {
     "a float of a layer": (lambda: dilated(scale=0.5), lambda: dilated(scale=0.25)),
     "a tuple of a layer": (lambda: dilated(steps=(1, 2)), lambda: dilated(steps=(1, 3))),
     "a word of a layer": (lambda: dilated(kind="sum"), lambda: dilated(kind="max")),
-    **{name: (partial(edited, "POWER", "POWER"), partial(edited, *pair)) for name, pair in EDITS.items()},
+    "a weight": (lambda: up.Model(net(0)), lambda: up.Model(net(1))),
+    "a buffer": (lambda: buffered(1.0), lambda: buffered(2.0)),
     **{name: (partial(holding, make, 1.0), partial(holding, make, 2.0)) for name, make in VALUES.items()},
 }
 
@@ -202,22 +202,36 @@ def test_what_the_loss_or_the_module_depends_on_is_in_the_fingerprint(case):
     assert first().fingerprint != second().fingerprint
 
 
+@pytest.mark.parametrize("case", EDITS)
+def test_another_source_of_a_tasks_class_is_another_task(case, written):
+    old, new = EDITS[case]
+    assert old in BODY
+    assert of_task(written(BODY)).fingerprint != of_task(written(BODY.replace(old, new))).fingerprint
+
+
 @pytest.mark.parametrize("case", NOT_THE_LOSS)
-def test_what_changes_no_loss_is_not(case):
-    assert edited(*NOT_THE_LOSS[case]).fingerprint == edited("POWER", "POWER").fingerprint
+def test_what_changes_no_loss_is_the_same_task(case, written):
+    old, new = NOT_THE_LOSS[case]
+    assert old in BODY
+    assert of_task(written(BODY)).fingerprint == of_task(written(BODY.replace(old, new))).fingerprint
 
 
-def test_what_passes_find_out_is_not():
+def test_a_class_whose_source_nobody_has_is_told_apart_by_its_instructions():
+    def typed_in(source: str) -> str:
+        names = {"__name__": "__main__"}
+        exec(source, names)
+        return of_task(names["Mine"]()).fingerprint
+
+    assert typed_in(BODY) == typed_in(BODY)
+    for case in ("a class attribute", "a number in a body", "a method that is called"):
+        assert typed_in(BODY) != typed_in(BODY.replace(*EDITS[case])), case
+
+
+def test_a_class_that_changes_no_loss_is_none_of_its_own():
     c = CASES["llama"]()
-    task = c.model.task
-    c.model.task = type("Own", (up.LanguageModel,), {})()
     before = c.model.fingerprint
-    with torch.no_grad():
-        c.model.task.loss(c.model.module, c.data.batch(np.arange(2)))
-    assert c.model.task._heads._known
+    c.model.task = type("Own", (up.LanguageModel,), {"measurement": lambda self, module, batch: None})()
     assert c.model.fingerprint == before
-    c.model.task = task
-    assert c.model.fingerprint == before, "a class that changes nothing"
 
 
 class Noting(nn.Module):
@@ -271,7 +285,7 @@ def test_a_task_that_holds_itself_has_a_fingerprint():
     assert of_task(task).fingerprint == of_task(task).fingerprint
 
 
-def test_the_measurement_is_told_apart_by_its_code():
+def test_the_measurement_is_told_apart_by_its_source(written):
     plain, again, other = (
         written(BODY.replace("flatten()", end)) for end in ("flatten()", "flatten()  # of all", "sum(1)")
     )
@@ -307,8 +321,8 @@ def test_an_edit_in_one_process_that_keeps_every_sum_is_seen(case, weight):
 
 
 def everything() -> str:
-    """One fingerprint of all the values, and of a script."""
-    found = [with_attribute([make(1.0) for make in VALUES.values()]), edited("POWER", "POWER")]
+    """One fingerprint of all the values, and of a class of this file."""
+    found = [with_attribute([make(1.0) for make in VALUES.values()]), of_task(Caching())]
     return hashlib.blake2b("".join(x.fingerprint for x in found).encode()).hexdigest()
 
 

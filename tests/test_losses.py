@@ -14,7 +14,7 @@ from captured import kept
 from cases import CASES, V, Windows, case
 from upriver.errors import ModelError
 from upriver.model.capture import capture, frozen
-from upriver.model.head import LinearHead, Tail, token_losses
+from upriver.model.head import LinearHead, Tail, ending, token_losses
 from upriver.model.layers import find_layers
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel, Regression, Sampler, next_tokens, sample
@@ -168,7 +168,7 @@ def test_a_loss_without_freezing_trains_the_head_too():
 def test_the_short_way_past_the_logits_refuses_a_second_derivative():
     c = CASES["llama"]()
     module, batch = c.model.module, c.data.batch(np.arange(3))
-    c.model.task.loss(module, batch)
+    c.model.task.prepare(module)
     module.requires_grad_(False)
     weight = module.get_submodule(c.names[0]).weight.requires_grad_()
     with pytest.raises(ModelError, match="no second derivative"):
@@ -191,7 +191,7 @@ def test_the_head_in_chunks_gives_the_same_gradients(name, stream, tiny_chunks):
     c = case(name)
     found = kept(c, 10_000, Labels(3, stream))
     with frozen(c.model.module):
-        assert isinstance(c.model.task._heads.ending(c.model.module), LinearHead)  # or this would test nothing
+        assert isinstance(ending(c.model.module), LinearHead)  # or this would test nothing
     for row in range(len(c.data)):
         wanted = reference.gradient(c.model.module, c.names, c.loss(row, 3, stream))
         for n in c.names:
@@ -224,7 +224,7 @@ def test_caps_and_scales_after_the_head_go_in_chunks_too(name, stream, tiny_chun
     c = ending_so(name, **ENDINGS[name])
     found = kept(c, 10_000, Labels(3, stream), "*.down_proj")
     with frozen(c.model.module):
-        assert isinstance(c.model.task._heads.ending(c.model.module), Tail)
+        assert isinstance(ending(c.model.module), Tail)
     for row in range(len(c.data)):
         wanted = reference.gradient(c.model.module, c.names, c.loss(row, 3, stream))
         for n in c.names:
@@ -242,7 +242,8 @@ def test_no_more_logits_are_made_at_once_than_a_chunk(name, monkeypatch):
     )
     monkeypatch.setattr("upriver.model.head.HEAD_BYTES", 8 * 4 * V)
     with frozen(c.model.module):
-        whole = c.model.task.loss(c.model.module, batch)  # shows how the model ends
+        whole = c.model.task.loss(c.model.module, batch)
+        c.model.task.prepare(c.model.module)
         most.clear()
         again = c.model.task.loss(c.model.module, batch)
     assert 1 < max(most) <= 4
@@ -256,9 +257,11 @@ def test_a_copy_of_a_model_finds_its_own_ending():
     batch = c.data.batch(np.arange(3))
     other = copy.deepcopy(module)
     with torch.no_grad(), frozen(module), frozen(other):
+        task.prepare(module)
         task.loss(module, batch)
         other.get_output_embeddings().weight.mul_(2)
         first = [task.loss(m, batch) for m in (module, other)]
+        task.prepare(other)
         second = [task.loss(m, batch) for m in (module, other)]
     assert not torch.allclose(*first)
     torch.testing.assert_close(first, second, **CLOSE)
@@ -349,7 +352,9 @@ def test_logits_that_are_written_over_are_not_those_of_the_head(tiny_chunks):
     module = Masked(c.model.module.config).double().eval()
     model, batch = Model(module), c.data.batch(np.arange(3))
     with torch.no_grad():
-        losses = [model.task.loss(module, batch) for _ in range(2)]  # the second by what the first has shown
+        losses = [model.task.loss(module, batch)]
+        model.task.prepare(module)
+        losses.append(model.task.loss(module, batch))
         logits_NTV = module(input_ids=batch.inputs["tokens"]).logits
     labels_NT = next_tokens(batch)
     expected = torch.nn.functional.cross_entropy(logits_NTV.flatten(0, 1), labels_NT.flatten(), reduction="sum")

@@ -52,7 +52,8 @@ from upriver.runtime.split import (
     split_trace,
 )
 from upriver.runtime.system import available_memory, peak_memory, resident_memory, start_seconds
-from upriver.runtime.words import parse_memory, show_bytes, show_flop
+from upriver.runtime.config import parse_memory
+from upriver.runtime.progress import show_bytes, show_flop
 from upriver.tensors import rotated_gradients
 
 N, T = 3, 16

@@ -13,13 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from report_fixture import HOSTILE, Parts, payload, write_scores
-from upriver.show.data import _layers
-from upriver.show.exports import CSV_COLUMNS, csv_text
-from upriver.show.folder import Folder
-from upriver.show.page import SCRIPTS, code, quantised, render
+from report_fixture import HOSTILE, Parts, payload, solved, write_scores
+from upriver.show.data import build_report, layers_by_depth
+from upriver.show.folder import Folder, read_folder
 from upriver.show.passages import near_duplicates, sentences
-from upriver.show.report import write_report
+from upriver.show.report import CSV_COLUMNS, SCRIPTS, code, csv_text, quantised, render, write_report
+from upriver.show.scores import Scores
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +92,15 @@ def test_survival_and_top_share_agree_with_all_scores(scores: Path, report: dict
         assert spread["top_share"] == pytest.approx(top.sum() / values[values > 0].sum(), rel=1e-5)
 
 
-def test_spans_are_read_once_for_all_queries(scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, plain = [], Folder.spans
-    monkeypatch.setattr(Folder, "spans", lambda folder: read.append(1) or plain(folder))
-    write_report(scores, tmp_path)
+def test_spans_are_read_once_for_all_queries(scores: Path) -> None:
+    read = []
+
+    class Counting(Folder):
+        def spans(self) -> pd.DataFrame:
+            read.append(1)
+            return super().spans()
+
+    build_report(Counting(*read_folder(scores)))
     assert len(read) == 1
 
 
@@ -128,9 +132,60 @@ def test_parts_that_a_run_did_not_write_are_left_out(tmp_path: Path) -> None:
 def test_layers_of_a_block_whose_names_end_alike_are_told_apart() -> None:
     names = [f"h.{block}.{name}" for block in (0, 3) for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
     layers = [{"name": name, "kind": name.split(".")[-1], "block": int(name[2])} for name in names]
-    found = _layers({"layers": layers})
+    found = layers_by_depth({"layers": layers})
     assert [x["kind"] for x in found] == ["attn.c_proj", "c_fc", "mlp.c_proj"] * 2
     assert [x["depth"] for x in found] == [0, 0, 0, 1, 1, 1]
+
+
+# ---- how the queries were solved
+
+
+def test_the_panel_shows_held_out_energy_beside_that_of_the_gradient(tmp_path: Path) -> None:
+    path = solved(write_scores(tmp_path / "scores", queries=2, per_side=2, documents=4))
+    report = build_report(read_folder(path))
+    facts = {f["label"]: f for f in next(g["facts"] for g in report["trust"] if g["title"] == "Solver")}
+    assert facts["Solver"]["value"] == "EK-FAC + 3 CG steps"
+    assert (facts["Converged"]["value"], facts["Converged"]["state"]) == ("yes", "ok")
+    energy = facts["Held-out energy, solution"]
+    assert (energy["value"], energy["state"]) == ("18.4 to 341", "ok")
+    assert "240 sequences (30,000 tokens)" in energy["note"]
+    assert facts["Held-out energy, plain gradient"]["value"] == "8.50 to 11.5"
+    assert (facts["Best scale"]["value"], "calibrated" in facts["Best scale"]["note"]) == ("0.013 to 0.30", True)
+    assert [q["solution"]["best_energy"] for q in report["queries"]] == [341.2, 18.41]
+    assert not any(f["label"] == "Curvature" for g in report["trust"] for f in g["facts"])
+
+
+def test_a_solution_that_did_not_converge_or_gains_nothing_is_a_warning(tmp_path: Path) -> None:
+    worse = {"converged": False, "why": "the Hessian is indefinite: use the Gauss-Newton matrix", "best_energy": 3.0}
+    path = solved(write_scores(tmp_path / "scores", queries=2, per_side=2, documents=4), worse)
+    report = build_report(read_folder(path))
+    facts = {f["label"]: f for f in next(g["facts"] for g in report["trust"] if g["title"] == "Solver")}
+    assert (facts["Converged"]["value"], facts["Converged"]["state"]) == ("1 of 2 questions", "warn")
+    assert facts["Converged"]["note"] == worse["why"]
+    assert facts["Held-out energy, solution"]["state"] == "warn"
+
+
+@pytest.mark.parametrize("solution", [None, {}, {"converged": True}, {"best_energy": None, "gradient": None}])
+def test_a_run_without_held_out_energy_shows_none(tmp_path: Path, solution: Any) -> None:
+    path = write_scores(tmp_path / "scores", queries=1, per_side=2, documents=4)
+    queries = [query | {"solution": solution} for query in json.loads((path / "queries.json").read_text())]
+    (path / "queries.json").write_text(json.dumps(queries))
+    report = build_report(read_folder(path))
+    assert not any("energy" in f["label"] for g in report["trust"] for f in g["facts"])
+
+
+def test_columns_of_further_dampings_are_no_queries(tmp_path: Path) -> None:
+    path = write_scores(tmp_path / "scores", queries=2, per_side=2, documents=4)
+    plain = build_report(read_folder(path))
+    for name in ("scores", "documents"):
+        frame = pd.read_parquet(path / f"{name}.parquet")
+        for query in plain["queries"]:
+            frame[f"{query['id']}@0.01x"] = -2 * frame[query["id"]]
+        frame.to_parquet(path / f"{name}.parquet")
+    assert build_report(read_folder(path)) == plain
+    scores = Scores(path)
+    assert list(scores.top("blessing", 1)["query"]) == ["blessing"]
+    assert "blessing@0.01x" in scores.frame()
 
 
 # ---- the page
@@ -180,9 +235,8 @@ def test_hostile_text_is_inert_in_an_uncompressed_page(tmp_path: Path) -> None:
     assert payload(page)["queries"][3]["prompt"] == HOSTILE
 
 
-def test_large_pages_quantise_token_scores_and_say_so(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upriver.show.page.QUANTISE_ABOVE", 1000)
-    page = render(report)
+def test_large_pages_quantise_token_scores_and_say_so(report: dict[str, Any]) -> None:
+    page = render(report, quantise_above=1000)
     assert page.quantised
     assert "quantised" in page.html.split("</title>")[0]
     shown = payload(page.html)["queries"][0]["passages"][0]["token_scores"]
@@ -192,11 +246,10 @@ def test_large_pages_quantise_token_scores_and_say_so(report: dict[str, Any], mo
     assert quantised([0.0, 0.0])["step"] == 1.0
 
 
-def test_a_very_large_page_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upriver.show.report.WARN_ABOVE", 1000)
+def test_a_very_large_page_warns(tmp_path: Path) -> None:
     path = write_scores(tmp_path / "scores", queries=1, per_side=2, documents=4)
     with pytest.warns(UserWarning, match="report is large"):
-        write_report(path, tmp_path / "elsewhere")
+        write_report(path, tmp_path / "elsewhere", warn_above=1000)
     assert (tmp_path / "elsewhere" / "report.html").exists()
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from report_fixture import write_scores
+from report_fixture import solved, write_scores
 from upriver.errors import InputError
 from upriver.show.terminal import terminal_summary
 
@@ -36,6 +36,13 @@ def test_plain_output_names_each_query_its_passages_and_their_documents(scores: 
     assert "log-probability" in text
     assert "rather than 'weak and divided.'" in text
     assert "Positive means" in text
+
+
+def test_held_out_energy_is_a_line_of_its_question(scores: Path, tmp_path: Path) -> None:
+    assert "held-out" not in printed(scores)
+    text = printed(solved(write_scores(tmp_path / "scores", queries=2, per_side=2, documents=4)))
+    assert "held-out energy 341 (gradient 11.5), best scale 0.30" in text.splitlines()
+    assert "held-out energy 18.4 (gradient 8.50), best scale 0.013" in text.splitlines()
 
 
 def test_text_wraps_even_where_the_console_does_not(scores: Path) -> None:

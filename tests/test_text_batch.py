@@ -7,9 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upriver.errors import CorpusError
-from upriver.text.batch import Examples, pad, plan, sample, sequence_keys
+from upriver.text.batch import Batch, Examples, Sequences, pad, plan, sequence_keys
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=50).map(lambda values: np.array(values, np.int32))
+
+
+class Lengths(Sequences):
+    """Sequences of which nothing but the lengths is known."""
+
+    def __init__(self, lengths_N: np.ndarray):
+        self.lengths_N, self.keys_N = lengths_N, sequence_keys(np.arange(len(lengths_N), dtype=np.uint64))
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        raise NotImplementedError
 
 
 @given(lengths, st.integers(1, 100))
@@ -42,8 +52,7 @@ def test_keys_are_distinct_and_follow_the_content(contents, random):
 
 @given(lengths, st.integers(1, 500), st.integers(0, 3))
 def test_a_sample_keeps_to_its_budget(lengths_N, max_tokens, seed):
-    keys_N = sequence_keys(np.arange(len(lengths_N), dtype=np.uint64))
-    rows = sample(lengths_N, keys_N, max_tokens, seed)
+    rows = Lengths(lengths_N).sample(max_tokens, seed)
     assert len(rows) == 1 or lengths_N[rows].sum() <= max_tokens
     assert len(set(rows.tolist())) == len(rows) > 0
     if lengths_N.sum() <= max_tokens:
@@ -51,8 +60,7 @@ def test_a_sample_keeps_to_its_budget(lengths_N, max_tokens, seed):
 
 
 def test_samples_differ_by_seed():
-    lengths_N, keys_N = np.ones(100, np.int32), sequence_keys(np.arange(100, dtype=np.uint64))
-    assert len({tuple(sample(lengths_N, keys_N, 10, seed)) for seed in range(10)}) == 10
+    assert len({tuple(Lengths(np.ones(100, np.int32)).sample(10, seed)) for seed in range(10)}) == 10
 
 
 def test_padding_is_on_the_right_and_never_has_loss():

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from text_cases import LINES, byte_tokenizer, write_jsonl
-from upriver.runtime.best import Best
-from upriver.text import candidates as module
-from upriver.text.candidates import Tfidf, candidates, tfidf_ranks
+from upriver.text.candidates import CHUNK_ROWS, Best, Tfidf, candidates, tfidf_ranks
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
@@ -28,17 +26,12 @@ def corpus(tmp_path):
     return Corpus.read(path, TOKENIZER, cache=tmp_path)
 
 
-@pytest.fixture(params=[1, 3, 4096])
-def _chunks(request, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ROWS", request.param)
+in_chunks = pytest.mark.parametrize("chunk_rows", [1, 3, CHUNK_ROWS])
 
 
-in_chunks = pytest.mark.usefixtures("_chunks")
-
-
-def tfidf_scores(corpus, queries):
+def tfidf_scores(corpus, queries, chunk_rows=CHUNK_ROWS):
     """The scores of all sequences in one piece, ``[Q, N]``."""
-    rows, scores = zip(*Tfidf(corpus, queries).all(), strict=True)
+    rows, scores = zip(*Tfidf(corpus, queries, chunk_rows).scores(), strict=True)
     assert np.concatenate(rows).tolist() == list(range(len(corpus)))
     return np.concatenate(scores, axis=1)
 
@@ -56,9 +49,9 @@ def written_out(corpus, tokens):
 
 
 @in_chunks
-def test_scores_are_those_of_the_formula(corpus):
+def test_scores_are_those_of_the_formula(corpus, chunk_rows):
     queries = Queries.of(QUERIES, TOKENIZER)
-    scores = tfidf_scores(corpus, queries)
+    scores = tfidf_scores(corpus, queries, chunk_rows)
     assert scores.shape == (3, len(corpus))
     assert scores.dtype == np.float32
     for q in range(3):
@@ -71,22 +64,22 @@ def test_queries_that_share_nothing_with_the_corpus(corpus):
 
 
 @in_chunks
-def test_scores_are_those_of_bm25s_bit_for_bit(corpus):
+def test_scores_are_those_of_bm25s_bit_for_bit(corpus, chunk_rows):
     queries = Queries.of(QUERIES, TOKENIZER)
     held = [np.unique(corpus.token_ids(row)).tolist() for row in range(len(corpus))]
     retriever = bm25s.BM25(k1=0, b=0, method="lucene")
     size = TOKENIZER.vocab_size + 1
     retriever.index((held, {token: token for token in range(size)}), create_empty_token=False, show_progress=False)
-    for q, scores in enumerate(tfidf_scores(corpus, queries)):
+    for q, scores in enumerate(tfidf_scores(corpus, queries, chunk_rows)):
         np.testing.assert_array_equal(scores, retriever.get_scores_from_ids(queries.token_ids(q).tolist()))
 
 
 @in_chunks
-def test_ranks_count_the_larger_scores(corpus):
+def test_ranks_count_the_larger_scores(corpus, chunk_rows):
     queries = Queries.of(QUERIES, TOKENIZER)
-    scores, rng = tfidf_scores(corpus, queries), np.random.default_rng(0)
+    scores, rng = tfidf_scores(corpus, queries, chunk_rows), np.random.default_rng(0)
     rows_Q = [rng.integers(0, len(corpus), size) for size in (5, len(corpus), 0)]
-    for q, found in enumerate(tfidf_ranks(corpus, queries, rows_Q)):
+    for q, found in enumerate(tfidf_ranks(corpus, queries, rows_Q, chunk_rows)):
         of_rows = scores[q][rows_Q[q]]
         np.testing.assert_array_equal(found.score_R, of_rows)
         np.testing.assert_array_equal(found.rank_R, [1 + (scores[q] > score).sum() for score in of_rows])
@@ -129,11 +122,11 @@ def test_the_same_sequences_are_candidates_of_a_permuted_corpus(tmp_path, per_qu
 
 
 @in_chunks
-def test_candidates_are_the_best_of_each_query(corpus):
+def test_candidates_are_the_best_of_each_query(corpus, chunk_rows):
     queries = Queries.of([QUERIES[0], QUERIES[2]], TOKENIZER)
-    scores = tfidf_scores(corpus, queries)
-    rows, info = candidates(corpus, queries, 2)
+    scores = tfidf_scores(corpus, queries, chunk_rows)
+    rows, info = candidates(corpus, queries, 2, chunk_rows)
     best = [np.lexsort((corpus.keys_N, -score))[:2] for score in scores]
     assert rows.tolist() == np.unique(best).tolist()
     assert (info["per_query"], info["kept"]) == (2, len(rows))
-    assert len(candidates(corpus, queries, 100)[0]) == len(corpus)
+    assert len(candidates(corpus, queries, 100, chunk_rows)[0]) == len(corpus)

@@ -1,4 +1,4 @@
-"""The command line: parse, call the library, print.  An ordinary client of the public interface."""
+"""The command line parses, calls the library and prints; it is an ordinary client of the public interface."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ import tomllib
 import traceback
 import warnings
 import webbrowser
+from collections.abc import Callable
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -15,20 +16,26 @@ import typer
 from rich.console import Console
 
 from upriver.curvature.fit import Factors, fit
-from upriver.errors import ConfigError, QueryError, UpriverError
+from upriver.errors import ConfigError, UpriverError
 from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
 from upriver.model.planned import Blank
 from upriver.model.shape import config_only
 from upriver.pipeline import plan_model, trace
 from upriver.runtime.artifact import write_json
-from upriver.runtime.config import BATCH_TOKENS, CURVATURES, FitOptions, Options, RunOptions, TraceOptions, options
+from upriver.runtime.config import (
+    BATCH_TOKENS,
+    CURVATURES,
+    FitOptions,
+    RunOptions,
+    TraceOptions,
+    options,
+    parse_memory,
+)
 from upriver.runtime.plan import Request, describe, parse_sizes, request_for
 from upriver.runtime.system import give_back, resident_memory
-from upriver.runtime.words import parse_memory
-from upriver.show.bars import bars, running_bar, say
 from upriver.show.report import report_files, write_report
-from upriver.show.terminal import terminal_summary
+from upriver.show.terminal import bars, running_bar, say, terminal_summary
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
@@ -165,7 +172,7 @@ def trace_command(
         raise ConfigError(
             f"bad value for --seq-len: got {seq_len}; the factors were fitted on sequences of {how['seq_len']}, leave it out"
         )
-    _check_queries(queries, complete)
+    Queries.read(queries, complete=complete)  # a mistake in them is known before a model is loaded
     loaded = _load_model(model, device)
     if fitted:
         fitted.check(loaded)
@@ -247,7 +254,7 @@ def plan_command(
         data, left = Blank(*size), 0
     else:
         assert isinstance(what, Model)
-        data, left = _read_for_others(corpus, what, seq_len)
+        data, left = read_for_others(corpus, what, seq_len)
     asked: dict[str, Any] = {
         "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top, "dtype": dtype,
         "batch_tokens": batch_tokens, "memory": parse_memory(memory),
@@ -261,17 +268,19 @@ def plan_command(
         write_json(out, plan.as_dict())
 
 
-def _read_for_others(corpus: str, model: Model, seq_len: int) -> tuple[Corpus, int]:
-    """The corpus, and what reading it has left in memory: a fit and a trace after this find its tokens made."""
+def read_for_others(
+    corpus: str, model: Model, seq_len: int, resident: Callable[[], int | None] = resident_memory
+) -> tuple[Corpus, int]:
+    """Read the corpus, and measure what that has left in memory: a fit and a trace after this find its tokens made."""
     give_back()
-    before = resident_memory() or 0
+    before = resident() or 0
     data = _read_corpus(corpus, model, seq_len, False, "error")
     give_back()
-    return data, 0 if data.reused or model.device.type == "cuda" else max(0, (resident_memory() or 0) - before)
+    return data, 0 if data.reused or model.device.type == "cuda" else max(0, (resident() or 0) - before)
 
 
 def _query_size(queries: str, model: Model | Path) -> dict[str, int]:
-    """How many queries there are, and how long they are where that can be told."""
+    """Count the queries, and their tokens where that can be told."""
     if queries.isdecimal():
         return {"queries": int(queries)}
     if isinstance(model, Path):
@@ -288,7 +297,13 @@ def run_command(
     overwrite: Overwrite = False,
 ) -> None:
     """fit + trace + report from one file."""
-    _run(_read_run_file(file), overwrite)
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the run file {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    _run(options(RunOptions, values, f"{file}: "), overwrite)
 
 
 @app.command("demo")
@@ -306,14 +321,15 @@ def demo_command(
 
 def _run(opts: RunOptions, overwrite: bool) -> Path:
     folder = Path(opts.out)
-    _check_queries(opts.queries, opts.complete)
+    Queries.read(opts.queries, complete=opts.complete)  # a mistake in them is known before a model is loaded
     report_files(folder / "report.html")
     model = _load_model(opts.model, opts.device)
     corpus = _read_corpus(opts.corpus, model, opts.seq_len, opts.pack, opts.on_bad_record)
     queries = _read_queries(opts.queries, model, opts.complete)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
-    factors = fit(model, corpus, folder / "factors", **common, **_subset(opts, FitOptions))
-    result = trace(model, corpus, queries, factors, folder / "scores", **common, **_subset(opts, TraceOptions))
+    given = [{name: getattr(opts, name) for name in kind.model_fields} for kind in (FitOptions, TraceOptions)]
+    factors = fit(model, corpus, folder / "factors", **common, **given[0])
+    result = trace(model, corpus, queries, factors, folder / "scores", **common, **given[1])
     terminal_summary(result.path, console=stdout)
     return _write_report(result.path, folder / "report.html")
 
@@ -326,20 +342,6 @@ def _write_report(scores: Path, out: Path | None) -> Path:
         say(f"note: {warning.message}")
     say(f"report: {page}")
     return page
-
-
-def _subset(opts: RunOptions, kind: type[Options]) -> dict[str, Any]:
-    return {name: getattr(opts, name) for name in kind.model_fields}
-
-
-def _read_run_file(file: Path) -> RunOptions:
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the run file {file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from error
-    return options(RunOptions, values, f"{file}: ")
 
 
 def _load_model(name: str, device: str) -> Model:
@@ -364,29 +366,18 @@ def _read_corpus(path: str, model: Model, seq_len: int, pack: bool, on_bad_recor
 
 
 def _check_length(model: Model, seq_len: int) -> None:
-    positions = model.positions
-    if positions and seq_len > positions:
-        raise ConfigError(
-            f"bad value for --seq-len: got {seq_len}; the model takes at most {positions} tokens, give that or less"
-        )
-
-
-def _check_queries(path: str, most: int | None) -> None:
-    """Read the queries once without a tokenizer, so that a mistake in them is known before a model is loaded."""
-    Queries.read(path, complete=most)
+    if model.positions and seq_len > model.positions:
+        most = f"the model takes at most {model.positions} tokens, give that or less"
+        raise ConfigError(f"bad value for --seq-len: got {seq_len}; {most}")
 
 
 def _read_queries(path: str, model: Model, most: int | None) -> Queries:
     queries = Queries.read(path, model.tokenizer, seq_len=model.longest, complete=most)
-    if not queries.needs_completion:
-        return queries
-    if most is None:
-        raise QueryError(f"{path}: a query has no completion; add --complete N")
-    return complete(model, queries, most)
+    return complete(model, queries, most) if most is not None and queries.needs_completion else queries
 
 
 def main() -> None:
-    """Run the command line; errors are one sentence on standard error, the exit status says whose fault it was."""
+    """Run the command line; an error is one sentence on standard error, and the exit status says whose fault it was."""
     debug = "--debug" in sys.argv
     args = [arg for arg in sys.argv[1:] if arg != "--debug"] or ["--help"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -405,7 +396,7 @@ def main() -> None:
 
 
 def _usage(error: Any, args: list[str]) -> str:
-    """What is wrong with the arguments, and with which value."""
+    """Say what is wrong with the arguments, and with which value."""
     text = " ".join(error.format_message().split()).rstrip(".")
     opts = error.param.opts if isinstance(error, typer.BadParameter) and error.param else []
     given = [value for arg, value in pairwise(args) if arg in opts]

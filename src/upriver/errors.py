@@ -1,21 +1,12 @@
-"""Every error that Upriver raises on purpose.
-
-    UpriverError                 exit status 1: the run failed
-    ├── InputError               exit status 2: what was given is wrong
-    │   ├── CorpusError          a record, file or folder of the corpus
-    │   ├── QueryError           a query
-    │   ├── ModelError           the model, its weights, its tokenizer, the layers asked for
-    │   ├── ConfigError          an option or a key of the run file
-    │   └── MismatchError        an artifact made from other inputs than those given now
-    ├── NumericalError           NaN or infinity where a number should be
-    └── StorageError             the disk is full, or a file cannot be written or read back
+"""Every error that Upriver raises on purpose is one of these.
 
 A message says what is wrong, the value found, and what to do: ``<what is wrong>: got <value>; <what to do>``.
+Each class knows the exit status of a command that ends with it: 2 where what was given is wrong, 1 where the run failed.
 """
 
 
 class UpriverError(Exception):
-    """Base of all errors raised on purpose."""
+    """This is the base of all errors raised on purpose."""
 
     exit_status = 1
 
@@ -47,7 +38,7 @@ class MismatchError(InputError):
 
 
 class NumericalError(UpriverError):
-    """A NaN or an infinity where a number should be."""
+    """A NaN or an infinity stands where a number should be."""
 
 
 class StorageError(UpriverError):

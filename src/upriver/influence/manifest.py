@@ -8,7 +8,7 @@ from upriver.influence.passages import Ranked
 from upriver.influence.solve import Job
 from upriver.model.losses import LanguageModel
 from upriver.runtime.config import CONVENTIONS, MEASURED, POSITIVE
-from upriver.text.encode import tokenizer_fingerprint
+from upriver.text.tokenise import tokenizer_fingerprint
 
 LAMBDA = "a share of the mean eigenvalue of each layer, or absolute"
 

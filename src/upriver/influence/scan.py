@@ -21,12 +21,12 @@ from upriver.influence.score import Route, Score, route
 from upriver.influence.solve import Job, read_solved
 from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import Tensors, opened, read_tensor
-from upriver.runtime.best import Best
 from upriver.runtime.cost import HANDED, SUM, Asked
 from upriver.runtime.divide import LAYER_SCORES_BYTES, SCORES_BYTES, Budget, scan_held
 from upriver.runtime.progress import Say
 from upriver.runtime.units import each, remaining
 from upriver.tensors import Scratch, on_cpu
+from upriver.text.candidates import Best
 
 SAMPLE = 64  # random sequences that are rescored with the top, to tell the error of the low rank
 

@@ -1,13 +1,12 @@
 """Next-token losses without ever holding all the logits: the end of a language model a chunk of tokens at a time.
 
 The head of most models is one linear layer, and what it gives is what the model returns.  Others cap or scale it afterwards:
-their own code is then run on what their body made of some tokens, with the body standing still.  The first pass runs the
-model whole and shows which of the two it is.  Later passes run it up to where it ends, and head, softmax, sampling and their
-gradient are done for a chunk of loss tokens: memory is a chunk times the vocabulary instead of the batch times the vocabulary,
-and positions without loss cost nothing.  A model that is neither is run as it is.
+their own code is then run on what their body made of some tokens, with the body standing still.  Which of the two a model is
+is found out on a few tokens, before its passes begin.  These run the model up to where it ends, and head, softmax, sampling
+and their gradient are done for a chunk of loss tokens: memory is a chunk times the vocabulary instead of the batch times the
+vocabulary, and positions without loss cost nothing.  A model that is neither is run as it is.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from upriver.errors import ModelError
 from upriver.kernels import matmul
+from upriver.model.capture import frozen
 from upriver.runtime.divide import HEAD_BYTES, HEAD_ROWS
 from upriver.tensors import on_cpu
 
@@ -26,43 +26,42 @@ PART_BYTES = 2 << 20  # probabilities at once on the CPU: what stays in the cach
 PART_ROWS = 256  # elsewhere: a quarter of a chunk
 FAR = 60.0  # a loss beyond which the probability loses digits: it is computed again, from the logits
 Draw = Callable[[Tensor, slice], Tensor]  # (probabilities of some rows, which ones) -> labels
+Back = Callable[[Tensor], Tensor]  # from the gradient of logits to that of the hidden states
 TOKENS = object()  # stands for them among what a body was given
 
 
-class Ending(ABC):
-    """What a model does last, with each position by itself."""
+class LinearHead:
+    """The model ends in ``h W^T + b``, at each position by itself."""
 
     copies = 1  # a chunk takes as many times fewer tokens, for what is held besides its logits
 
     def __init__(self, head: nn.Linear):
         self.head = head
 
-    @abstractmethod
     def hidden(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
-        """What the model gives to its ending, ``[N, T, H]``."""
-
-    @abstractmethod
-    def logits(self, hidden_MH: Tensor, differentiable: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Logits ``[M, V]``, which may be written over, and a function from their gradient to that of the hidden states."""
-
-
-class LinearHead(Ending):
-    """``h W^T + b``."""
-
-    def hidden(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
+        """What the model gives to its end, ``[N, T, H]``."""
         return hidden_states(module, self.head, tokens_NT)
 
-    def logits(self, hidden_MH: Tensor, differentiable: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def logits(self, hidden_MH: Tensor, differentiable: bool) -> tuple[Tensor, Back]:
+        """Logits ``[M, V]``, which may be written over, and the way back from their gradient."""
         weight_VH = self.head.weight
         return matmul(hidden_MH, weight_VH.T, self.head.bias), lambda g_MV: matmul(g_MV, weight_VH)
 
 
-class Tail(Ending):
-    """All that a model does after its body, by its own code."""
+class Call(NamedTuple):
+    """What a body was given, ``TOKENS`` among it, and what it gave."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+
+
+class Tail(LinearHead):
+    """The model ends in all that it does after its body, at each position by itself."""
 
     copies = 2
 
-    def __init__(self, head: nn.Linear, module: nn.Module, body: nn.Module, call: "Call"):
+    def __init__(self, head: nn.Linear, module: nn.Module, body: nn.Module, call: Call):
         super().__init__(head)
         self._module = ref(module)  # whose entry this is in a dictionary of weak keys
         self._body, self._call = body, call
@@ -72,7 +71,7 @@ class Tail(Ending):
         kwargs = {name: tokens_NT if x is TOKENS else x for name, x in self._call.kwargs.items()}
         return self._body(*args, **kwargs).last_hidden_state  # type: ignore[no-any-return]
 
-    def logits(self, hidden_MH: Tensor, differentiable: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def logits(self, hidden_MH: Tensor, differentiable: bool) -> tuple[Tensor, Back]:
         hidden_MH = hidden_MH.detach().requires_grad_(differentiable)
         with torch.set_grad_enabled(differentiable):
             logits_MV = self.whole(hidden_MH)
@@ -85,15 +84,7 @@ class Tail(Ending):
         given = type(self._call.output)(last_hidden_state=hidden_MH[None])
         tokens_1M = torch.zeros(1, len(hidden_MH), dtype=torch.int64, device=hidden_MH.device)
         with _instead(self._body, lambda *args, **kwargs: given):
-            return _run(module, tokens_1M)[0]
-
-
-class Call(NamedTuple):
-    """What a body was given, ``TOKENS`` among it, and what it gave."""
-
-    args: tuple
-    kwargs: dict[str, Any]
-    output: Any
+            return whole_logits(module, tokens_1M)[0]
 
 
 class Known(NamedTuple):
@@ -101,57 +92,32 @@ class Known(NamedTuple):
 
     head: nn.Linear
     body: nn.Module | None
-    ending: Ending | None
-
-    def holds(self, head: nn.Linear, body: nn.Module | None) -> bool:
-        return self.head is head and self.body is body
+    ending: LinearHead | None
 
 
-class Heads:
-    """How modules end, found out in the first pass of each: in a plain linear head, or in a tail of their own."""
-
-    def __init__(self) -> None:
-        self._known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
-
-    def ending(self, module: nn.Module) -> Ending | None:
-        """The ending, once a pass has shown it; None before that, and where the head's own gradient is wanted: where it is
-        hooked (so tracked), or not frozen."""
-        head = _head(module)
-        if head is None or (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())):
-            return None
-        known = self._known.get(module)
-        return known.ending if known is not None and known.holds(head, _body(module)) else None
-
-    def logits(self, module: nn.Module, tokens_NT: Tensor) -> Tensor:
-        """The model run whole, ``[N, T, V]``, and looked at on the way, the first time."""
-        head, body = _head(module), _body(module)
-        known = self._known.get(module)
-        if head is None or (known is not None and known.holds(head, body)):
-            return _run(module, tokens_NT)
-        ends: list[Any] = []
-        calls: list[Call] = []
-
-        def note(body: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            calls.append(Call(args, kwargs, output))
-
-        hooks = [head.register_forward_hook(lambda m, args, output: ends.append((output, output._version)))]
-        if body is not None:
-            hooks.append(body.register_forward_hook(note, with_kwargs=True))
-        try:
-            logits_NTV = _run(module, tokens_NT)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if len(ends) == 1 and ends[0][0] is logits_NTV and ends[0][1] == logits_NTV._version:  # not written over
-            ending = LinearHead(head)
-        else:
-            tail = _tail(head, module, body, tokens_NT, calls[0]) if body is not None and len(calls) == 1 else None
-            ending = tail if tail is not None and _makes(tail, calls[0], logits_NTV) else None
-        self._known[module] = Known(head, body, ending)
-        return logits_NTV
+_KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
-def _run(module: nn.Module, tokens_NT: Tensor) -> Tensor:
+def decide_ending(module: nn.Module) -> None:
+    """Find out how a language model ends by running it on a few tokens, once for each head that it is given."""
+    head, body = _head(module), _body(module)
+    known = _KNOWN.get(module)
+    if head is not None and (known is None or known.head is not head or known.body is not body):
+        with frozen(module), torch.no_grad():
+            _KNOWN[module] = Known(head, body, _found(module, head, body))
+
+
+def ending(module: nn.Module) -> LinearHead | None:
+    """How a module ends; None where :func:`decide_ending` found neither way or was not called for this head, and where the
+    head's own gradient is wanted: where it is hooked (so tracked), or not frozen."""
+    head, known = _head(module), _KNOWN.get(module)
+    if head is None or known is None or (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())):
+        return None
+    return known.ending if known.head is head and known.body is _body(module) else None
+
+
+def whole_logits(module: nn.Module, tokens_NT: Tensor) -> Tensor:
+    """The model run as it is: ``[N, T, V]``."""
     return module(input_ids=tokens_NT, use_cache=False).logits  # type: ignore[no-any-return]
 
 
@@ -174,28 +140,43 @@ def _patched(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
-def _tail(head: nn.Linear, module: nn.Module, body: nn.Module, tokens_NT: Tensor, call: Call) -> Tail | None:
-    """None where the body was given other tensors than the tokens, or gave other things than hidden states."""
-    held = [name for name, x in call.output.items() if x is not None] if isinstance(call.output, dict) else []
-    tensors = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
-    if held != ["last_hidden_state"] or len(tensors) != 1 or tensors[0] is not tokens_NT:
+def _found(module: nn.Module, head: nn.Linear, body: nn.Module | None) -> LinearHead | None:
+    tokens_NT = torch.arange(8, device=head.weight.device).view(2, 4) % head.out_features
+    ends: list[Any] = []
+    calls: list[Call] = []
+
+    def note(body: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        calls.append(Call(args, kwargs, output))
+
+    hooks = [head.register_forward_hook(lambda m, args, output: ends.append((output, output._version)))]
+    if body is not None:
+        hooks.append(body.register_forward_hook(note, with_kwargs=True))
+    try:
+        logits_NTV = whole_logits(module, tokens_NT)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(ends) == 1 and ends[0][0] is logits_NTV and ends[0][1] == logits_NTV._version:  # not written over
+        return LinearHead(head)
+    if body is None or len(calls) != 1:
         return None
-    args = tuple(TOKENS if x is tokens_NT else x for x in call.args)
-    kwargs = {name: TOKENS if x is tokens_NT else x for name, x in call.kwargs.items()}
-    return Tail(head, module, body, Call(args, kwargs, type(call.output)()))
-
-
-@torch.no_grad()
-def _makes(tail: Tail, call: Call, logits_NTV: Tensor) -> bool:
-    """Whether it makes the same logits, all positions in one row."""
-    found_MV = tail.whole(call.output["last_hidden_state"].flatten(0, 1))
-    return torch.allclose(found_MV, logits_NTV.flatten(0, 1), rtol=1e-3, atol=1e-5)
+    (args, kwargs, output), held = calls[0], []
+    if isinstance(output, dict):
+        held = [name for name, x in output.items() if x is not None]
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if held != ["last_hidden_state"] or len(tensors) != 1 or tensors[0] is not tokens_NT:
+        return None  # it was given other tensors than the tokens, or gave other things than hidden states
+    args = tuple(TOKENS if x is tokens_NT else x for x in args)
+    kwargs = {name: TOKENS if x is tokens_NT else x for name, x in kwargs.items()}
+    tail = Tail(head, module, body, Call(args, kwargs, type(output)()))
+    alike_MV = tail.whole(output["last_hidden_state"].flatten(0, 1))  # all positions in one row
+    return tail if torch.allclose(alike_MV, logits_NTV.flatten(0, 1), rtol=1e-3, atol=1e-5) else None
 
 
 def hidden_states(module: nn.Module, head: nn.Linear, tokens_NT: Tensor) -> Tensor:
     """What the model gives to its head, ``[N, T, H]``: the model with the head passing its input on."""
     with _instead(head, lambda x: x):
-        return _run(module, tokens_NT)
+        return whole_logits(module, tokens_NT)
 
 
 @contextmanager
@@ -207,7 +188,7 @@ def _instead(module: Any, forward: Callable) -> Iterator[None]:
         del module.forward
 
 
-def token_losses(hidden_MH: Tensor, ending: Ending, labels: Draw) -> Tensor:
+def token_losses(hidden_MH: Tensor, ending: LinearHead, labels: Draw) -> Tensor:
     """``- log p(label)`` of each row, float32 (float64 where the model is) ``[M]``; its gradient is formed in the same pass."""
     return _TokenLosses.apply(hidden_MH, ending, labels)  # type: ignore[no-any-return]
 
@@ -219,7 +200,7 @@ class _TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_MH: Tensor, ending: Ending, labels: Draw) -> Tensor:
+    def forward(ctx: Any, hidden_MH: Tensor, ending: LinearHead, labels: Draw) -> Tensor:
         wide = torch.float64 if hidden_MH.dtype == torch.float64 else torch.float32
         losses_M = hidden_MH.new_empty(len(hidden_MH), dtype=wide)
         labels_M = torch.empty(len(hidden_MH), dtype=torch.int64, device=hidden_MH.device)

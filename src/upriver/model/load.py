@@ -24,7 +24,7 @@ from upriver.model.losses import LanguageModel, Task
 from upriver.runtime import dist
 from upriver.runtime.artifact import digest
 from upriver.runtime.config import MIXED, weights_in
-from upriver.text.encode import largest_token, require_offsets
+from upriver.text.tokenise import largest_token, require_offsets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

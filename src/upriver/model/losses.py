@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upriver.errors import ModelError
-from upriver.model.head import Heads, token_losses
+from upriver.model.head import decide_ending, ending, token_losses, whole_logits
 from upriver.text.batch import Batch, splitmix64
 
 IGNORE = -100
@@ -47,6 +47,9 @@ class Task(ABC):
     """
 
     name: str = ""
+
+    def prepare(self, module: nn.Module) -> None:  # noqa: B027 - most tasks need nothing
+        """Find out whatever is needed of a module before its passes begin."""
 
     def positions(self, batch: Batch) -> int | None:
         """How many positions a sequence of the batch has; None when the layers see one row per example or their own."""
@@ -83,8 +86,8 @@ class LanguageModel(Task):
 
     name = "causal language model"
 
-    def __init__(self) -> None:
-        self._heads = Heads()
+    def prepare(self, module: nn.Module) -> None:
+        decide_ending(module)
 
     def positions(self, batch: Batch) -> int:
         return batch.inputs["tokens"].shape[1]
@@ -103,7 +106,7 @@ class LanguageModel(Task):
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
         at_NT = next_tokens(batch) != IGNORE
-        return _wide(module(input_ids=batch.inputs["tokens"], use_cache=False).logits[at_NT])
+        return _wide(whole_logits(module, batch.inputs["tokens"])[at_NT])
 
     def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
         labels_NT = next_tokens(batch)
@@ -120,12 +123,12 @@ class LanguageModel(Task):
         def labels(p_mV: Tensor, rows: slice) -> Tensor:
             return labels_M[rows] if u_M is None else _invert(p_mV, u_M[rows])
 
-        ending = self._heads.ending(module)
-        if ending is None:
-            logits_MV = self._heads.logits(module, batch.inputs["tokens"])[at_NT]
+        end = ending(module)
+        if end is None:
+            logits_MV = whole_logits(module, batch.inputs["tokens"])[at_NT]
             drawn_M = labels_M if u_M is None else sample(logits_MV.detach(), u_M)
             return F.cross_entropy(_wide(logits_MV), drawn_M, reduction="none")
-        return token_losses(ending.hidden(module, batch.inputs["tokens"])[at_NT], ending, labels)
+        return token_losses(end.hidden(module, batch.inputs["tokens"])[at_NT], end, labels)
 
 
 class Classification(Task):

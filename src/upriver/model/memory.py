@@ -7,11 +7,10 @@ import torch
 from upriver.model.load import Model, dtype_named
 from upriver.runtime import dist
 from upriver.runtime.artifact import read_json, write_json
-from upriver.runtime.config import weights_in
+from upriver.runtime.config import parse_memory, weights_in
 from upriver.runtime.divide import SEQUENCE_BYTES, Budget, Division, still_fits
-from upriver.runtime.progress import Say
+from upriver.runtime.progress import Say, show_bytes
 from upriver.runtime.system import DEFAULT_SHARE, default_limit, give_back, resident_memory, settle_memory
-from upriver.runtime.words import parse_memory, show_bytes
 from upriver.text.batch import Sequences
 
 ROOMY = 1.2  # times the planned peak under the limit: freed memory may be kept, with the holes in it

@@ -22,6 +22,7 @@ RULE = "give a sum over sequences and tokens, never a mean"
 def tracked_layers(model: Model, data: Sequences, spec: str) -> list[Layer]:
     """The layers that ``spec`` names, checked on one short sequence, with those that share an input marked."""
     layers, batch = find_layers(model.module, spec), data.batch(_short(data)).to(model.device)
+    model.task.prepare(model.module)
     T = model.task.positions(batch)
     return checked_layers(model.module, layers, 1, T, lambda: model.task.loss(model.module, batch))
 

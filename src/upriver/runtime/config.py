@@ -1,13 +1,13 @@
 """The options of every verb, validated once, and the conventions that every artifact is made under."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from upriver.errors import ConfigError
-from upriver.runtime.words import parse_memory
 
 CONVENTIONS = {
     "loss": "sum of -log p over the loss tokens of a sequence",
@@ -40,6 +40,8 @@ PLAIN = {
     "Input should be": "allowed is", "a valid integer": "a whole number", "a valid string": "a text",
     "a valid boolean": "true or false",
 }  # fmt: skip
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 Config = TypeVar("Config", bound="Options")
 
 
@@ -57,6 +59,25 @@ def parse_damping(value: Any) -> tuple[float, bool]:
     if not 0 <= number < float("inf"):
         raise ValueError("a number from 0, or a share of the mean eigenvalue such as 0.1x")
     return number, text.endswith("x")
+
+
+def parse_memory(text: str | None) -> int | None:
+    """Bytes of a size such as ``8GB``, ``2GiB`` or ``500MB``; None where none is given.
+
+    Raises:
+        ConfigError: not a positive number with one of the units.
+
+    Example:
+        >>> parse_memory("8GB")
+        8000000000
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    number, unit = (float(match[1]), match[2].upper()) if match else (0.0, "?")
+    if unit not in UNITS or not 1 <= number * UNITS[unit] < 2**63:
+        raise ConfigError(f"bad size of memory: got {text!r}; give a number with its unit, such as 8GB, 2GiB or 500MB")
+    return int(number * UNITS[unit])
 
 
 def _size(memory: str | None) -> str | None:

@@ -29,7 +29,7 @@ from upriver.runtime.cost import (
     leads,
     query_size,
 )
-from upriver.runtime.words import show_bytes
+from upriver.runtime.progress import show_bytes
 
 WIDE = 8  # float64, in eigendecompositions
 HEAD_BYTES, HEAD_ROWS = 128 << 20, 1024  # float32 logits held at once; more rows make no product faster

@@ -33,8 +33,8 @@ from upriver.runtime.cost import (
     solving,
 )
 from upriver.runtime.divide import SEQUENCE_BYTES, Budget, Division, divide_fit, divide_trace, scan_held
+from upriver.runtime.progress import show_bytes, show_count, show_flop, show_seconds
 from upriver.runtime.system import DEFAULT_SHARE
-from upriver.runtime.words import show_bytes, show_count, show_flop, show_seconds
 
 LIBRARIES = 1_000_000_000  # bytes: Python, torch and a device's context, where nothing could be measured
 EIGEN_OPERATIONS = 9  # n^3: the convention that the table's share of the peak is given in

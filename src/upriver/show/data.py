@@ -1,4 +1,4 @@
-"""``report.json``: everything the page shows, built from a SCORES folder (format: docs/report.md)."""
+"""``report.json`` holds everything the page shows; it is built from a SCORES folder (format: docs/report.md)."""
 
 import math
 from collections import Counter
@@ -8,47 +8,63 @@ import numpy as np
 import pandas as pd
 
 from upriver.runtime.config import POSITIVE
-from upriver.show.documents import rank_documents
 from upriver.show.folder import Folder, Json, metadata_of
 from upriver.show.passages import concentration, matches, near_duplicates, query_words, sentences
-from upriver.show.spread import spread
 from upriver.show.trust import short_name, trust
 from upriver.text.records import whole
 
 VERSION = 1
 DEPTH_BLOCKS = 9
 SIDES = ("positive", "negative")
+SURVIVAL_POINTS = 200
+TOP_PERCENT = 1
+DOCUMENTS_PER_SIDE = 20
+BEST_SEQUENCES = 3  # listed with a document
 
 
 def build_report(folder: Folder) -> Json:
-    """The content of ``report.json`` as plain lists, dictionaries, strings and numbers."""
-    layers, spans = _layers(folder.manifest), folder.spans()
-    queries = [_query(folder, query, spans) for query in folder.queries]
-    return _clean(
-        {
-            "format": "upriver-report",
-            "version": VERSION,
-            "sign": sign(folder),
-            "unit": unit(folder),
-            "n_train": folder.n_train,
-            "candidates": bool(folder.manifest.get("candidates")),
-            "layers": layers,
-            "depth": _depth(layers),
-            "run": _run(folder.manifest),
-            "trust": trust(folder.manifest, queries),
-            "manifest": folder.manifest,
-            "queries": queries,
-        }
-    )
+    """Build the content of ``report.json`` from plain lists, dictionaries, strings and numbers."""
+    manifest, layers, spans = folder.manifest, layers_by_depth(folder.manifest), folder.spans()
+    blocks: dict[int, list[int]] = {}
+    for layer in layers:
+        if layer["depth"] is not None:
+            blocks.setdefault(layer["depth"], []).append(layer["block"])
+    queries = []
+    for query in folder.queries:
+        raw, shown = folder.scores(str(query["id"])), answer(folder, query)
+        documents = rank_documents(folder, str(query["id"]), spans, raw, shown["passages"])
+        queries.append(shown | {"spread": spread(raw, folder.n_train), "documents": documents})
+    model, corpus = manifest.get("model") or {}, manifest.get("corpus") or {}
+    report = {
+        "format": "upriver-report",
+        "version": VERSION,
+        "sign": sign(folder),
+        "unit": unit(folder),
+        "n_train": folder.n_train,
+        "candidates": bool(manifest.get("candidates")),
+        "layers": layers,
+        "depth": [{"first": min(blocks[d]), "last": max(blocks[d])} for d in sorted(blocks)],
+        "run": {
+            "model": short_name(str(model.get("name") or "")) or None,
+            "corpus": str(corpus.get("path") or "").rstrip("/").rsplit("/", 1)[-1] or None,
+            "documents": corpus.get("documents"),
+            "sequences": manifest.get("scored_sequences") or corpus.get("sequences"),
+            "upriver": manifest.get("upriver"),
+        },
+        "trust": trust(manifest, queries),
+        "manifest": manifest,
+        "queries": queries,
+    }
+    return _clean(report)
 
 
 def sign(folder: Folder) -> str:
-    """What a positive score means."""
+    """Say what a positive score means."""
     return folder.manifest.get("sign") or POSITIVE
 
 
 def unit(folder: Folder) -> str:
-    """What a score is a number of."""
+    """Say what a score is a number of."""
     n_train = folder.n_train
     if folder.manifest.get("curvature") == "identity":
         return "Scores are dot products of gradients, without the curvature: they rank passages, and are in no unit."
@@ -66,20 +82,8 @@ def unit(folder: Folder) -> str:
     )
 
 
-def _run(manifest: Json) -> Json:
-    """What the page's first line says."""
-    model, corpus = manifest.get("model") or {}, manifest.get("corpus") or {}
-    return {
-        "model": short_name(str(model.get("name") or "")) or None,
-        "corpus": str(corpus.get("path") or "").rstrip("/").rsplit("/", 1)[-1] or None,
-        "documents": corpus.get("documents"),
-        "sequences": manifest.get("scored_sequences") or corpus.get("sequences"),
-        "upriver": manifest.get("upriver"),
-    }
-
-
-def _layers(manifest: Json) -> list[Json]:
-    """The tracked layers with the depth group of each: nine groups of blocks, or one per block when there are fewer.
+def layers_by_depth(manifest: Json) -> list[Json]:
+    """Put the tracked layers into groups by depth: nine groups of blocks, or one per block when there are fewer.
 
     Groups without a tracked layer are left out.  Layers of a block whose names end alike are told apart by one part more.
     """
@@ -96,97 +100,138 @@ def _layers(manifest: Json) -> list[Json]:
     return layers
 
 
-def _depth(layers: list[Json]) -> list[Json]:
-    blocks: dict[int, list[int]] = {}
-    for layer in layers:
-        if layer["depth"] is not None:
-            blocks.setdefault(layer["depth"], []).append(layer["block"])
-    return [{"first": min(blocks[d]), "last": max(blocks[d])} for d in sorted(blocks)]
-
-
-def _query(folder: Folder, query: Json, spans: pd.DataFrame) -> Json:
-    """One question with everything that the page shows of it."""
-    raw, shown = folder.scores(str(query["id"])), answer(folder, query)
-    return shown | {
-        "spread": spread(raw, folder.n_train),
-        "documents": rank_documents(folder, str(query["id"]), spans, raw, shown["passages"]),
-    }
-
-
 def answer(folder: Folder, query: Json) -> Json:
-    """One question, its answer and its passages; what memory it takes does not depend on the number of sequences."""
+    """Collect one question, its answer and its passages; the memory it takes does not depend on the number of sequences."""
     rows = folder.top.loc[folder.top["query"].astype(str) == str(query["id"])]
     words = query_words(f"{query.get('prompt') or ''} {query.get('completion') or ''}")
-    passages = [
-        p for side in SIDES for p in _side(rows[rows["side"] == side].sort_values("rank"), words, folder.n_train)
-    ]
+    passages = []
+    for side in SIDES:
+        own = rows[rows["side"] == side].sort_values("rank").to_dict("records")
+        found = [_passage(row, words, folder.n_train) for row in own]
+        for passage, leader in zip(found, near_duplicates([p["text"] for p in found]), strict=True):
+            passage["duplicate_of"] = None if found[leader] is passage else found[leader]["rank"]
+        passages += found
     keys = ("id", "prompt", "completion", "contrast", "generated", "log_prob", "measurement", "completion_tokens")
     return {
-        **{key: query.get(key) for key in (*keys, "contrast_tokens")},
-        "rank_correlation": query.get("rank_correlation"),
+        **{key: query.get(key) for key in (*keys, "contrast_tokens", "rank_correlation", "solution")},
         "words": sorted(words),
         "passages": passages,
     }
 
 
-def _side(rows: pd.DataFrame, words: frozenset[str], n_train: int | None) -> list[Json]:
-    passages = [_passage(row, words, n_train) for row in rows.to_dict("records")]
-    for passage, leader in zip(passages, near_duplicates([p["text"] for p in passages]), strict=True):
-        passage["duplicate_of"] = None if passages[leader] is passage else passages[leader]["rank"]
-    return passages
-
-
 def _passage(row: Json, words: frozenset[str], n_train: int | None) -> Json:
-    tokens, token_scores, layers = (_list(row.get(key)) for key in ("tokens", "token_scores", "layers"))
+    tokens, token_scores, layers = (
+        [] if value is None or isinstance(value, float) else list(value)
+        for value in map(row.get, ("tokens", "token_scores", "layers"))
+    )
     text = row.get("text") if isinstance(row.get("text"), str) else "".join(tokens)
     if len(tokens) != len(token_scores):
         tokens, token_scores = [], []
-    values = np.asarray(token_scores, np.float64)
-    score = float(row["score"])
+    values, tfidf_rank = np.asarray(token_scores, np.float64), row.get("tfidf_rank")
     return {
         **{key: row.get(key) for key in ("side", "rank", "sequence", "document", "start", "end")},
-        "score": score,
-        "score_nats": score / n_train if n_train else None,
+        **_in_nats(float(row["score"]), n_train),
         **{key: row.get(key) for key in ("scan_score", "rescored", "spurious", "tfidf_score", "overlap")},
-        "tfidf_rank": _integer(row.get("tfidf_rank")),
+        "tfidf_rank": None if tfidf_rank is None or pd.isna(tfidf_rank) else int(tfidf_rank),
         "concentration": concentration(values),
         "metadata": metadata_of(row.get("metadata")),
         "text": text,
         "tokens": tokens,
         "token_scores": token_scores,
         "matches": matches(tokens, words),
-        "sentences": [_sentence(values, a, b) for a, b in sentences(tokens)],
+        # the tokens that carry the gradient are in the sentence, or those whose next token is
+        "sentences": [
+            {"start": a, "end": b, "carried": values[a:b].sum(), "predicted": values[max(0, a - 1) : b - 1].sum()}
+            for a, b in sentences(tokens)
+        ],
         "layers": layers,
         "sums": {"tokens": float(values.sum()) if tokens else None, "layers": math.fsum(layers) if layers else None},
     }
 
 
-def _sentence(values: np.ndarray, start: int, end: int) -> Json:
-    """The sums over a sentence: of the tokens that carry the gradient in it, and of those whose next token is in it."""
-    carried, predicted = values[start:end].sum(), values[max(0, start - 1) : end - 1].sum()
-    return {"start": start, "end": end, "carried": float(carried), "predicted": float(predicted)}
+def _in_nats(score: float, n_train: int | None) -> Json:
+    return {"score": score, "score_nats": score / n_train if n_train else None}
 
 
-def _list(value: Any) -> list[Any]:
-    return [] if value is None or isinstance(value, float) else list(value)
+def spread(raw: np.ndarray, n_train: int | None) -> Json | None:
+    """Measure how the influence on one query is spread over all sequences: survival curves and the share of the top 1 %.
+
+    ``survival.positive`` holds points ``[x, share]``: the share of all scored sequences whose score is at least ``x``
+    (nats, or raw without ``n_train``); ``survival.negative`` the same for ``-score``.  At most 200 points each, evenly
+    spaced in the logarithm of the rank.
+    """
+    scores = raw[np.isfinite(raw)] / (n_train or 1)
+    if not len(scores):
+        return None
+    ordered = np.sort(scores)[::-1]
+    top = max(1, math.ceil(len(scores) * TOP_PERCENT / 100))
+    positive = np.maximum(ordered, 0)
+    total = float(positive.sum())
+    survival = {}
+    for side, own in zip(SIDES, (ordered[ordered > 0], -ordered[ordered < 0][::-1]), strict=True):
+        ranks = np.unique(np.geomspace(1, len(own), SURVIVAL_POINTS).round().astype(int)) if len(own) else []
+        survival[side] = [[float(own[rank - 1]), float(rank) / len(scores)] for rank in ranks]
+    return {
+        "sequences": len(scores),
+        "positive": int((scores > 0).sum()),
+        "largest": float(ordered[0]),
+        "smallest": float(ordered[-1]),
+        "positive_sum": total,
+        "negative_sum": float(np.minimum(ordered, 0).sum()),
+        "top_percent": TOP_PERCENT,
+        "top_sequences": top,
+        "top_share": float(positive[:top].sum()) / total if total > 0 else None,
+        "survival": survival,
+    }
 
 
-def _integer(value: Any) -> int | None:
-    return None if value is None or value is pd.NA or value != value else int(value)
+def rank_documents(
+    folder: Folder, query_id: str, spans: pd.DataFrame, raw: np.ndarray, passages: list[Json]
+) -> dict[str, list[Json]] | None:
+    """Rank the documents with the largest sums over their sequences, of either sign; None where the run wrote no sums.
+
+    Args:
+        spans, raw: ``folder.spans()`` and ``folder.scores(query_id)``.
+        passages: those of the query, to which a document's best sequences point.
+    """
+    sums, n_train = folder.documents(query_id), folder.n_train
+    if query_id not in sums or "document" not in sums:
+        return None
+    sums = sums.assign(score=sums[query_id].astype(float)).sort_values("score", ascending=False, kind="stable")
+    ends = {
+        "positive": sums[sums["score"] > 0].head(DOCUMENTS_PER_SIDE),
+        "negative": sums[sums["score"] < 0].tail(DOCUMENTS_PER_SIDE).iloc[::-1],
+    }
+    groups = {}
+    if "document" in spans and len(spans) == len(raw):
+        scored, chosen = spans.assign(score=raw), set().union(*(end["document"] for end in ends.values()))
+        scored = scored.loc[scored["document"].isin(list(chosen)) & scored["score"].notna()]
+        groups = dict(iter(scored.groupby("document", sort=False)))
+    place = {(p["side"], p["sequence"]): i for i, p in enumerate(passages)}
+    ranked: dict[str, list[Json]] = {side: [] for side in ends}
+    for side, end in ends.items():
+        for rank, row in enumerate(end.to_dict("records"), 1):
+            document = {"side": side, "rank": rank, "document": row["document"], "sequences": row.get("sequences")}
+            document |= _in_nats(row["score"], n_train) | {"best": []}
+            own = groups.get(row["document"], pd.DataFrame({"score": []})).sort_values(
+                "score", ascending=side == "negative"
+            )
+            for entry in own.head(BEST_SEQUENCES).to_dict("records"):
+                best = {key: entry.get(key) for key in ("sequence", "start", "end")} | _in_nats(entry["score"], n_train)
+                document["best"].append(best | {"passage": place.get((side, entry["sequence"]))})
+            ranked[side].append(document)
+    return ranked
 
 
 def _clean(value: Any) -> Any:
-    """Plain JSON values: no NumPy types, no NaN, and no lone surrogate, which UTF-8 cannot hold."""
+    """Turn values into plain JSON: no NumPy types, no NaN, and no lone surrogate, which UTF-8 cannot hold."""
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, dict):
         return {_clean(str(key)): _clean(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_clean(entry) for entry in value]
-    if isinstance(value, str):
-        return whole(value)
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
+    if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
-    return None if value is None or value is pd.NA or value is pd.NaT else str(value)
+    if value is None or value is pd.NA or value is pd.NaT:
+        return None
+    return value if isinstance(value, int) else whole(str(value))

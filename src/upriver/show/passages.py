@@ -1,4 +1,4 @@
-"""What can be said about passages from their text: sentences, near-duplicates, words shared with the query."""
+"""Some things can be said about passages from their text: sentences, near-duplicates, words shared with the query."""
 
 import re
 from collections.abc import Sequence
@@ -24,27 +24,22 @@ COMMON = frozenset(_COMMON.split())
 
 
 def sentences(tokens: Sequence[str]) -> list[tuple[int, int]]:
-    """Token spans ``[start, end)`` of the sentences of a passage, at most ``SENTENCES``; together they cover every token once."""
+    """Find the sentences of a passage, at most ``SENTENCES``, as token spans ``[start, end)`` that cover every token once."""
     text = "".join(tokens)
-    ends = [
-        m.end() for m in SENTENCE_END.finditer(text) if not ABBREVIATION.search(text[max(0, m.end() - 12) : m.end()])
-    ]
+    found = [match.end() for match in SENTENCE_END.finditer(text)]
+    ends = [end for end in found if not ABBREVIATION.search(text[max(0, end - 12) : end])]
     starts = np.cumsum([0, *map(len, tokens)])[:-1]
-    first = [start + _lead(token) for start, token in zip(starts, tokens, strict=True)]
+    # where a token's first visible character stands; white space alone belongs to the sentence before it
+    lead = [len(token) - len(token.lstrip()) if token.strip() else -1 for token in tokens]
+    first = starts + np.array(lead, np.int64)
     number = np.searchsorted(ends, first, side="right")
     breaks = [0, *(np.flatnonzero(np.diff(number) > 0) + 1).tolist(), len(tokens)]
     spans = [(a, b) for a, b in pairwise(breaks) if a < b]
     return spans[: SENTENCES - 1] + [(a, len(tokens)) for a, _ in spans[SENTENCES - 1 : SENTENCES]]
 
 
-def _lead(token: str) -> int:
-    """Where a token's first visible character stands; white space alone belongs to the sentence before it."""
-    visible = len(token.lstrip())
-    return len(token) - visible if visible else -1
-
-
 def shingles(text: str) -> frozenset[str]:
-    """The runs of five words of a text; of eight characters where it has no words to speak of."""
+    """List the runs of five words of a text; of eight characters where it has no words to speak of."""
     words = [word.casefold() for word in WORD.findall(text)]
     if len(words) < SHINGLE:
         joined = "".join(words) or "".join(text.split())
@@ -53,35 +48,33 @@ def shingles(text: str) -> frozenset[str]:
 
 
 def near_duplicates(texts: Sequence[str]) -> list[int]:
-    """For each text the index of the first text that it nearly repeats (its own, when there is none).
+    """Find for each text the index of the first text that it nearly repeats (its own, when there is none).
 
     Two texts are near-duplicates when the Jaccard index of their word 5-shingles is at least 0.5, or when 90 % of the
     shorter one's are in the longer one.
     """
-    sets = [shingles(text) for text in texts]
-    leaders: list[int] = []
+
+    def similar(a: frozenset[str], b: frozenset[str]) -> bool:
+        common = len(a & b)
+        return common >= JACCARD * len(a | b) or common >= CONTAINED * max(1, min(len(a), len(b)))
+
+    leaders: dict[int, frozenset[str]] = {}
     group = []
-    for i, own in enumerate(sets):
-        leader = next((j for j in leaders if texts[i].strip() and _similar(own, sets[j])), i)
-        if leader == i:
-            leaders.append(i)
-        group.append(leader)
+    for i, own in enumerate(map(shingles, texts)):
+        group.append(next((j for j, other in leaders.items() if texts[i].strip() and similar(own, other)), i))
+        if group[i] == i:
+            leaders[i] = own
     return group
 
 
-def _similar(a: frozenset[str], b: frozenset[str]) -> bool:
-    common = len(a & b)
-    return common >= JACCARD * len(a | b) or common >= CONTAINED * max(1, min(len(a), len(b)))
-
-
 def query_words(query: str) -> frozenset[str]:
-    """The words of a query that say something when a passage shares them."""
+    """List the words of a query that say something when a passage shares them."""
     words = {word.casefold() for word in WORD.findall(query)}
     return frozenset(word for word in words - COMMON if len(word) > 2 or not word.isascii())
 
 
 def matches(tokens: Sequence[str], words: frozenset[str]) -> list[int]:
-    """Indices of the tokens that belong to a word of the query."""
+    """Find the indices of the tokens that belong to a word of the query."""
     text = "".join(tokens)
     starts = np.cumsum([0, *map(len, tokens)])
     found: set[int] = set()
@@ -93,6 +86,6 @@ def matches(tokens: Sequence[str], words: frozenset[str]) -> list[int]:
 
 
 def concentration(token_scores: np.ndarray) -> float | None:
-    """``||tok||_2 / ||tok||_1``: 1 when a single token holds all; above 2/3 the passage is called spurious."""
+    """Compute ``||tok||_2 / ||tok||_1``, which is 1 when a single token holds all; above 2/3 a passage is called spurious."""
     total = float(np.abs(token_scores).sum())
     return float(np.linalg.norm(token_scores)) / total if total > 0 else None

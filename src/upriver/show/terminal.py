@@ -1,9 +1,13 @@
-"""The best passages of each query, printed: scores, documents, and an excerpt tinted by the influence of its tokens."""
+"""A run prints lines and progress bars on standard error, and at its end the best passages of each query."""
 
 import math
 import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from rich import progress as shown
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.style import Style
@@ -11,11 +15,52 @@ from rich.text import Text
 
 from upriver.show.data import answer, sign, unit
 from upriver.show.folder import Json, read_folder
+from upriver.show.trust import figure, gained
 
 EXCERPT = 280  # characters
 RAISES, LOWERS = (67, 147, 195), (214, 96, 77)  # the RdBu scale, as on the page
 # Control characters and those that reorder text: corpus text must not steer the terminal.
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """Print a line; what no terminal can show of the name of a file is written out."""
+    stderr.print(line.encode("utf-8", "backslashreplace").decode(), markup=False)
+
+
+@contextmanager
+def bars(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on standard error with rate and remaining time, and say one line at the end."""
+    start = time.perf_counter()
+    with _bar() as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda done: progress.advance(task, done)
+    seconds = time.perf_counter() - start
+    say(f"{name}: {total:,} in {seconds:.1f} s ({total / max(seconds, 1e-9):,.0f}/s)")
+
+
+@contextmanager
+def running_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show the same for work that tells how far it is and how much there is."""
+    with _bar() as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _bar() -> shown.Progress:
+    columns = (
+        shown.SpinnerColumn(), shown.TextColumn("{task.description}"), shown.BarColumn(), shown.MofNCompleteColumn(),
+        Rate(), shown.TimeRemainingColumn(),
+    )  # fmt: skip
+    return shown.Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+
+
+class Rate(shown.ProgressColumn):
+    """This column shows how much is done in a second."""
+
+    def render(self, task: shown.Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
 
 def terminal_summary(scores: Path, console: Console, best: int = 3) -> None:
@@ -25,18 +70,19 @@ def terminal_summary(scores: Path, console: Console, best: int = 3) -> None:
         InputError: ``scores`` is not the folder of a finished trace.
     """
     folder = read_folder(Path(scores))
+
+    def show(*lines: Text) -> None:
+        console.print(Padding(Group(*lines), (0, 0, 1, 2), expand=False), soft_wrap=False)
+
     for query in (answer(folder, query) for query in folder.queries):
         console.print(_headline(query), soft_wrap=False)
-        passages = [p for p in query["passages"] if p["side"] == "positive" and p["duplicate_of"] is None][:best]
-        if not passages:
-            console.print(
-                Padding(Text("no passage raises this answer", style="dim"), (0, 0, 1, 2), expand=False), soft_wrap=False
-            )
+        raising = [p for p in query["passages"] if p["side"] == "positive"]
+        passages = [p for p in raising if p["duplicate_of"] is None][:best]
         for passage in passages:
-            copies = sum(p["duplicate_of"] == passage["rank"] and p["side"] == "positive" for p in query["passages"])
-            console.print(
-                Padding(Group(_line(passage, copies), _excerpt(passage)), (0, 0, 1, 2), expand=False), soft_wrap=False
-            )
+            copies = sum(p["duplicate_of"] == passage["rank"] for p in raising)
+            show(_line(passage, copies), _excerpt(passage))
+        if not passages:
+            show(Text("no passage raises this answer", style="dim"))
     console.print(Text(f"{sign(folder)} {unit(folder)}", style="dim"), soft_wrap=False)
 
 
@@ -50,14 +96,21 @@ def _headline(query: Json) -> Text:
         text.append(f"   {measured} {query['log_prob']:.3f} nats", style="not dim")
         if not query["contrast"]:
             text.append(f" (p = {math.exp(min(0.0, query['log_prob'])):.2g})")
+    if gained(query["solution"]) is not None:
+        energy, plain = (figure(s["best_energy"]) for s in (query["solution"], query["solution"]["gradient"]))
+        scale = figure(query["solution"]["best_scale"], 2)
+        text.append(f"\nheld-out energy {energy} (gradient {plain}), best scale {scale}", style="not dim")
     return text
 
 
 def _line(passage: Json, copies: int) -> Text:
-    nats, raw = passage["score_nats"], f"raw {_number(passage['score'])}"
+    raw, nats = (
+        None if x is None else f"{x:+,.0f}" if abs(x) >= 1000 else f"{x:+.3g}"
+        for x in (passage["score"], passage["score_nats"])
+    )
     text = Text(f"{passage['rank']}. ", style="bold")
-    text.append(f"{_number(nats)} nats" if nats is not None else raw, style="bold")
-    facts = [raw] if nats is not None else []
+    text.append(f"{nats} nats" if nats else f"raw {raw}", style="bold")
+    facts = [f"raw {raw}"] if nats else []
     facts += [_safe(str(passage["document"]))]
     facts += [_safe(f"{value}") for value in list(passage["metadata"].values())[:2] if isinstance(value, (str, int))]
     facts += [f"×{copies + 1} near-duplicates"] if copies else []
@@ -67,7 +120,7 @@ def _line(passage: Json, copies: int) -> Text:
 
 
 def _excerpt(passage: Json) -> Text:
-    """About 280 characters from the start of the sentence with the largest sum."""
+    """Cut out about 280 characters from the start of the sentence with the largest sum."""
     tokens, scores = passage["tokens"], passage["token_scores"]
     if not tokens:
         return Text(_safe(passage["text"][:EXCERPT]))
@@ -82,15 +135,11 @@ def _excerpt(passage: Json) -> Text:
 
 
 def _tint(share: float) -> Style | None:
-    """A background from black towards blue (raises) or red (lowers); small shares stay plain."""
+    """Choose a background from black towards blue (raises) or red (lowers); small shares stay plain."""
     if abs(share) < 0.08:
         return None
     red, green, blue = (round(channel * (0.25 + 0.75 * abs(share))) for channel in (RAISES if share > 0 else LOWERS))
     return Style(bgcolor=f"rgb({red},{green},{blue})", color="black" if abs(share) > 0.5 else "white")
-
-
-def _number(value: float) -> str:
-    return f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.3g}"
 
 
 def _safe(text: str) -> str:

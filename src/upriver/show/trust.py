@@ -1,4 +1,4 @@
-"""The trust panel: what the numbers rest on, in words, from the manifest; a fact that is not there is left out."""
+"""The trust panel says what the numbers rest on, in words, from the manifest; a fact that is not there is left out."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,12 +7,18 @@ from upriver.show.folder import Json
 
 GOOD, FAIR = 0.95, 0.8  # correlations: above the first fine, below the second a warning
 EXACT = 1e-3  # relative difference of a sum that should be equal
+SOLVERS = {
+    "ekfac": "EK-FAC", "kfac": "K-FAC", "diagonal": "diagonal", "identity": "gradient dot product", "exact": "exact",
+    "arnoldi": "Arnoldi", "nystrom": "Nystrom", "cg": "conjugate gradients", "lissa": "LiSSA", "astra": "ASTRA",
+    "tracincp": "TracInCP",
+}  # fmt: skip
 
 
 def trust(manifest: Json, queries: list[Json]) -> list[Json]:
-    """Groups of facts: ``[{title, facts: [{label, value, note, state}]}]``; state is ``ok``, ``warn`` or null."""
+    """Collect groups of facts, ``[{title, facts: [{label, value, note, state}]}]``; a state is ``ok``, ``warn`` or null."""
     groups = {
         "Checks": _checks(manifest, queries),
+        "Solver": _solver(manifest.get("solver") or {}, [q["solution"] for q in queries if q.get("solution")]),
         "Method": _method(manifest),
         "Model": _model(manifest),
         "Versions": (_fact(name, str(v)) for name, v in (manifest.get("versions") or {}).items()),
@@ -27,7 +33,7 @@ def _fact(label: str, value: str, note: str = "", state: str | None = None) -> J
 
 
 def _graded(label: str, entry: Any, note: str) -> Json:
-    """A correlation: its mean, with the worst case in the note."""
+    """Show a correlation by its mean, with the worst case in the note."""
     mean, worst = (entry.get("mean"), entry.get("worst")) if isinstance(entry, dict) else (entry, None)
     note = str(entry.get("what") or note) if isinstance(entry, dict) else note
     if not isinstance(mean, (int, float)):
@@ -37,51 +43,107 @@ def _graded(label: str, entry: Any, note: str) -> Json:
 
 
 def _checks(manifest: Json, queries: list[Json]) -> Iterator[Json]:
-    coverage = manifest.get("coverage")
-    if coverage:
-        yield _coverage(coverage)
+    if coverage := manifest.get("coverage"):
+        untracked = coverage.get("untracked") or []
+        parts = [f"{layer.get('name')} ({_percent(layer.get('share'))})" for layer in untracked[:4]]
+        more = f" and {len(untracked) - len(parts)} more" if len(untracked) > len(parts) else ""
+        note = f"of {coverage.get('total', 0):,} parameters"
+        note += ", not tracked: " + ", ".join(parts) + more if parts else ""
+        yield _fact("Parameters tracked", _percent(coverage.get("share")), note)
     halves = (manifest.get("fit") or {}).get("halves")
     if halves is not None:
         yield _graded("Convergence of the factors", halves, "correlation between the two halves of the fitting sample")
     if manifest.get("rank_error") is not None:
-        note = "correlation of the compressed scan with the full-rank scores"
         full = manifest.get("rank") == "full"
         name = "Scan against rescoring" if full else f"Rank {manifest.get('rank', '')} against full rank"
-        yield _graded(name, manifest["rank_error"], note)
+        yield _graded(name, manifest["rank_error"], "correlation of the compressed scan with the full-rank scores")
     for name, what in (("tokens", "Sum over tokens"), ("layers", "Sum over layers")):
-        error = _largest_difference(queries, name)
-        if error is not None:
-            state = "ok" if error <= EXACT else "warn"
-            yield _fact(f"{what} = score", _power(error), "largest relative difference in the passages shown", state)
-    rescored = [p["rescored"] for q in queries for p in q["passages"] if p["rescored"] is not None]
+        errors = []  # of each passage's sum from its score, relative to the query's largest score
+        for query in queries:
+            largest = max((abs(p["score"]) for p in query["passages"]), default=0) or 1
+            sums = [(p["sums"][name], p["score"]) for p in query["passages"] if p["sums"][name] is not None]
+            errors += [abs(total - score) / largest for total, score in sums]
+        if errors:
+            state = "ok" if max(errors) <= EXACT else "warn"
+            yield _fact(
+                f"{what} = score", _power(max(errors)), "largest relative difference in the passages shown", state
+            )
+    rescored = [bool(p["rescored"]) for q in queries for p in q["passages"] if p["rescored"] is not None]
     if rescored:
-        share = sum(map(bool, rescored)) / len(rescored)
-        yield _fact(
-            "Rescored at full rank",
-            f"{share:.0%}".replace("%", " %"),
-            "of the passages shown",
-            "ok" if share == 1 else "warn",
-        )
+        share = f"{sum(rescored) / len(rescored):.0%}".replace("%", " %")
+        yield _fact("Rescored at full rank", share, "of the passages shown", "ok" if all(rescored) else "warn")
 
 
-def _coverage(coverage: Json) -> Json:
-    parts = [f"{layer.get('name')} ({_percent(layer.get('share'))})" for layer in (coverage.get("untracked") or [])[:4]]
-    more = len(coverage.get("untracked") or []) - len(parts)
-    note = f"of {coverage.get('total', 0):,} parameters"
-    if parts:
-        note += ", not tracked: " + ", ".join(parts) + (f" and {more} more" if more > 0 else "")
-    return _fact("Parameters tracked", _percent(coverage.get("share")), note)
+def _solver(solver: Json, solutions: list[Json]) -> Iterator[Json]:
+    """Say who solved the queries, whether that converged, and how good the solutions are on sequences they have not seen."""
+    if solver.get("name"):
+        passes = f"{solver['passes']:.3g} passes over its sample" if solver.get("passes") is not None else ""
+        note = "; ".join(filter(None, (str(solver.get("lambda_rule") or ""), passes)))
+        yield _fact("Solver", solver_name(solver["name"], solver.get("refine")), note)
+    outcomes = [s for s in solutions if s.get("converged") is not None] or [s for s in (solver,) if "converged" in s]
+    if outcomes:
+        failed = [s for s in (*outcomes, solver) if s.get("converged") is False]
+        steps = max((s.get("steps") or 0 for s in outcomes), default=0)
+        residuals = [s["residual"] for s in outcomes if s.get("residual") is not None]
+        note = "; ".join(dict.fromkeys(str(s["why"]) for s in failed if s.get("why")))
+        details = f"at most {steps:,} steps" if steps else ""
+        details += (", " if details else "") + f"largest residual {_power(max(residuals))}" if residuals else ""
+        value = f"{sum(bool(s['converged']) for s in outcomes)} of {len(outcomes)} questions"
+        value = "yes" if not failed else "no" if len(outcomes) == 1 else value
+        yield _fact("Converged", value, note or details, "warn" if failed else "ok")
+    judged = [s for s in solutions if gained(s) is not None]
+    if judged:
+        held = judged[0].get("held_out") or {}
+        size = f"{held.get('sequences') or 0:,} sequences ({held.get('tokens') or 0:,} tokens) that played no part"
+        for what, entries in (("solution", judged), ("plain gradient", [s["gradient"] for s in judged])):
+            value = _span([s["best_energy"] for s in entries])
+            better = all(gained(s) for s in judged)
+            state = ("ok" if better else "warn") if what == "solution" else None
+            note = (
+                f"at the best scale, on {size}" if what == "solution" else "the higher, the nearer to the true solution"
+            )
+            yield _fact(f"Held-out energy, {what}", value, note, state)
+        note = "scores in nats times the scale of their question are calibrated"
+        yield _fact("Best scale", _span([s["best_scale"] for s in judged], 2), note)
+
+
+def gained(solution: Json | None) -> bool | None:
+    """Tell whether a solution's held-out energy is above that of the plain gradient; None where it was not measured."""
+    gradient = (solution or {}).get("gradient") or {}
+    if solution is None or None in (
+        solution.get("best_energy"),
+        solution.get("best_scale"),
+        gradient.get("best_energy"),
+    ):
+        return None
+    return solution["best_energy"] > gradient["best_energy"]
+
+
+def solver_name(name: Any, refine: Any = None) -> str:
+    """Name the solver in words, such as ``EK-FAC + 3 CG steps``."""
+    words = SOLVERS.get(str(name), str(name))
+    return f"{words} + {refine} CG step{'s' if refine != 1 else ''}" if refine else words
+
+
+def figure(x: float, digits: int = 3) -> str:
+    """Write a number in ``digits`` digits, the last ones even where they are zero: ``341``, ``11.5``, ``0.30``."""
+    return f"{x:,.0f}" if abs(x) >= 10**digits else f"{x:#.{digits}g}".rstrip(".")
+
+
+def _span(values: list[float], digits: int = 3) -> str:
+    ends = list(dict.fromkeys(figure(x, digits) for x in (min(values), max(values))))
+    return " to ".join(ends)
 
 
 def _power(x: float) -> str:
-    """``1.2×10⁻⁷``."""
+    """Write a number as a power of ten, such as ``1.2×10⁻⁷``."""
     mantissa, exponent = f"{x:.1e}".split("e")
     raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"{mantissa}×10{raised}" if x else "0"
 
 
 def short_name(name: str) -> str:
-    """A model's name on the hub as it is, of a path its last part."""
+    """Keep a model's name on the hub as it is, and of a path its last part."""
     parts = name.rstrip("/").split("/")
     return name if len(parts) == 2 and all(parts) else parts[-1]
 
@@ -90,61 +152,43 @@ def _percent(share: Any) -> str:
     return f"{share:.1%}".replace("%", " %") if isinstance(share, (int, float)) else "unknown"
 
 
-def _largest_difference(queries: list[Json], name: str) -> float | None:
-    """Of each passage's sum from its score, relative to the query's largest score."""
-    errors = []
-    for query in queries:
-        largest = max((abs(p["score"]) for p in query["passages"]), default=0) or 1
-        errors += [
-            abs(p["sums"][name] - p["score"]) / largest for p in query["passages"] if p["sums"][name] is not None
-        ]
-    return max(errors, default=None)
-
-
 def _method(manifest: Json) -> Iterator[Json]:
-    fisher, fit = manifest.get("fisher") or {}, manifest.get("fit") or {}
-    if manifest.get("curvature"):
-        name = str(manifest["curvature"])
-        yield _fact("Curvature", {"ekfac": "EK-FAC", "kfac": "K-FAC"}.get(name, name))
-    if manifest.get("damping") is not None:
-        damping = str(manifest["damping"])
+    fisher, fit, kept = (manifest.get(key) or {} for key in ("fisher", "fit", "candidates"))
+    if manifest.get("curvature") and not manifest.get("solver"):
+        yield _fact("Curvature", solver_name(manifest["curvature"]))
+    damping = manifest.get("damping")
+    if damping is not None:
+        damping = ", ".join(map(str, damping)) if isinstance(damping, list) else str(damping)
         note = "the layer's mean eigenvalue" if damping.endswith("x") else ""
         yield _fact("Damping", damping.replace("x", " ×"), note)
-    if fisher.get("labels"):
-        sampled = fisher["labels"] == "sampled"
-        note = (
-            f"from the model's own predictions, seed {fisher.get('seed')}"
-            if sampled
-            else "training labels: for comparison only"
-        )
-        yield _fact("Fisher labels", fisher["labels"], note, None if sampled else "warn")
+    if labels := fisher.get("labels"):
+        notes = {
+            "sampled": f"from the model's own predictions, seed {fisher.get('seed')}",
+            "exact": "all of them, weighted by the model's own predictions",
+        }
+        note = notes.get(labels, "training labels: for comparison only")
+        yield _fact("Fisher labels", labels, note, None if labels in notes else "warn")
     if fit.get("sequences"):
         tokens = f"{fit['tokens']:,} tokens" if fit.get("tokens") else ""
         yield _fact("Factors fitted on", f"{fit['sequences']:,} sequences", tokens)
     if manifest.get("rank") is not None:
         yield _fact("Rank of the scan", str(manifest["rank"]), "the passages shown are rescored at full rank")
-    yield _candidates(manifest)
-
-
-def _candidates(manifest: Json) -> Json:
-    kept = manifest.get("candidates")
-    if not kept:
-        return _fact("Candidates", "all sequences", "no filter before scoring")
-    note = str(kept.get("note") or "")
-    return _fact(
-        "Candidates", f"{kept.get('per_query') or kept.get('kept')} per query", note or "TF-IDF filter before scoring"
+    some = (
+        f"{kept.get('per_query') or kept.get('kept')} per query",
+        str(kept.get("note") or "TF-IDF filter before scoring"),
     )
+    yield _fact("Candidates", *(some if kept else ("all sequences", "no filter before scoring")))
 
 
 def _model(manifest: Json) -> Iterator[Json]:
     model = manifest.get("model") or {}
-    if model.get("name"):
-        yield _fact("Model", short_name(str(model["name"])), str(model.get("fingerprint") or ""))
+    if name := model.get("name"):
+        yield _fact("Model", short_name(str(name)), str(model.get("fingerprint") or ""))
     if model.get("parameters"):
         yield _fact("Parameters", f"{model['parameters']:,}")
-    if model.get("dtype"):
-        scan = model.get("scan_dtype", model["dtype"])
-        yield _fact("Precision", str(model["dtype"]), "" if scan == model["dtype"] else f"the scan in {scan}")
+    if dtype := model.get("dtype"):
+        scan = model.get("scan_dtype", dtype)
+        yield _fact("Precision", str(dtype), "" if scan == dtype else f"the scan in {scan}")
     if kernel := manifest.get("kernel") or model.get("attention"):
         yield _fact("Attention kernel", str(kernel), "scores made with another kernel are not comparable")
     if fingerprint := (manifest.get("tokenizer") or {}).get("fingerprint"):

@@ -1,4 +1,4 @@
-"""Batches: which sequences go through the model together, and how they are padded.
+"""A batch says which sequences go through the model together, and how they are padded.
 
 Axes: N sequences (rows), T positions.  A corpus, whatever it holds, offers the same few things, and everything after it
 asks for nothing else: ``len``, ``lengths_N``, ``plan``, ``batch``, ``sample``, ``fingerprint``.
@@ -20,7 +20,7 @@ from upriver.errors import CorpusError, ModelError
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences that go through the model together, right-padded with token 0.
+    """A batch holds sequences that go through the model together, padded on the right with token 0.
 
     A language model's ``inputs`` are ``tokens`` (int64 ``[N, T]``) and ``loss`` (bool ``[N, T]``): ``loss[n, t]`` says
     that token ``t`` is predicted with loss, from the tokens before it; it is never true at position 0.
@@ -34,7 +34,7 @@ class Batch:
     query_N: np.ndarray | None = None  # queries only: int64 index of the query that each row belongs to
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on ``device``."""
+        """Return the same batch with its tensors on ``device``."""
         return dataclasses.replace(
             self,
             inputs={name: t.to(device) for name, t in self.inputs.items()},
@@ -44,7 +44,7 @@ class Batch:
 
 
 def pad(rows: np.ndarray, keys_N: np.ndarray, tokens: Sequence[np.ndarray], loss: Sequence[np.ndarray]) -> Batch:
-    """One batch of a language model from the tokens and loss masks of its sequences."""
+    """Make one batch of a language model from the tokens and loss masks of its sequences."""
     lengths = np.array([len(t) for t in tokens])
     real_NT = np.arange(lengths.max()) < lengths[:, None]
     tokens_NT, loss_NT = np.zeros(real_NT.shape, np.int64), np.zeros(real_NT.shape, bool)
@@ -70,17 +70,6 @@ def plan(lengths_N: np.ndarray, batch_tokens: int, rows: np.ndarray | None = Non
     return batches
 
 
-def sample(lengths_N: np.ndarray, keys_N: np.ndarray, max_tokens: int, seed: int) -> np.ndarray:
-    """A seeded random selection of at most ``max_tokens`` tokens, at least one sequence: sorted rows.
-
-    The draw depends on each sequence's key, not on its place, so reordering a corpus selects the same sequences.
-    """
-    seeds = splitmix64(np.array([seed % 2**64], np.uint64))
-    order = np.argsort(splitmix64(np.asarray(keys_N) ^ seeds), kind="stable")
-    total = np.cumsum(np.asarray(lengths_N)[order], dtype=np.int64)
-    return np.sort(order[: max(1, np.searchsorted(total, max_tokens, side="right"))])
-
-
 def splitmix64(x_N: np.ndarray) -> np.ndarray:
     """Mix 64-bit integers so that every bit of the result depends on every bit of the argument (Steele et al. 2014)."""
     x = x_N + np.uint64(0x9E3779B97F4A7C15)
@@ -90,17 +79,17 @@ def splitmix64(x_N: np.ndarray) -> np.ndarray:
 
 
 def content_hash(content: bytes) -> int:
-    """A 64-bit hash of a sequence's content, the same on every machine."""
+    """Hash the content of a sequence to 64 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def sequence_hash(tokens_T: np.ndarray, loss_T: np.ndarray) -> int:
-    """A hash of the tokens of a sequence and of which are predicted with loss; the first never is."""
+    """Hash the tokens of a sequence and which of them are predicted with loss; the first never is."""
     return content_hash(np.asarray(tokens_T, "<u4").tobytes() + np.asarray(loss_T[1:], bool).tobytes())
 
 
 def sequence_keys(hashes_N: np.ndarray) -> np.ndarray:
-    """The counter key of each sequence: its content hash mixed with how many equal sequences came before it.
+    """Give each sequence its counter key: the hash of its content mixed with how many equal sequences came before it.
 
     Keys are distinct and do not depend on where in the corpus a sequence stands.
     """
@@ -109,7 +98,7 @@ def sequence_keys(hashes_N: np.ndarray) -> np.ndarray:
 
 
 class Sequences(ABC):
-    """What every corpus offers to the passes that stream over it.
+    """Every corpus offers this, and nothing else, to the passes that stream over it.
 
     Attributes:
         lengths_N: tokens of each sequence.
@@ -123,22 +112,28 @@ class Sequences(ABC):
 
     @abstractmethod
     def batch(self, rows: np.ndarray) -> Batch:
-        """The sequences ``rows`` as one batch."""
+        """Return the sequences ``rows`` as one batch."""
 
     def __len__(self) -> int:
         return len(self.lengths_N)
 
     def plan(self, batch_tokens: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
-        """Rows in batches of at most ``batch_tokens`` positions, padding counted, longest first; see :func:`plan`."""
+        """Cut rows into batches of at most ``batch_tokens`` positions, padding counted, longest first; see :func:`plan`."""
         return plan(self.lengths_N, batch_tokens, rows)
 
     def sample(self, max_tokens: int, seed: int) -> np.ndarray:
-        """A seeded random selection of at most ``max_tokens`` tokens, at least one sequence: sorted rows."""
-        return sample(self.lengths_N, self.keys_N, max_tokens, seed)
+        """Select sequences at random, by ``seed``, of at most ``max_tokens`` tokens but at least one; return their sorted rows.
+
+        The draw depends on each sequence's key, not on its place, so reordering a corpus selects the same sequences.
+        """
+        seeds = splitmix64(np.array([seed % 2**64], np.uint64))
+        order = np.argsort(splitmix64(np.asarray(self.keys_N) ^ seeds), kind="stable")
+        total = np.cumsum(np.asarray(self.lengths_N)[order], dtype=np.int64)
+        return np.sort(order[: max(1, np.searchsorted(total, max_tokens, side="right"))])
 
 
 class Examples(Sequences):
-    """A corpus of independent examples given as tensors, for classification and regression.
+    """Examples are a corpus of independent rows of tensors, for classification and regression.
 
     ``inputs`` maps names to tensors with one row per example; a `Task` says what the names mean.
 
@@ -156,20 +151,19 @@ class Examples(Sequences):
             raise CorpusError(f"examples need tensors of one and the same length, at least 1: got {sizes}")
         self.inputs = {name: t.detach().clone() for name, t in inputs.items()}  # what is hashed stays as it is
         self.lengths_N = np.ones(next(iter(sizes.values())), np.int32)
-        content_NB = np.concatenate([_bytes_NB(inputs[name]) for name in sorted(inputs)], axis=1)
+        named = sorted(self.inputs.items())
+        flat = [t.cpu().contiguous().reshape(len(self), -1).view(torch.uint8).numpy() for _, t in named]
+        content_NB = np.ascontiguousarray(np.concatenate(flat, axis=1))
         if keys is None:
             keys = sequence_keys(np.array([content_hash(row.tobytes()) for row in content_NB], np.uint64))
         self.keys_N = np.asarray(keys, np.uint64)
         if self.keys_N.shape != self.lengths_N.shape:
             raise CorpusError(f"one key per example is needed: got {self.keys_N.shape} keys, {len(self)} examples")
-        self.fingerprint = self._fingerprint(content_NB)
-
-    def _fingerprint(self, content_NB: np.ndarray) -> str:
-        form = repr([(name, str(t.dtype), tuple(t.shape)) for name, t in sorted(self.inputs.items())])
+        form = repr([(name, str(t.dtype), tuple(t.shape)) for name, t in named])
         content = hashlib.blake2b(form.encode(), digest_size=12)
-        content.update(np.ascontiguousarray(content_NB).tobytes())
+        content.update(content_NB.tobytes())
         content.update(self.keys_N.tobytes())
-        return content.hexdigest()
+        self.fingerprint = content.hexdigest()
 
     def batch(self, rows: np.ndarray) -> Batch:
         rows = np.asarray(rows, np.int64)
@@ -178,7 +172,7 @@ class Examples(Sequences):
 
 
 def real_calls(real_NT: Tensor, x_NTI: Tensor, layer: str) -> Tensor:
-    """Which positions of what a layer saw are real, ``[N, T]``; one that is called twice has its calls side by side.
+    """Tell which positions of what a layer saw are real, ``[N, T]``; a layer that is called twice has its calls side by side.
 
     Raises:
         ModelError: the layer saw something else than the positions of the sequences.
@@ -190,8 +184,3 @@ def real_calls(real_NT: Tensor, x_NTI: Tensor, layer: str) -> Tensor:
             "of which it is not known what is padding; leave it out by giving globs to --layers, or give sequences of one length"
         )
     return real_NT.repeat(1, seen // T)
-
-
-def _bytes_NB(tensor: Tensor) -> np.ndarray:
-    flat = tensor.detach().cpu().contiguous().reshape(len(tensor), -1)
-    return flat.view(torch.uint8).numpy()

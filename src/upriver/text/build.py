@@ -31,10 +31,9 @@ from transformers import PreTrainedTokenizerBase
 from upriver.errors import ConfigError, CorpusError, ModelError, StorageError
 from upriver.runtime.artifact import write_array, write_json
 from upriver.text.batch import sequence_hash, sequence_keys
-from upriver.text.encode import largest_token
 from upriver.text.records import BadRecords, dump, read_records
 from upriver.text.sources import Source
-from upriver.text.tokenise import Document, documents
+from upriver.text.tokenise import Document, documents, largest_token
 
 STREAMS = ("tokens", "loss", "text", "documents")
 TABLES = ("offset", "length", "document", "span", "key")

@@ -16,8 +16,8 @@ from upriver.errors import ConfigError, StorageError
 from upriver.runtime.artifact import digest, read_json
 from upriver.text.batch import Batch, Sequences, pad
 from upriver.text.build import TABLES, Progress, Settings, Stream, build, exclusive
-from upriver.text.encode import encode, tokenizer_fingerprint
 from upriver.text.records import BadRecords, open_corpus
+from upriver.text.tokenise import encode, tokenizer_fingerprint
 
 SCHEMA = 3  # raise it when the same files would give other sequences, or the artifact another layout
 

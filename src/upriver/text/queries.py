@@ -1,8 +1,8 @@
-"""Queries: the answers whose origin is asked for.
+"""A query is an answer whose origin is asked for.
 
-A query is a prompt and a completion, and optionally a contrast: a second completion whose log-probability is
-subtracted.  Prompt and completion are tokenised as one text; a token belongs to the completion when it ends beyond the
-last character of the prompt.
+It has a prompt and a completion, and optionally a contrast: a second completion whose log-probability is subtracted.
+Prompt and completion are tokenised as one text; a token belongs to the completion when it ends beyond the last character
+of the prompt.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from upriver.errors import QueryError
 from upriver.runtime.artifact import digest
 from upriver.text.batch import Batch, pad, sequence_hash, sequence_keys
-from upriver.text.encode import Encoded, encode, tokenizer_fingerprint
 from upriver.text.records import half_pair
 from upriver.text.sources import find_sources, json_rows
+from upriver.text.tokenise import Encoded, encode, tokenizer_fingerprint
 
 FIELDS = ("id", "prompt", "completion", "contrast")
 RESERVED = ("sequence", "document", "start", "end", "sequences")  # columns of the result's tables
@@ -30,7 +30,7 @@ RESERVED = ("sequence", "document", "start", "end", "sequences")  # columns of t
 
 @dataclass(frozen=True)
 class Query:
-    """One query as it was given; ``completion`` is None while the model's own answer is still to be generated."""
+    """A query as it was given has no ``completion`` while the model's own answer is still to be generated."""
 
     id: str
     prompt: str
@@ -41,7 +41,7 @@ class Query:
 
 
 class Row(NamedTuple):
-    """One prompt with one completion, tokenised."""
+    """A row is one prompt with one completion, tokenised."""
 
     encoded: Encoded
     loss_T: np.ndarray  # bool: completion tokens that have a context
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 class Queries:
-    """Queries, checked and tokenised.
+    """Queries are checked when they are read, and tokenised as soon as a tokenizer is known.
 
     Example:
         >>> queries = Queries.read("queries.jsonl", tokenizer, seq_len=512)
@@ -80,7 +80,8 @@ class Queries:
         completion: it is then listed by ``needs_completion``, to be supplied by `completed`.  Without a tokenizer the
         queries are checked but not tokenised; `bound` does that later.
         """
-        return cls._checked(_rows(Path(path)), str(path), tokenizer, seq_len, complete)
+        unbound = cls(_checked(_rows(Path(path)), str(path), complete), None, seq_len)
+        return unbound if tokenizer is None else unbound.bound(tokenizer)
 
     @classmethod
     def of(
@@ -90,33 +91,13 @@ class Queries:
         seq_len: int | None = None,
         complete: int | None = None,
     ) -> "Queries":
-        """The same from dictionaries; without an ``id`` they are named ``q1``, ``q2``, ..."""
-        rows = [(f"query {n}", {"id": f"q{n}", **query}) for n, query in enumerate(queries, 1)]
-        return cls._checked(rows, "the list of queries", tokenizer, seq_len, complete)
-
-    @classmethod
-    def _checked(
-        cls,
-        rows: Iterable[tuple[str, dict[str, Any]]],
-        origin: str,
-        tokenizer: PreTrainedTokenizerBase | None,
-        seq_len: int | None,
-        complete: int | None,
-    ) -> "Queries":
-        records, seen = [], {}
-        for where, fields in rows:
-            query = _query(fields, where, complete)
-            if query.id in seen:
-                raise QueryError(f"{where}: two queries have one id: got {query.id!r}, also at {seen[query.id]}")
-            seen[query.id] = where
-            records.append(query)
-        if not records:
-            raise QueryError(f"{origin}: no query in it; give one JSON object a line with id, prompt and completion")
-        unbound = cls(records, None, seq_len)
-        return unbound if tokenizer is None else unbound.bound(tokenizer, seq_len)
+        """Do the same with dictionaries; those without an ``id`` are named ``q1``, ``q2``, ..."""
+        rows = ((f"query {n}", {"id": f"q{n}", **query}) for n, query in enumerate(queries, 1))
+        unbound = cls(_checked(rows, "the list of queries", complete), None, seq_len)
+        return unbound if tokenizer is None else unbound.bound(tokenizer)
 
     def bound(self, tokenizer: PreTrainedTokenizerBase, seq_len: int | None = None) -> "Queries":
-        """The same queries with a tokenizer: tokenised at once, so that a query that cannot be used is named early."""
+        """Give the queries a tokenizer; they are tokenised at once, so that one that cannot be used is named early."""
         queries = Queries(self.records, tokenizer, seq_len if seq_len is not None else self.seq_len)
         if not queries.needs_completion:
             queries.rows  # noqa: B018 - computed here for its errors
@@ -137,41 +118,46 @@ class Queries:
 
     @property
     def needs_completion(self) -> list[int]:
-        """Indices of the queries whose completion is still to be generated."""
+        """Return the indices of the queries whose completion is still to be generated."""
         return [i for i, query in enumerate(self.records) if query.completion is None]
 
     def completed(self, answers: dict[str, str]) -> "Queries":
-        """New queries in which those named by id have the model's own answer as their completion.
+        """Return queries in which those named by id have the model's own answer as their completion.
 
         Raises:
             QueryError: an answer is empty, or no token of it can be scored.
         """
-        records = [_with_answer(query, answers[query.id]) if query.id in answers else query for query in self.records]
+        records = []
+        for query in self.records:
+            given = answers.get(query.id)
+            if given == "":
+                what = f"{query.where}: the model's own answer to query {query.id!r} is empty"
+                raise QueryError(f"{what}; give a completion yourself")
+            records.append(query if given is None else dataclasses.replace(query, completion=given, generated=True))
         return Queries(records, None).bound(self.tokenizer, self.seq_len)
 
     def prompt_tokens(self, i: int) -> np.ndarray:
-        """The tokens of a prompt alone, to be continued by the model; a closing special token is left out."""
+        """Return the tokens of a prompt, for the model to continue; a closing special token is left out."""
         encoded = encode(self.tokenizer, [self.records[i].prompt])[0]
         trailing = int(np.argmin(encoded.special_T[::-1])) if not encoded.is_empty else 0
         return encoded.tokens_T[: len(encoded.tokens_T) - trailing]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the queries and the tokenizer."""
+        """Hash the queries and the tokenizer."""
         fields = [[q.id, q.prompt, q.completion, q.contrast] for q in self.records]
         return digest([fields, tokenizer_fingerprint(self.tokenizer)])
 
     @cached_property
     def rows(self) -> list[Row]:
-        """The rows that go through the model: one per completion, one more per contrast, in query order."""
+        """Return the rows that go through the model: one per completion, one more per contrast, in query order."""
         if self.needs_completion:
             query = self.records[self.needs_completion[0]]
             raise QueryError(_no_completion(query.where, query.id))
         rows = []
         for index, query in enumerate(self.records):
-            for text, weight in ((query.completion, 1.0), (query.contrast, -1.0)):
-                if text is not None:
-                    rows.append(self._row(index, text, weight))
+            texts = ((query.completion, 1.0), (query.contrast, -1.0))
+            rows += [self._row(index, text, weight) for text, weight in texts if text is not None]
         return rows
 
     def _row(self, index: int, completion: str, weight: float) -> Row:
@@ -197,7 +183,7 @@ class Queries:
 
     @cached_property
     def _rows_of_query(self) -> list[list[int]]:
-        """The indices of the rows of each query."""
+        """Return the indices of the rows of each query."""
         found: list[list[int]] = [[] for _ in self.records]
         for r, row in enumerate(self.rows):
             found[row.query].append(r)
@@ -205,7 +191,7 @@ class Queries:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens that each query counts for, int32 ``[Q]``: its longest row, for each row that a query with a contrast has.
+        """Return how many tokens each query counts for, int32 ``[Q]``: its longest row, times the rows of a query with a contrast.
 
         In a batch all rows are padded to the longest, so no batch of these lengths holds more.
         """
@@ -218,31 +204,30 @@ class Queries:
         return sequence_keys(np.array(hashes, np.uint64))
 
     def batch(self, query_indices: Sequence[int] | np.ndarray) -> Batch:
-        """All rows of the queries, in the order given: a completion with weight +1, then its contrast with -1."""
+        """Return all rows of the queries, in the order given: a completion with weight +1, then its contrast with -1."""
         rows = [r for q in query_indices for r in self._rows_of_query[int(q)]]
         picked = [self.rows[r] for r in rows]
-        batch = pad(
-            np.array(rows), self._keys[rows], [row.encoded.tokens_T for row in picked], [row.loss_T for row in picked]
-        )
-        weights = torch.tensor([row.weight for row in picked])
-        return dataclasses.replace(batch, weight_N=weights, query_N=np.array([row.query for row in picked], np.int64))
+        tokens, loss = [row.encoded.tokens_T for row in picked], [row.loss_T for row in picked]
+        weight_N = torch.tensor([row.weight for row in picked])
+        query_N = np.array([row.query for row in picked], np.int64)
+        batch = pad(np.array(rows), self._keys[rows], tokens, loss)
+        return dataclasses.replace(batch, weight_N=weight_N, query_N=query_N)
 
     def token_ids(self, i: int) -> np.ndarray:
-        """The tokens of prompt, completion and contrast, as often as they occur; added special tokens are left out."""
+        """Return the tokens of prompt, completion and contrast, as often as they occur, without added special tokens."""
         first, *contrast = (self.rows[r] for r in self._rows_of_query[i])
         parts = [first.encoded.tokens_T[~first.encoded.special_T]]
         parts += [row.encoded.tokens_T[row.loss_T] for row in contrast]
         return np.concatenate(parts)
 
     def completion_pieces(self, i: int, contrast: bool = False) -> list[str]:
-        """The text of each scored token of the completion (or contrast), in the order of the row's loss mask."""
+        """Return the text of each scored token of the completion (or contrast), in the order of the row's loss mask."""
         row = self.rows[self._rows_of_query[i][1 if contrast else 0]]
         return [row.pieces[t] for t in np.flatnonzero(row.loss_T)]
 
 
 def _rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    sources = find_sources(path, QueryError)
-    for source in sources:
+    for source in find_sources(path, QueryError):
         if source.kind != "jsonl":
             raise QueryError(
                 f"queries are JSON lines: got {source.path}; give a .jsonl file, or .jsonl.gz or .jsonl.xz"
@@ -253,12 +238,25 @@ def _rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
             yield f"{source.path}:{line}", row
 
 
+def _checked(rows: Iterable[tuple[str, dict[str, Any]]], origin: str, complete: int | None) -> list[Query]:
+    records: list[Query] = []
+    seen: dict[str, str] = {}
+    for where, fields in rows:
+        query = _query(fields, where, complete)
+        if query.id in seen:
+            raise QueryError(f"{where}: two queries have one id: got {query.id!r}, also at {seen[query.id]}")
+        seen[query.id] = where
+        records.append(query)
+    if not records:
+        raise QueryError(f"{origin}: no query in it; give one JSON object a line with id, prompt and completion")
+    return records
+
+
 def _query(fields: dict[str, Any], where: str, complete: int | None) -> Query:
-    for name in fields:
-        if name not in FIELDS:
-            near = get_close_matches(name, FIELDS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"a query has {', '.join(FIELDS)}"
-            raise QueryError(f"{where}: a query has no such field: got {name!r}; {hint}")
+    for name in (name for name in fields if name not in FIELDS):
+        near = get_close_matches(name, FIELDS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"a query has {', '.join(FIELDS)}"
+        raise QueryError(f"{where}: a query has no such field: got {name!r}; {hint}")
     name = checked_id(fields.get("id"), where)
     prompt, completion, contrast = (_text(fields.get(field), field, where) for field in FIELDS[1:])
     if not prompt and not completion:
@@ -278,7 +276,7 @@ def _no_completion(where: str, name: str) -> str:
 
 
 def checked_id(value: Any, where: str) -> str:
-    """The id of a query as a text.
+    """Return the id of a query as a text.
 
     Raises:
         QueryError: neither a text nor a whole number, or one that cannot name a column of the results.
@@ -297,15 +295,6 @@ def checked_id(value: Any, where: str) -> str:
 def _text(value: Any, field: str, where: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise QueryError(f"{where}: the field {field!r} is not a text: got {value!r}")
-    fault = half_pair(field, value or "")
-    if fault:
+    if fault := half_pair(field, value or ""):
         raise QueryError(f"{where}: {fault}")
     return value
-
-
-def _with_answer(query: Query, answer: str) -> Query:
-    if not answer:
-        raise QueryError(
-            f"{query.where}: the model's own answer to query {query.id!r} is empty; give a completion yourself"
-        )
-    return dataclasses.replace(query, completion=answer, generated=True)

@@ -1,4 +1,4 @@
-"""Rows to records: the documents of a corpus, checked one by one as they stream by."""
+"""Rows become records here: the documents of a corpus are checked one by one as they stream by."""
 
 import json
 import math
@@ -17,7 +17,7 @@ FORMS = (("text",), ("prompt", "completion"), ("messages",))
 
 @dataclass(frozen=True)
 class Record:
-    """A document: ``parts`` is ``text``, or ``prompt`` and ``completion``, or ``messages``."""
+    """A record is a document; its ``parts`` are ``text``, or ``prompt`` and ``completion``, or ``messages``."""
 
     id: str
     parts: dict[str, Any]
@@ -25,9 +25,13 @@ class Record:
     where: str  # file and line
 
 
+class BadRowError(Exception):
+    """A row is not a record, or a record cannot become text; the message says why."""
+
+
 @dataclass
 class BadRecords:
-    """What happens to records that cannot be used: an error at once, or counted and (the first ones) listed."""
+    """Records that cannot be used are an error at once, or are counted and (the first ones) listed."""
 
     policy: str = "error"
     count: int = 0
@@ -46,12 +50,12 @@ class BadRecords:
 
 
 def open_corpus(path: Path, bad: BadRecords) -> list[Source]:
-    """The files of a corpus; in a folder, files of an unknown type count as bad records."""
+    """Find the files of a corpus; in a folder, files of an unknown type count as bad records."""
     return find_sources(path, CorpusError, bad.report if bad.policy == "skip" else None)
 
 
 def read_records(sources: list[Source], bad: BadRecords) -> Iterator[Record]:
-    """All records of ``sources``, in order, one in memory at a time.
+    """Read all records of ``sources`` in order; one is in memory at a time.
 
     Raises:
         CorpusError: a file that is damaged; a record that cannot be used, unless these are skipped.
@@ -62,12 +66,13 @@ def read_records(sources: list[Source], bad: BadRecords) -> Iterator[Record]:
             where = f"{source.path}:{line}"
             try:
                 if isinstance(row, str):
-                    raise _BadRowError(row)
+                    raise BadRowError(row)
                 record = _record(row, where, f"{source.name}:{line}")
-                first = seen.setdefault(content_hash(record.id.encode()), (number, line))
-                if first != (number, line):
-                    raise _BadRowError(f"a second document with the id {record.id!r}; {_first(sources, first)}")
-            except _BadRowError as reason:
+                file, first = seen.setdefault(content_hash(record.id.encode()), (number, line))
+                if (file, first) != (number, line):
+                    place = f"the first is at {sources[file].path}:{first}, give each document its own"
+                    raise BadRowError(f"a second document with the id {record.id!r}; {place}")
+            except BadRowError as reason:
                 bad.report(where, str(reason))
             except RecursionError:
                 bad.report(where, "its metadata is nested too deeply; leave it out")
@@ -75,87 +80,65 @@ def read_records(sources: list[Source], bad: BadRecords) -> Iterator[Record]:
                 yield record
 
 
-class _BadRowError(Exception):
-    """Why a row is not a record."""
-
-
-def _first(sources: list[Source], first: tuple[int, int]) -> str:
-    return f"the first is at {sources[first[0]].path}:{first[1]}, give each document its own"
-
-
 def _record(row: dict[str, Any], where: str, default_id: str) -> Record:
     form = next((form for form in FORMS if all(row.get(name) is not None for name in form)), None)
     if form is None:
-        raise _BadRowError(f"{_missing(row)}; a record has text, or prompt and completion, or messages")
+        lack = {"prompt": "completion", "completion": "prompt"}
+        missing = next((f"the field {lack[have]!r} is missing" for have in lack if row.get(have) is not None), None)
+        missing = missing or f"the field 'text' is missing: got the fields {', '.join(map(repr, row)) or 'none'}"
+        raise BadRowError(f"{missing}; a record has text, or prompt and completion, or messages")
     parts = {name: row[name] for name in form}
     if form == ("messages",):
         parts["messages"] = _messages(row["messages"])
     else:
-        _check_texts(parts)
+        for name, value in parts.items():
+            if not isinstance(value, str):
+                raise BadRowError(f"the field {name!r} is not a text: got {value!r:.60}")
+            _check_unicode(name, value)
+        if not parts[form[-1]].strip():
+            raise BadRowError(f"the field {form[-1]!r} is empty: got {parts[form[-1]]!r:.60}")
+    own = row.get("id")
+    if own is None or own == "":
+        own = default_id
+    elif isinstance(own, bool) or not isinstance(own, str | int):
+        raise BadRowError(f"the field 'id' is not a text or a whole number: got {own!r:.60}")
+    else:
+        _check_unicode("id", str(own))
     metadata = {name: jsonable(value) for name, value in row.items() if name not in (*form, "id")}
-    return Record(_id(row.get("id"), default_id), parts, metadata, where)
-
-
-def _missing(row: dict[str, Any]) -> str:
-    for have, lack in (("prompt", "completion"), ("completion", "prompt")):
-        if row.get(have) is not None:
-            return f"the field {lack!r} is missing"
-    return f"the field 'text' is missing: got the fields {', '.join(map(repr, row)) or 'none'}"
-
-
-def _check_texts(parts: dict[str, Any]) -> None:
-    for name, value in parts.items():
-        if not isinstance(value, str):
-            raise _BadRowError(f"the field {name!r} is not a text: got {value!r:.60}")
-        _check_unicode(name, value)
-    name = list(parts)[-1]
-    if not parts[name].strip():
-        raise _BadRowError(f"the field {name!r} is empty: got {parts[name]!r:.60}")
-
-
-def _check_unicode(name: str, value: str) -> None:
-    fault = half_pair(name, value)
-    if fault:
-        raise _BadRowError(fault)
+    return Record(str(own), parts, metadata, where)
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise _BadRowError(f"the field 'messages' is not a list of objects: got {messages!r:.60}")
+        raise BadRowError(f"the field 'messages' is not a list of objects: got {messages!r:.60}")
     for message in messages:
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
-                raise _BadRowError(f"a message has no text as its {name!r}: got {message!r:.60}")
+                raise BadRowError(f"a message has no text as its {name!r}: got {message!r:.60}")
             _check_unicode(name, message[name])
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise _BadRowError("no message of the role 'assistant' has a content; its answer is what is learned")
+        raise BadRowError("no message of the role 'assistant' has a content; its answer is what is learned")
     return [{name: value for name, value in message.items() if value is not None} for message in messages]
 
 
-def _id(value: Any, default: str) -> str:
-    if value is None or value == "":
-        return default
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _BadRowError(f"the field 'id' is not a text or a whole number: got {value!r:.60}")
-    _check_unicode("id", str(value))
-    return str(value)
+def _check_unicode(name: str, value: str) -> None:
+    if fault := half_pair(name, value):
+        raise BadRowError(fault)
 
 
 def jsonable(value: Any) -> Any:
-    """The value as JSON can hold it: NaN and infinity become null, dates and the like their text."""
+    """Turn a value into one that JSON can hold: NaN and infinity become null, dates and the like their text."""
     if isinstance(value, dict):
         return {str(name): jsonable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    return str(value)
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def half_pair(name: str, value: str) -> str | None:
-    """What is wrong with a field that holds half of a surrogate pair, which UTF-8 cannot hold."""
+    """Say what is wrong with a field that holds half of a surrogate pair, which UTF-8 cannot hold."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -165,10 +148,10 @@ def half_pair(name: str, value: str) -> str | None:
 
 
 def whole(text: str) -> str:
-    """Half of a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD."""
+    """Replace half of a surrogate pair, which UTF-8 cannot hold, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def dump(value: Any) -> bytes:
-    """One line of JSON."""
+    """Write a value as one line of JSON."""
     return json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"

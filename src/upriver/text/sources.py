@@ -1,4 +1,4 @@
-"""Files to rows: JSON lines, Parquet, CSV and text, alone or in a folder, compressed or not, and `datasets` data.
+"""Files become rows here: JSON lines, Parquet, CSV and text, alone or in a folder, compressed or not, and `datasets` data.
 
 A row is a dictionary, or a sentence that says why it is none; where a whole file cannot be read on, an error is raised.
 Rows are counted from 1; of the forms made of lines the number is that of the line.
@@ -16,10 +16,10 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,7 +47,7 @@ ErrorType = type[InputError]
 
 @dataclass
 class Source:
-    """One file, or one `datasets` data set, to read rows from."""
+    """A source is one file, or one `datasets` data set, that rows are read from."""
 
     path: Path
     name: str  # as in the folder that was given; the default id of its documents
@@ -62,7 +62,7 @@ class Source:
 
     @property
     def fingerprint(self) -> list[str]:
-        """Its name and a hash of its content.
+        """Return its name and a hash of its content.
 
         Raises:
             CorpusError: a file cannot be read.
@@ -76,7 +76,7 @@ class Source:
 
     @property
     def form(self) -> list[Any]:
-        """What the files of a data set do not say: a selection of rows, and the columns."""
+        """Return what the files of a data set do not say: a selection of rows, and the columns."""
         indices = self.data._indices
         picked = None if indices is None else [int(i) for i in indices.column(0).to_pylist()]
         in_memory = None if self.data.cache_files else self.data._fingerprint
@@ -84,7 +84,7 @@ class Source:
 
 
 def find_sources(path: Path, error: ErrorType = CorpusError, skip: Callable[[str, str], None] | None = None):
-    """The files at ``path`` in the order in which they are read (sorted by name), links followed.
+    """Find the files at ``path``, in the order in which they are read (sorted by name); links are followed.
 
     ``skip(where, reason)`` is told of files in a folder that are of no known type; without it they are an error.
 
@@ -92,16 +92,16 @@ def find_sources(path: Path, error: ErrorType = CorpusError, skip: Callable[[str
         error: nothing that can be read, or something of which it cannot be known what it holds.
     """
     mode = _mode(path, error)
-    if not mode:
-        return [_hub(path, error)]
-    if stat.S_ISREG(mode):
-        return [_source(path, path.name, error)]
-    if any(_mode(path / name, error) for name in ("dataset_info.json", "dataset_dict.json")):
-        return [_saved_dataset(path, error)]
+    if not mode or any(_mode(path / name, error) for name in ("dataset_info.json", "dataset_dict.json")):
+        return [_dataset(path, bool(mode), error)]
     sources = []
-    for file in sorted(_files(path, error)):
-        if _kind(file) or skip is None:
-            sources.append(_source(file, file.relative_to(path).as_posix(), error))
+    for file in [path] if stat.S_ISREG(mode) else sorted(_files(path, error)):
+        if (kind := _kind(file)) is not None:
+            name = file.name if file == path else file.relative_to(path).as_posix()
+            name = name.encode(errors="backslashreplace").decode()  # a name need not be UTF-8
+            sources.append(Source(file, name, *kind))
+        elif skip is None or file == path:
+            raise error(f"not a known type of file: got {file}; {KNOWN}")
         else:
             skip(str(file), f"not a known type of file; {KNOWN}")
     if not sources:
@@ -110,7 +110,7 @@ def find_sources(path: Path, error: ErrorType = CorpusError, skip: Callable[[str
 
 
 def _mode(path: Path, error: ErrorType) -> int:
-    """What stands at ``path``, as `os.stat` tells it; 0 for nothing."""
+    """Tell what stands at ``path``, as `os.stat` does; 0 means nothing."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no file can have such a name
@@ -123,14 +123,13 @@ def _mode(path: Path, error: ErrorType) -> int:
 
 
 def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The files below a folder, hidden ones left out; a link into the corpus, or to a folder ``above``, holds nothing new."""
+    """List the files below a folder but hidden ones; a link into the corpus, or to a folder ``above``, holds nothing new."""
     above = (*above, os.path.realpath(folder))
     try:
         paths = list(folder.iterdir())
     except OSError as reason:
-        raise error(
-            f"the folder cannot be listed: got {folder} ({reason.strerror}); change its permissions, or move it away"
-        ) from reason
+        what = f"the folder cannot be listed: got {folder} ({reason.strerror})"
+        raise error(f"{what}; change its permissions, or move it away") from reason
     for path in paths:
         if path.name.startswith("."):
             continue
@@ -144,7 +143,7 @@ def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Itera
 
 
 def _read_anyway(folder: Path, above: tuple[str, ...]) -> bool:
-    """Whether a folder is one of those ``above`` it, or a link to one that the first of them, the corpus, holds openly."""
+    """Tell whether a folder is one of those ``above`` it, or a link to one that the first of them, the corpus, holds openly."""
     target = Path(os.path.realpath(folder))
     if str(target) in above:
         return True
@@ -159,56 +158,39 @@ def _kind(path: Path) -> tuple[str, str] | None:
     return None if kind is None or (kind == "parquet" and compression) else (kind, compression)
 
 
-def _source(path: Path, name: str, error: ErrorType) -> Source:
-    found = _kind(path)
-    if found is None:
-        raise error(f"not a known type of file: got {path}; {KNOWN}")
-    return Source(path, name.encode(errors="backslashreplace").decode(), *found)  # a name need not be UTF-8
-
-
-def _hub(path: Path, error: ErrorType) -> Source:
+def _dataset(path: Path, saved: bool, error: ErrorType) -> Source:
+    """Load the `datasets` data set that was saved in a folder, or that the hub has by that name."""
     missing = f"no such file or folder: got {path}"
-    if path.is_absolute() or _kind(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+    if not saved and (path.is_absolute() or _kind(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))):
         raise error(f"{missing}; check the path")
     import datasets
 
     try:
-        data = datasets.load_dataset(str(path))
+        data: Any = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     except Exception as reason:
-        raise error(f"{missing}, nor can a data set of that name be loaded ({reason})") from reason
-    return _dataset(path, data, error)
-
-
-def _saved_dataset(path: Path, error: ErrorType) -> Source:
-    import datasets
-
-    try:
-        data = datasets.load_from_disk(str(path))
-    except Exception as reason:
-        raise error(f"cannot read the data set saved in {path}: {reason}; save it again with save_to_disk") from reason
-    return _dataset(path, data, error)
-
-
-def _dataset(path: Path, data: Any, error: ErrorType) -> Source:
+        what = f"cannot read the data set saved in {path}: {reason}; save it again with save_to_disk"
+        raise error(what if saved else f"{missing}, nor can a data set of that name be loaded ({reason})") from reason
     if isinstance(data, dict):
         split = "train" if "train" in data else next(iter(data))
         if split != "train" and len(data) > 1:
-            raise error(
-                f"the data set has no split named 'train': got {sorted(data)} in {path}; save one of them alone"
-            )
+            what = f"the data set has no split named 'train': got {sorted(data)} in {path}"
+            raise error(f"{what}; save one of them alone")
         data = data[split]
     return Source(path, path.name, "dataset", data=data)
 
 
 def rows(source: Source) -> Iterator[tuple[int, Row]]:
-    """All rows of a source, numbered.
+    """Read all rows of a source, with their numbers.
 
     Raises:
         CorpusError: the file is damaged or cut short.
     """
-    return {"jsonl": json_rows, "csv": _csv_rows, "text": _text_rows, "parquet": _parquet_rows, "dataset": _data_rows}[
-        source.kind
-    ](source)
+    readers = {"jsonl": json_rows, "csv": _csv_rows, "text": _text_rows, "parquet": _parquet_rows}
+    if source.data is None:
+        yield from readers[source.kind](source)
+    for row, value in enumerate(source.data or (), 1):
+        source.read_bytes = row
+        yield row, value
 
 
 def json_rows(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int, Row]]:
@@ -226,18 +208,14 @@ def _json_row(content: bytes) -> Row:
         if content.lstrip().startswith(b"["):
             return "a JSON array that goes over several lines; write one JSON object a line"
         return f"broken JSON: {reason}; write one JSON object a line"
-    if not isinstance(row, dict):
-        return f"not a JSON object: got {_short(row)}; write one JSON object a line"
-    return row
+    if isinstance(row, dict):
+        return row
+    text = repr(row)
+    return f"not a JSON object: got {text if len(text) <= 60 else text[:57] + '...'}; write one JSON object a line"
 
 
 def _not_utf8(byte: int, place: str) -> str:
     return f"not UTF-8: got 0x{byte:02x} at {place}; save the file as UTF-8"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _csv_rows(source: Source) -> Iterator[tuple[int, Row]]:
@@ -248,17 +226,22 @@ def _csv_rows(source: Source) -> Iterator[tuple[int, Row]]:
         header = _csv_cells(reader)
         if isinstance(header, str):
             raise CorpusError(f"{source.path}:1: the header cannot be used: {header}")
-        line = reader.line_num + 1
+        header, line = header or [], reader.line_num + 1
         while (cells := _csv_cells(reader)) is not None:
-            if cells:
-                yield line, cells if isinstance(cells, str) else _csv_row(header or [], cells)
+            if isinstance(cells, str):
+                yield line, cells
+            elif cells and len(cells) != len(header):
+                fault = f"broken CSV: got {len(cells)} cells, the header has {len(header)}"
+                yield line, f"{fault}; quote cells that hold a comma"
+            elif cells:
+                yield line, dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
     finally:
         csv.field_size_limit(limit)
 
 
 def _csv_cells(reader: Iterator[list[str]]) -> list[str] | str | None:
-    """The cells of the next row, or why it has none; after that the reader goes on with the next line."""
+    """Read the cells of the next row, or say why it has none; the reader then goes on with the next line."""
     try:
         cells = next(reader, None)
     except csv.Error as reason:
@@ -269,12 +252,6 @@ def _csv_cells(reader: Iterator[list[str]]) -> list[str] | str | None:
     if escaped:
         return _not_utf8(ord(escaped[0]) - 0xDC00, f"character {escaped.start() + 1} of the row")
     return cells
-
-
-def _csv_row(header: list[str], cells: list[str]) -> Row:
-    if len(cells) != len(header):
-        return f"broken CSV: got {len(cells)} cells, the header has {len(header)}; quote cells that hold a comma"
-    return dict(zip(header, cells, strict=True))
 
 
 def _text_rows(source: Source) -> Iterator[tuple[int, Row]]:
@@ -305,16 +282,15 @@ def _parquet_rows(source: Source) -> Iterator[tuple[int, Row]]:
         raise CorpusError(f"{source.path}:{row + 1}: {_damaged(reason)}") from reason
 
 
-def _data_rows(source: Source) -> Iterator[tuple[int, Row]]:
-    for row, value in enumerate(source.data, 1):
-        source.read_bytes = row
-        yield row, value
-
-
 def _lines(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int, bytes]]:
-    line = 0
+    line, openers = 0, {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
     try:
-        with open(source.path, "rb") as raw, _decompressed(raw, source.compression) as stream:
+        with ExitStack() as opened:
+            raw = stream = opened.enter_context(open(source.path, "rb"))
+            if source.compression == ".zst":
+                stream = opened.enter_context(io.BufferedReader(pa.input_stream(raw, compression="zstd")))  # pyright: ignore
+            elif source.compression:
+                stream = opened.enter_context(openers[source.compression](raw, "rb"))
             for line, content in enumerate(stream, 1):
                 yield line, content.removeprefix(BOM) if line == 1 else content
                 source.read_bytes = raw.tell()
@@ -326,16 +302,3 @@ def _damaged(reason: BaseException) -> str:
     if isinstance(reason, PermissionError):
         return "the file may not be read; change its permissions"
     return f"the file cannot be read on: {reason}; it is damaged or cut short, make it again"
-
-
-@contextmanager
-def _decompressed(raw: BinaryIO, compression: str) -> Iterator[Any]:
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    if compression in openers:
-        with openers[compression](raw, "rb") as stream:
-            yield stream
-    elif compression == ".zst":
-        with io.BufferedReader(pa.input_stream(raw, compression="zstd")) as stream:  # pyright: ignore
-            yield stream
-    else:
-        yield raw

@@ -1,25 +1,110 @@
-"""Records to tokens: which text is tokenised, and which of its tokens carry loss.
+"""Text and records become tokens here, which know where they stand in their text and whether they carry loss.
 
-Plain text: every token.  Prompt and completion: joined, and a token carries loss when it ends beyond the prompt.
-Messages: rendered with the tokenizer's chat template, and the tokens of the assistant's contents carry loss.
+Axes: T tokens.  Only fast tokenizers know where in the text a token stands, so only they are accepted.
+Plain text: every token carries loss.  Prompt and completion are joined, and a token carries loss when it ends beyond the
+prompt.  Messages are rendered with the tokenizer's chat template, and the tokens of the assistant's contents carry loss.
 """
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from upriver.errors import CorpusError
-from upriver.text.encode import Encoded, encode
-from upriver.text.records import BadRecords, Record
+from upriver.errors import CorpusError, ModelError
+from upriver.runtime.artifact import digest
+from upriver.text.records import BadRecords, BadRowError, Record
 from upriver.text.sources import LARGEST, TOO_LARGE
 
 CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 1_000_000
+Spans = list[tuple[int, int]]  # of characters; None where they would be the whole text
+
+
+class Encoded(NamedTuple):
+    """A text was cut into tokens; token ``t`` stands for the characters ``cuts_C[t]`` to ``cuts_C[t + 1]``.
+
+    The cuts partition the text exactly: what the tokenizer gives to no token (a trimmed space) goes to the next one,
+    and of several tokens that share one character (the bytes of an emoji) the first holds it, the others nothing.
+    """
+
+    tokens_T: np.ndarray  # int64
+    cuts_C: np.ndarray  # int64 [T + 1]
+    starts_T: np.ndarray  # int64: where the tokenizer says the token starts; 0 for special tokens added by itself
+    ends_T: np.ndarray  # int64: and ends
+    special_T: np.ndarray  # bool: added by the tokenizer, not read from the text
+
+    def pieces(self, text: str) -> list[str]:
+        """Return the text of each token; joined they are the text."""
+        return [text[start:end] for start, end in pairwise(self.cuts_C.tolist())]
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether no token comes from the text."""
+        return bool(self.special_T.all())
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special: bool = True) -> list[Encoded]:
+    """Tokenise ``texts`` as ``tokenizer(text)`` does, special tokens included unless ``add_special`` is false.
+
+    Raises:
+        ModelError: the tokenizer does not tell character offsets.
+    """
+    require_offsets(tokenizer)
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=add_special,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # a document may be longer than the model's context: it is cut into windows afterwards
+    )
+    found = []
+    fields = zip(texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+    for text, tokens, offsets, special in fields:
+        starts_T, ends_T = np.array(offsets, np.int64).reshape(-1, 2).T
+        special_T = np.array(special, bool)
+        cuts_C = np.zeros(len(tokens) + 1, np.int64)
+        cuts_C[1:] = np.maximum.accumulate(ends_T)
+        from_text = np.flatnonzero(~special_T)
+        if len(from_text):
+            cuts_C[from_text[-1] + 1 :] = len(text)
+        found.append(Encoded(np.array(tokens, np.int64), cuts_C, starts_T, ends_T, special_T))
+    return found
+
+
+def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"the tokenizer of {getattr(tokenizer, 'name_or_path', '')!r} gives no character offsets: "
+            f"got {type(tokenizer).__name__}, a slow one; "
+            "save a fast tokenizer beside the model (AutoTokenizer.from_pretrained(..., use_fast=True)), with its tokenizer.json"
+        )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash all that decides how text becomes tokens: vocabulary, merges, special tokens, chat template.
+
+    Raises:
+        ModelError: the tokenizer does not tell character offsets.
+    """
+    require_offsets(tokenizer)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore
+    backend |= {"truncation": None, "padding": None}  # changed by calls, and never asked for here
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return digest([backend, special, tokenizer.chat_template])
+
+
+def largest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the largest token id that the tokenizer can produce."""
+    return max(tokenizer.get_vocab().values())
 
 
 class Document(NamedTuple):
-    """A record as tokens."""
+    """A document is a record that was tokenised."""
 
     record: Record
     text: str  # as tokenised
@@ -28,126 +113,97 @@ class Document(NamedTuple):
     loss_T: np.ndarray  # bool
 
 
-class _Prepared(NamedTuple):
-    record: Record
-    text: str
-    special: bool
-    answers: list[tuple[int, int]] | None  # character spans that carry loss; None: everything
-
-
 def documents(
     records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, bad: BadRecords
 ) -> Iterator[list[Document]]:
-    """The records as tokens, in chunks; one without a token of its own or of too much text is a bad one."""
-    for chunk in _chunks(_prepared(records, tokenizer, bad)):
-        encoded = _encode_chunk(chunk, tokenizer)
+    """Tokenise records, in chunks; one without a token of its own, or of too much text, is a bad record."""
+    for chunk in _chunks(records, tokenizer, bad):
+        encoded = {
+            special: iter(encode(tokenizer, [text for _, text, added, _ in chunk if added == special], special))
+            for special in {added for _, _, added, _ in chunk}
+        }
         good = []
-        for prepared, tokens in zip(chunk, encoded, strict=True):
+        for record, text, special, answers in chunk:
+            tokens = next(encoded[special])
             if tokens.is_empty:
-                bad.report(prepared.record.where, f"the text tokenises to nothing: got {prepared.text!r:.60}")
-            else:
-                good.append(_document(prepared, tokens))
+                bad.report(record.where, f"the text tokenises to nothing: got {text!r:.60}")
+                continue
+            loss_T = np.full(len(tokens.tokens_T), answers is None)
+            for start, end in answers or ():
+                loss_T |= (tokens.ends_T > start) & (tokens.starts_T < end)
+            good.append(Document(record, text, special, tokens, loss_T))
         yield good
 
 
-def _prepared(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, bad: BadRecords) -> Iterator[_Prepared]:
+def _chunks(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, bad: BadRecords
+) -> Iterator[list[tuple[Record, str, bool, Spans | None]]]:
+    """Collect a bounded number of documents and, but for the last of each list, of characters.
+
+    A document is a record, its text, whether the tokenizer adds special tokens, and what of the text carries loss.
+    """
+    chunk, n_characters = [], 0
     for record in records:
         try:
-            prepared = _prepare(record, tokenizer)
-        except _TemplateError as reason:
+            text, special, answers = _prepare(record, tokenizer)
+        except BadRowError as reason:
             bad.report(record.where, str(reason))
             continue
-        if len(prepared.text.encode()) > LARGEST:
+        if len(text.encode()) > LARGEST:
             bad.report(record.where, TOO_LARGE)
-        else:
-            yield prepared
+            continue
+        chunk.append((record, text, special, answers))
+        n_characters += len(text)
+        if len(chunk) == CHUNK_DOCUMENTS or n_characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, n_characters = [], 0
+    if chunk:
+        yield chunk
 
 
-def _prepare(record: Record, tokenizer: PreTrainedTokenizerBase) -> _Prepared:
+def _prepare(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool, Spans | None]:
     parts = record.parts
     if "text" in parts:
-        return _Prepared(record, parts["text"], True, None)
+        return parts["text"], True, None
     if "prompt" in parts:
         text = parts["prompt"] + parts["completion"]
-        return _Prepared(record, text, True, [(len(parts["prompt"]), len(text))])
+        return text, True, [(len(parts["prompt"]), len(text))]
     if not tokenizer.chat_template:
         raise CorpusError(
             f"{record.where}: a record has messages, and the tokenizer has no chat template to render them; "
             "give records with prompt and completion, or a tokenizer with a chat template"
         )
     text, answers = render(parts["messages"], tokenizer)
-    return _Prepared(record, text, False, answers)
+    return text, False, answers  # a template brings its own special tokens
 
 
-class _TemplateError(Exception):
-    """Why a conversation cannot be rendered."""
+def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
+    """Render a conversation as text, and find the characters of each content of the assistant in it.
 
-
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the character span of each content of the assistant in it."""
-    text = _template(messages, tokenizer)
-    position, answers = 0, []
+    Raises:
+        BadRowError: the chat template refuses the messages, or does not show an answer as it is.
+    """
+    text, position, answers = _template(messages, tokenizer), 0, []
     for index, message in enumerate(messages):
-        content = message["content"].strip()
-        if message["role"] == "assistant":
-            position = max(position, _head(text, messages[:index], tokenizer))
+        content, answered = message["content"].strip(), message["role"] == "assistant"
+        if (
+            answered and index
+        ):  # where it begins, if the template renders the messages before it to a beginning of the text
+            with suppress(BadRowError):
+                head = _template(messages[:index], tokenizer, reply=True)
+                position = max(position, len(head) if text.startswith(head) else 0)
         start = text.find(content, position)
-        if start < 0 and message["role"] == "assistant":
-            raise _TemplateError(
-                f"the chat template does not show an answer of the assistant as it is: {content!r:.60}"
-            )
+        if start < 0 and answered:
+            raise BadRowError(f"the chat template does not show an answer of the assistant as it is: {content!r:.60}")
         if start >= 0:
             position = start + len(content)
-        if content and message["role"] == "assistant":
+        if content and answered:
             answers.append((start, position))
     return text, answers
-
-
-def _head(text: str, before: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where an answer begins, if the template renders the messages before it to a beginning of the whole text."""
-    try:
-        head = _template(before, tokenizer, reply=True) if before else ""
-    except _TemplateError:
-        return 0
-    return len(head) if text.startswith(head) else 0
 
 
 def _template(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, reply: bool = False) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply))
     except Exception as error:  # a template is a program of its own and may raise anything
-        raise _TemplateError(f"the chat template refuses the messages: {error}") from error
-
-
-def _chunks(items: Iterable[_Prepared]) -> Iterator[list[_Prepared]]:
-    """Lists of a bounded number of documents and, but for the last document of each, of characters."""
-    items = iter(items)
-    for first in items:
-        chunk, n_characters = [first], len(first.text)
-        while len(chunk) < CHUNK_DOCUMENTS and n_characters < CHUNK_CHARACTERS:
-            following = next(items, None)
-            if following is None:
-                break
-            chunk.append(following)
-            n_characters += len(following.text)
-        yield chunk
-
-
-def _encode_chunk(chunk: list[_Prepared], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    encoded: dict[int, Encoded] = {}
-    for special in (True, False):
-        which = [i for i, prepared in enumerate(chunk) if prepared.special == special]
-        if which:
-            found = encode(tokenizer, [chunk[i].text for i in which], special)
-            encoded |= dict(zip(which, found, strict=True))
-    return [encoded[i] for i in range(len(chunk))]
-
-
-def _document(prepared: _Prepared, encoded: Encoded) -> Document:
-    if prepared.answers is None:
-        loss_T = np.ones(len(encoded.tokens_T), bool)
-    else:
-        loss_T = np.zeros(len(encoded.tokens_T), bool)
-        for start, end in prepared.answers:
-            loss_T |= (encoded.ends_T > start) & (encoded.starts_T < end)
-    return Document(prepared.record, prepared.text, prepared.special, encoded, loss_T)
+        raise BadRowError(f"the chat template refuses the messages: {error}") from error

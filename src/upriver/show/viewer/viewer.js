@@ -112,12 +112,15 @@ function answerTokens(tokens, text) {
 
 function drawQuestion() {
   const contrast = Q.contrast && h("p", { class: "ask contrast", dir: "auto" }, h("span", { class: "label" }, "rather than"), answerTokens(Q.contrast_tokens, Q.contrast));
-  const facts = [
+  const S = Q.solution ?? {}, facts = [
     Q.log_prob !== null && [Q.contrast ? "difference of log-probabilities" : "log-probability of the answer", `${number(Q.log_prob, 4)} nats`],
     Q.log_prob !== null && !Q.contrast && ["probability", number(Math.exp(Math.min(0, Q.log_prob)))],
     Q.generated && ["answer", "the model's own, greedy"],
     Q.log_prob === null && Q.measurement !== null && ["measurement", number(Q.measurement, 4)],
     Q.rank_correlation !== null && ["scan against full rank", `r = ${Q.rank_correlation.toFixed(3)}`],
+    S.converged === false && ["solution", "not converged"],
+    S.best_energy && ["held-out energy", `${number(S.best_energy)} (gradient ${number(S.gradient?.best_energy)})`],
+    S.best_energy && ["best scale", number(S.best_scale, 2)],
   ].filter(Boolean);
   const words = h("div", { class: "words" },
     h("p", { class: "label" }, `Question ${state.query + 1} of ${D.queries.length} · ${clip(String(Q.id), 60)}`),
