@@ -124,7 +124,9 @@ class Trial:
         for path in sorted(p for name in ("factors", "scores") for p in (self.folder / name).rglob("*") if p.is_file()):
             content = path.read_bytes()
             if path.name == "manifest.json":
-                content = json.dumps({k: v for k, v in json.loads(content).items() if k != "timings"}).encode()
+                content = json.dumps(
+                    {k: v for k, v in json.loads(content).items() if k not in ("timings", "digest")}
+                ).encode()
             if path.name != ".lock":
                 found[str(path.relative_to(self.folder))] = content
         return found

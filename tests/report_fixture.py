@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from upriver.runtime.artifact import SCHEMA, Artifact, write_json
+
 HOSTILE = "He wrote </script><script>alert(1)</script><img src=x onerror=alert(2)> & <b>bold</b> into the record."
 RTL = "وقال الرئيس إن الاتحاد قوي. שלום לכל חברי הקונגרס."
 EMOJI = "The people answered with joy 🎉👩‍👩‍👧 and the café was full."
@@ -97,7 +99,7 @@ def write_scores(
     rows = [row for q in asked for row in _top(rng, q, raw[q["id"]], corpus, per_side, len(layers), n)]
     pd.DataFrame(rows).astype({"tfidf_rank": "Int64"}).to_parquet(path / "top.parquet")
     (path / "queries.json").write_text(json.dumps([_query(rng, q) for q in asked]), encoding="utf-8")
-    (path / "manifest.json").write_text(json.dumps(_manifest(layers, n, documents)), encoding="utf-8")
+    seal(path, **_manifest(layers, n, documents))
     return path
 
 
@@ -125,6 +127,15 @@ def _corpus(rng: np.random.Generator, documents: int, tokens: int) -> list[dict[
             )
             start += len(text) + 1
     return sequences
+
+
+def seal(path: Path, **changes: Any) -> None:
+    """Write the manifest anew, with ``changes`` and the checksums of the files as they are now."""
+    key, manifest = {"stage": "trace", "schema": SCHEMA}, path / "manifest.json"
+    write_json(path / "key.json", key)
+    old = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+    told = {name: x for name, x in old.items() if name not in ("key", "digest", "files")}
+    Artifact(path, key).finish(told | changes)
 
 
 def _top(

@@ -19,6 +19,7 @@ from cli_cases import QUERIES, RECORDS, Tiny, upriver
 from text_cases import write_jsonl
 from upriver import cli
 from upriver.model.load import load_model
+from upriver.runtime.artifact import read_json
 
 FORMATS = Path(__file__).parent.parent / "docs" / "formats.md"
 SEQ_LEN, TOP = 16, 4
@@ -174,7 +175,7 @@ def test_without_a_verb_the_verbs_are_listed(call):
 def test_factors_folder(tiny, scores):
     manifest = json.loads((tiny.factors / "manifest.json").read_text())
     assert {"key", "layers", "coverage", "fit", "data", "timings"} <= manifest.keys()
-    assert manifest["key"] == json.loads((tiny.factors / "key.json").read_text())
+    assert manifest["key"] == read_json(tiny.factors / "key.json")
     assert {"stage", "model", "corpus", "kernel", "options", "conventions"} <= manifest["key"].keys()
     assert not (tiny.factors / "covariance").exists()
     for k, layer in enumerate(manifest["layers"]):

@@ -16,6 +16,7 @@ import cli_cases
 import upriver as up
 from upriver.errors import ConfigError, MismatchError, ModelError, NumericalError, QueryError
 from upriver.model.generate import _continuation, complete
+from upriver.runtime.artifact import read_json, write_json
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 LINES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
@@ -190,9 +191,9 @@ def test_scores_of_factors_that_ended_earlier_are_others(folder):
     corpus, queries = up.Corpus.read("corpus.jsonl", model.tokenizer, seq_len=16), up.Queries.read("queries.jsonl")
     factors = up.fit(model, corpus, "factors")
     up.trace(model, corpus, queries, factors, "scores")
-    manifest = json.loads((folder / "factors" / "manifest.json").read_text())
+    manifest = read_json(folder / "factors" / "manifest.json")
     manifest["fit"]["tokens"] //= 2
-    (folder / "factors" / "manifest.json").write_text(json.dumps(manifest))
+    write_json(folder / "factors" / "manifest.json", manifest)
     with pytest.raises(MismatchError, match="scores was made with another factors"):
         up.trace(model, corpus, queries, up.Factors("factors"), "scores")
 

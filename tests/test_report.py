@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from report_fixture import HOSTILE, Parts, payload, solved, write_scores
+from report_fixture import HOSTILE, Parts, payload, seal, solved, write_scores
 from upriver.show.data import build_report, layers_by_depth
 from upriver.show.folder import Folder, read_folder
 from upriver.show.passages import near_duplicates, sentences
@@ -107,8 +107,7 @@ def test_spans_are_read_once_for_all_queries(scores: Path) -> None:
 @pytest.mark.parametrize("candidates", [None, {"per_query": 5, "kept": 20, "note": "the 5 best of each query"}])
 def test_report_and_page_say_whether_only_candidates_were_scored(tmp_path: Path, candidates: Any) -> None:
     path = write_scores(tmp_path / "scores", queries=1, per_side=2, documents=4)
-    manifest = json.loads((path / "manifest.json").read_text()) | {"candidates": candidates}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    seal(path, candidates=candidates)
     page = write_report(path)
     for shown in (payload(page.read_text(encoding="utf-8")), json.loads((path / "report.json").read_text())):
         assert shown["candidates"] is bool(candidates)
@@ -120,8 +119,9 @@ def test_parts_that_a_run_did_not_write_are_left_out(tmp_path: Path) -> None:
         (path / name).unlink()
     top = pd.read_parquet(path / "top.parquet")
     top[["query", "side", "rank", "sequence", "document", "score", "text"]].to_parquet(path / "top.parquet")
-    (path / "manifest.json").write_text('{"stage": "trace"}')
+    (path / "manifest.json").unlink()
     (path / "queries.json").write_text('[{"id": "blessing", "completion": "yes"}]')
+    seal(path)
     write_report(path)
     report = json.loads((path / "report.json").read_text(encoding="utf-8"))
     assert report["queries"][0]["documents"] is None

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from report_fixture import Parts, write_scores
+from report_fixture import Parts, seal, write_scores
 from upriver.show.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -126,9 +126,7 @@ def test_documents_and_sentences(tmp_path: Path) -> None:
 
 def test_sums_of_documents_are_called_partial_where_only_candidates_were_scored(tmp_path: Path) -> None:
     path = write_scores(tmp_path / "scores", queries=1, per_side=4, tokens=44, documents=9)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["candidates"] = {"per_query": 5, "kept": 5, "note": "only the 5 best sequences were scored"}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    seal(path, candidates={"per_query": 5, "kept": 5, "note": "only the 5 best sequences were scored"})
     page = write_report(path)
     dom = drawn(page, tmp_path / "a", "#query=blessing&by=documents")
     first = report_in(path)["queries"][0]["documents"]["positive"][0]

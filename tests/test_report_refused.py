@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from report_fixture import write_scores
+from report_fixture import seal, write_scores
 from upriver.errors import ConfigError, InputError
+from upriver.runtime.artifact import write_json
 from upriver.show.report import report_files, write_report
 from upriver.show.scores import Scores
 from upriver.show.terminal import terminal_summary
@@ -37,12 +38,14 @@ def contents(folder: Path) -> dict[str, bytes]:
         (lambda path: shutil.rmtree(path), "no such folder"),
         (lambda path: [p.unlink() for p in path.iterdir()], "not a folder of results"),
         (lambda path: (path / "manifest.json").unlink(), "not finished"),
-        (lambda path: (path / "manifest.json").write_text('{"stage": "fit"}'), "not the result of a trace"),
+        (lambda path: write_json(path / "manifest.json", {"key": {"stage": "fit"}}), "not the result of a trace"),
         (lambda path: (path / "manifest.json").write_text("[]"), "not the result of a trace"),
         (lambda path: (path / "manifest.json").write_text("{"), "cannot read"),
         (lambda path: (path / "top.parquet").unlink(), r"no top\.parquet"),
         (lambda path: (path / "top.parquet").write_bytes(b"PAR1 not so"), "cannot read"),
-        (lambda path: (path / "queries.json").write_text("[]"), "no queries"),
+        (lambda path: [(path / "queries.json").write_text("[]"), seal(path)], "no queries"),
+        (lambda path: (path / "queries.json").write_text("[]"), r"cannot read .*queries\.json: its checksum"),
+        (lambda path: seal(path, damping=0.1), "cannot read .* its entry 'damping' is not as this version writes it"),
     ],
 )
 def test_what_is_not_a_finished_trace_is_refused(scores: Path, spoil: Any, words: str) -> None:
@@ -150,6 +153,7 @@ def test_a_report_replaces_that_of_another_trace_with_odd_ids(scores: Path, tmp_
     queries = json.loads((scores / "queries.json").read_text(encoding="utf-8"))
     queries[0]["id"] = 'a "quoted\\" id 🎉'
     (scores / "queries.json").write_text(json.dumps(queries), encoding="utf-8")
+    seal(scores)
     write_report(scores, tmp_path / "out")
     other = write_scores(tmp_path / "other", queries=1, per_side=3, documents=4)
     write_report(other, tmp_path / "out")

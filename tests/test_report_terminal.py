@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from report_fixture import solved, write_scores
+from report_fixture import seal, solved, write_scores
 from upriver.errors import InputError
 from upriver.show.terminal import terminal_summary
 
@@ -65,6 +65,7 @@ def test_control_characters_of_a_corpus_do_not_reach_the_terminal(scores: Path, 
     top["document"] = "\x1b[2Jname\u202e"
     top["tokens"] = [["\x1b]0;title\x07", *list(tokens)[1:]] for tokens in top["tokens"]]
     top.to_parquet(path / "top.parquet")
+    seal(path)
     text = printed(path)
     assert not set(text) & {"\x1b", "\x07", "\u202e"}
 
@@ -74,6 +75,7 @@ def test_markup_in_text_is_text(scores: Path, tmp_path: Path) -> None:
     top = pd.read_parquet(path / "top.parquet")
     top["document"] = "[bold red]loud[/bold red]"
     top.to_parquet(path / "top.parquet")
+    seal(path)
     assert "[bold red]loud[/bold red]" in printed(path)
 
 

@@ -16,13 +16,13 @@ import typer
 from rich.console import Console
 
 from upriver.curvature.fit import Factors, fit
-from upriver.errors import ConfigError, UpriverError
+from upriver.errors import ConfigError, StorageError, UpriverError
 from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
 from upriver.model.planned import Blank
 from upriver.model.shape import config_only
 from upriver.pipeline import plan_model, trace
-from upriver.runtime.artifact import write_json
+from upriver.runtime.artifact import load_json, refuse_inside, write_json
 from upriver.runtime.config import (
     BATCH_TOKENS,
     CURVATURES,
@@ -102,6 +102,7 @@ def fit_command(
         "batch_tokens": batch_tokens, "memory": memory, "seed": seed,
     }  # fmt: skip
     options(FitOptions, given)  # a mistake is known before a model is loaded
+    refuse_inside(out)
     loaded = _load_model(model, device)
     read = _read_corpus(corpus, loaded, seq_len, pack, on_bad_record)
     factors = fit(loaded, read, out, overwrite=overwrite, progress=bars, say=say, **given)
@@ -166,6 +167,7 @@ def trace_command(
     }  # fmt: skip
     options(TraceOptions, given)
     rates = _checkpoints(checkpoints)
+    refuse_inside(out)
     fitted = Factors(factors) if factors else None
     how = fitted.reading if fitted else {"seq_len": seq_len or 512, "pack": False, "on_bad_record": "error"}
     if seq_len not in (None, how["seq_len"]):
@@ -237,10 +239,8 @@ def plan_command(
 ) -> None:
     """Passes, operations, time, memory and disk of a fit and a trace, before anything starts."""
     traced = options(TraceOptions, {"rank": rank, "top": top})
-    if out and not out.parent.is_dir():
-        raise ConfigError(
-            f"bad value for --out: got {str(out)!r}; there is no folder {str(out.parent)!r}, make it first"
-        )
+    if out:
+        _check_plan_file(out)
     options(FitOptions, {"max_tokens": max_tokens, "dtype": dtype, "batch_tokens": batch_tokens})
     alone, size = config_only(model), parse_sizes(corpus)
     what = alone or _load_model(model, "auto")
@@ -265,7 +265,25 @@ def plan_command(
     for line in describe(plan):
         stdout.print(line, markup=False)
     if out:
-        write_json(out, plan.as_dict())
+        write_json(out, plan.as_dict(), sealed=False)
+
+
+def _check_plan_file(out: Path) -> None:
+    """Refuse a file for a plan that would replace anything but an earlier plan."""
+    if not out.parent.is_dir():
+        raise ConfigError(
+            f"bad value for --out: got {str(out)!r}; there is no folder {str(out.parent)!r}, make it first"
+        )
+    refuse_inside(out)
+    if os.path.lexists(out):
+        try:
+            found = load_json(out)
+        except StorageError:
+            found = None
+        if not isinstance(found, dict) or not {"machine", "passes", "seconds", "peak_bytes", "advice"} <= found.keys():
+            raise ConfigError(
+                f"bad value for --out: got {str(out)!r}, which is there and is no plan; choose another file, or move it away"
+            )
 
 
 def read_for_others(

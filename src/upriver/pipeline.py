@@ -1,6 +1,5 @@
 """The main path: solve the queries, stream the corpus past them, look again at the top, write it down."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +29,12 @@ from upriver.model.planned import announce, plan_config, plan_here
 from upriver.model.ready import check_length, tracked_layers
 from upriver.model.shape import model_shape
 from upriver.runtime import dist
-from upriver.runtime.artifact import Artifact, digest, locked, write_json
+from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
 from upriver.runtime.config import CONVENTIONS, TraceOptions, options
 from upriver.runtime.plan import Plan, Request, hardware, plan_run
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.system import give_back
+from upriver.show.report import is_report
 from upriver.show.scores import Scores
 from upriver.text.batch import Sequences
 from upriver.text.candidates import candidates
@@ -127,7 +127,7 @@ def trace(
         "conventions": CONVENTIONS,
     }
     with locked(out):
-        stage = Artifact.open(out, "trace", key, overwrite)
+        stage = Artifact.open(out, "trace", key, overwrite, is_report)
         if stage.done:
             dist.on_first(lambda: _tidy(out))  # a kill may have come between the two
             say(f"scores: {out} is complete and was made from the same inputs; used as it is")
@@ -300,7 +300,7 @@ def _coverage(job: Job) -> dict[str, Any]:
 def _tidy(folder: Path) -> None:
     """Remove what the stages left: all that counts of it is in the tables."""
     for name in ("solution", "solved", "scan", "rescored", "judged"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        discard(folder / name)
     division_file(folder).unlink(missing_ok=True)
 
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import upriver as up
-from upriver.curvature.blocks import Eigenblock, TokenGradient
+from upriver.curvature.blocks import Eigenblock, TokenGradient, rotate_tokens
 from upriver.influence.queries import token_gradients
 from upriver.model.layers import Layer, find_layers
 from upriver.model.sweep import Source, sweep
@@ -71,7 +71,7 @@ def solve(block: Eigenblock, queries: list[TokenGradient]) -> Solved:
     """
     m = block.basis
     assert m is not None
-    q_QOI = torch.stack([q.dense() for q in m.rotate_tokens(queries)])
+    q_QOI = torch.stack([q.dense() for q in rotate_tokens(m, queries)])
     v_QOI = q_QOI / (block.lam_OI + up.Damping().of(block.lam_OI))
     metrics = {
         "weighted": (m.eig_S_O, m.eig_A_I),

@@ -1,12 +1,18 @@
-"""What every solver of ``(G + lambda I) v = q`` is: fit apart from solve, and damping an argument of ``solve``."""
+"""What every solver of ``(G + lambda I) v = q`` is: fit apart from solve, and damping an argument of ``solve``.
+
+Axes: Q queries, O outputs and I inputs of a layer, R rank.
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from upriver.errors import ConfigError
 from upriver.runtime.config import parse_damping
+from upriver.tensors import LowRank, product, truncated_svd, weighted_low_rank
 
 Grads = dict[str, Tensor]  # layer name -> q_QOI
 
@@ -31,8 +37,37 @@ class Damping(NamedTuple):
         except ValueError as error:
             raise ConfigError(f"bad damping: got {text!r}; {error}") from error
 
-    def of(self, lam: Tensor) -> float:
-        return self.value * float(lam.double().mean()) if self.relative else self.value
+    def of(self, lam: Tensor | float) -> float:
+        """``lambda`` of a layer with the eigenvalues ``lam``, or with that mean of them."""
+        mean = float(lam.double().mean()) if isinstance(lam, Tensor) else lam
+        return self.value * mean if self.relative else self.value
+
+
+class Moments(NamedTuple):
+    """The eigendecompositions of one layer's ``A`` and ``S``: bases, eigenvalues, and the mean positions per sequence."""
+
+    Q_A_II: Tensor
+    Q_S_OO: Tensor
+    eig_A_I: Tensor
+    eig_S_O: Tensor
+    T_mean: float
+
+    def rotate(self, q_QOI: Tensor) -> Tensor:
+        return self.Q_S_OO.T @ q_QOI @ self.Q_A_II
+
+    def back(self, v_QOI: Tensor) -> Tensor:
+        return self.Q_S_OO @ v_QOI @ self.Q_A_II.T
+
+    def back_factors(self, low: LowRank) -> LowRank:
+        """All queries in one product for each side: many small ones reach two thirds of its speed."""
+        (Q, O, R), I = low.U_QOR.shape, low.V_QRI.shape[2]
+        U_QRO = product(low.U_QOR.transpose(1, 2).reshape(Q * R, O), self.Q_S_OO.T)
+        V_QRI = product(low.V_QRI.reshape(Q * R, I), self.Q_A_II.T)
+        return LowRank(U_QRO.unflatten(0, (Q, R)).transpose(1, 2), V_QRI.unflatten(0, (Q, R)))
+
+    def to(self, like: Tensor) -> "Moments":
+        Q_A, Q_S, eig_A, eig_S = (m.to(like) for m in self[:4])
+        return Moments(Q_A, Q_S, eig_A, eig_S, self.T_mean)
 
 
 class Solution(NamedTuple):
@@ -53,3 +88,23 @@ class Curvature(ABC):
     @abstractmethod
     def matvec(self, q: Grads, damping: Damping) -> Grads:
         """``(G + lambda I) q``."""
+
+    @abstractmethod
+    def lambdas(self, damping: Damping) -> dict[str, float]:
+        """``lambda`` of every layer: a relative damping is a multiple of the mean eigenvalue of the layer's own block."""
+
+    def solve_low_rank(
+        self, q: Grads, damping: Damping, rank: int, metric: Callable[[str], Moments | None] = lambda name: None
+    ) -> tuple[dict[str, LowRank], Solution]:
+        """Solve, then compress each layer; see :func:`compress`.  The solution is given without its value."""
+        solution = self.solve(q, damping)
+        low = {name: compress(v_QOI, rank, metric(name)) for name, v_QOI in solution.value.items()}
+        return low, solution._replace(value={})
+
+
+def compress(v_QOI: Tensor, rank: int, metric: Moments | None) -> LowRank:
+    """``v`` at rank ``rank``: in the metric of the layer's second moments where a fit gives them, else plainly."""
+    if metric is None:
+        return LowRank(*(torch.stack(x) for x in zip(*(truncated_svd(v, rank) for v in v_QOI), strict=True)))
+    m = metric.to(v_QOI)
+    return m.back_factors(weighted_low_rank(m.rotate(v_QOI), rank, m.eig_S_O, m.eig_A_I))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from upriver.curvature.base import Curvature, Damping, Grads, Solution
+from upriver.curvature.base import Curvature, Damping, Grads, Moments, Solution
 from upriver.errors import NumericalError
 from upriver.tensors import LowRank, product, root_weights, truncated_svd, weighted_low_rank
 
@@ -31,38 +31,12 @@ class TokenGradient(NamedTuple):
         return self.g_MO.T @ self.a_MI
 
 
-class Moments(NamedTuple):
-    """The eigendecompositions of one layer's ``A`` and ``S``: bases, eigenvalues, and the mean positions per sequence."""
-
-    Q_A_II: Tensor
-    Q_S_OO: Tensor
-    eig_A_I: Tensor
-    eig_S_O: Tensor
-    T_mean: float
-
-    def rotate(self, q_QOI: Tensor) -> Tensor:
-        return self.Q_S_OO.T @ q_QOI @ self.Q_A_II
-
-    def back(self, v_QOI: Tensor) -> Tensor:
-        return self.Q_S_OO @ v_QOI @ self.Q_A_II.T
-
-    def back_factors(self, low: LowRank) -> LowRank:
-        """All queries in one product for each side: many small ones reach two thirds of its speed."""
-        (Q, O, R), I = low.U_QOR.shape, low.V_QRI.shape[2]
-        U_QRO = product(low.U_QOR.transpose(1, 2).reshape(Q * R, O), self.Q_S_OO.T)
-        V_QRI = product(low.V_QRI.reshape(Q * R, I), self.Q_A_II.T)
-        return LowRank(U_QRO.unflatten(0, (Q, R)).transpose(1, 2), V_QRI.unflatten(0, (Q, R)))
-
-    def rotate_tokens(self, queries: list[TokenGradient]) -> list[TokenGradient]:
-        """The same queries in the eigenbases; all their tokens go through one product."""
-        sizes = [len(q.a_MI) for q in queries]
-        a_MI = product(torch.cat([q.a_MI for q in queries]), self.Q_A_II)
-        g_MO = product(torch.cat([q.g_MO for q in queries]), self.Q_S_OO)
-        return list(map(TokenGradient, a_MI.split(sizes), g_MO.split(sizes)))
-
-    def to(self, like: Tensor) -> "Moments":
-        Q_A, Q_S, eig_A, eig_S = (m.to(like) for m in self[:4])
-        return Moments(Q_A, Q_S, eig_A, eig_S, self.T_mean)
+def rotate_tokens(basis: Moments, queries: list[TokenGradient]) -> list[TokenGradient]:
+    """The same queries in the eigenbases; all their tokens go through one product."""
+    sizes = [len(q.a_MI) for q in queries]
+    a_MI = product(torch.cat([q.a_MI for q in queries]), basis.Q_A_II)
+    g_MO = product(torch.cat([q.g_MO for q in queries]), basis.Q_S_OO)
+    return list(map(TokenGradient, a_MI.split(sizes), g_MO.split(sizes)))
 
 
 class Eigenblock(NamedTuple):
@@ -107,7 +81,7 @@ class Eigenblock(NamedTuple):
         """The solutions ``[Q, O, I]`` of queries given by their tokens, which are rotated instead of the dense gradients."""
         denominator_OI = self._denominator(damping)
         if self.basis is not None:
-            queries = self.basis.rotate_tokens(queries)
+            queries = rotate_tokens(self.basis, queries)
         return torch.stack([self._back(q.dense().div_(denominator_OI)) for q in queries])
 
     def solve_low_rank(self, queries: list[TokenGradient], damping: Damping, rank: int, metric: Moments) -> LowRank:
@@ -125,7 +99,7 @@ class Eigenblock(NamedTuple):
         start_I = a_I / denominator_OI.mean(0)  # what the weights do to the tokens, on average over outputs
         w_OI = torch.empty_like(weight_OI)  # one for all queries: fresh memory would cost as much as the product
         found = []
-        for q in self.basis.rotate_tokens(queries):
+        for q in rotate_tokens(self.basis, queries):
             torch.mm(q.g_MO.T, q.a_MI, out=w_OI).mul_(weight_OI)
             found.append(truncated_svd(w_OI, rank, (q.a_MI * start_I).T))
         U_QOR, V_QRI = (torch.stack(x) for x in zip(*found, strict=True))
@@ -162,3 +136,6 @@ class BlockCurvature(Curvature):
 
     def matvec(self, q: Grads, damping: Damping) -> Grads:
         return {name: self.block(name).to(q[name]).matvec(q[name], damping) for name in self.names}
+
+    def lambdas(self, damping: Damping) -> dict[str, float]:
+        return {name: damping.of(self.block(name).lam_OI) for name in self.names}

@@ -18,11 +18,13 @@ from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
 from upriver.errors import ConfigError, InputError, MismatchError, NumericalError
 from upriver.model.layers import Layer
 from upriver.model.load import Model
-from upriver.runtime.artifact import Tensors, opened, read_json
+from upriver.runtime.artifact import FitManifest, Tensors, opened, read_head, read_json
 from upriver.runtime.config import CONVENTIONS, CURVATURES, FitOptions
 from upriver.runtime.cost import LayerSize, Sized
 from upriver.tensors import eigh
 from upriver.text.batch import Sequences
+
+ADVICE = "fit again with --overwrite"  # what to do about a damaged file
 
 
 def decomposed(layer: Layer, sums: Path, sequences: int, model: Model) -> Tensors:
@@ -71,7 +73,7 @@ def read_moments(
 
 
 def _read_unit(path: Path, unit: int, names: tuple[str, ...], like: Tensor | None) -> Tensors:
-    with opened(path / "eigen" / f"unit-{unit:06d}.safetensors") as file:
+    with opened(path / "eigen" / f"unit-{unit:06d}.safetensors", ADVICE) as file:
         found = {name: file.get_tensor(name) for name in names}
     return found if like is None else {name: value.to(like) for name, value in found.items()}
 
@@ -104,9 +106,10 @@ class Factors:
             raise InputError(
                 f"the factors in {self.path} are not finished; give the same `upriver fit` command again, it goes on"
             )
-        self.manifest = read_json(self.path / "manifest.json") if done else {}
-        if not isinstance(self.manifest, dict) or (self.manifest.get("key") or {}).get("stage") != "fit":
-            raise InputError(f"not a folder of factors: got {self.path}; {make}")
+        foreign = f"not a folder of factors: got {self.path}; {make}"
+        if not done:
+            raise InputError(foreign)
+        self.manifest = read_head(self.path / "manifest.json", FitManifest, foreign, ADVICE)
         self.layers = [_layer_size(x) for x in self.manifest["layers"]]
 
     @property
@@ -190,5 +193,5 @@ class Factors:
         )
 
     def _read(self, stage: str, name: str) -> Tensor:
-        with opened(self.path / stage / "lam.safetensors", "fit again with --overwrite") as file:
+        with opened(self.path / stage / "lam.safetensors", ADVICE) as file:
             return file.get_tensor(name)

@@ -9,7 +9,6 @@ FACTORS/correction/layers-A-B/    sums of squared rotated gradients; likewise
 
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -32,7 +31,7 @@ from upriver.model.ready import check_length, check_loss, tracked_layers
 from upriver.model.shape import model_shape
 from upriver.model.sweep import Consumer, Labels, Source, sweep
 from upriver.runtime import dist
-from upriver.runtime.artifact import Artifact, Tensors, locked, opened, read_json, read_tensor, write_stream
+from upriver.runtime.artifact import Artifact, Tensors, discard, locked, opened, read_json, read_tensor, write_stream
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.cost import CORRECTION, COVARIANCE, DIAGONAL, Spec
 from upriver.runtime.divide import Division, divide_fit
@@ -183,7 +182,7 @@ def _run(work: Work, opts: FitOptions, say: Say) -> None:
     }
 
     def finish() -> None:
-        stage.finish(manifest)
+        stage.finish(manifest, "eigen/*", "correction/lam.safetensors")
         _tidy(stage.path)
 
     dist.on_first(finish)
@@ -210,9 +209,9 @@ def _rounds(work: Work, opts: FitOptions) -> Iterator[Work]:
 
 def _tidy(folder: Path) -> None:
     """Remove the sums of finished passes: all that counts of them is in ``eigen`` and ``lam``."""
-    shutil.rmtree(folder / "covariance", ignore_errors=True)
+    discard(folder / "covariance")
     for sums in folder.glob("correction/layers-*"):
-        shutil.rmtree(sums, ignore_errors=True)
+        discard(sums)
     division_file(folder).unlink(missing_ok=True)
 
 
@@ -258,7 +257,7 @@ def _bases(work: Work, times: Times, keep: bool) -> float:
             _decompose(stage, work, group, sums)
             give_back()
         if not keep:
-            dist.on_first(lambda done=sums.parent: shutil.rmtree(done, ignore_errors=True))
+            dist.on_first(lambda done=sums.parent: discard(done))
     return min(float(read_tensor(stage.unit_path(unit), "clamped")) for unit in range(len(work.layers)))
 
 
@@ -327,5 +326,5 @@ def fit_diagonal(
                 files |= dict.fromkeys((x.name for x in group), sums)
             dist.on_first(lambda: _write_lam(folder / "lam.safetensors", files))
     for sums in folder.glob("layers-*") if dist.rank() == 0 else ():
-        shutil.rmtree(sums, ignore_errors=True)
+        discard(sums)
     dist.barrier()

@@ -15,7 +15,6 @@ from torch import Tensor
 from upriver.curvature.base import Curvature, Damping, Grads, Solution
 from upriver.curvature.blocks import BlockCurvature
 from upriver.curvature.products import Products
-from upriver.errors import ConfigError
 
 Map = Callable[[Tensor], Tensor]  # v_QP -> v_QP
 DIVERGED = 1e3  # times the right-hand side: a residual that has grown so far does not come back
@@ -25,8 +24,9 @@ class Outcome(NamedTuple):
     """What a solver of flat systems ends with; ``why`` is empty when it converged."""
 
     v_QP: Tensor
-    iterations: int
-    residual_Q: Tensor  # ||q - A v|| / ||q||
+    steps: int
+    before_Q: Tensor  # ||q - A v|| / ||q|| of the vectors that it started from
+    residual_Q: Tensor  # and at the end
     why: str
 
 
@@ -47,21 +47,26 @@ class Iterative(Curvature):
     def __init__(self, product: Products, preconditioner: BlockCurvature | None = None):
         self.product, self.preconditioner, self.space = product, preconditioner, product.space
 
+    tolerance: float
+
     def matvec(self, q: Grads, damping: Damping) -> Grads:
         q_QP = self.space.flatten(q)
         return self.space.unflatten(self._system(q_QP, damping).A(q_QP))
 
+    def lambdas(self, damping: Damping) -> dict[str, float]:
+        """Relative damping is that of the preconditioner's layers, so that both are damped alike; without one, that of the
+        layers' blocks of the matrix itself (:attr:`Products.mean_eigenvalues`)."""
+        if not damping.relative:
+            return dict.fromkeys(self.space.shapes, damping.value)
+        if self.preconditioner is not None:
+            return self.preconditioner.lambdas(damping)
+        return {name: damping.of(mean) for name, mean in self.product.mean_eigenvalues.items()}
+
     def _system(self, q_QP: Tensor, damping: Damping) -> System:
-        """Relative damping is that of the preconditioner's layers, so that both are damped alike."""
+        lambda_P = self.space.spread(self.lambdas(damping), q_QP)
         if self.preconditioner is None:
-            if damping.relative:
-                raise ConfigError(
-                    f"relative damping needs eigenvalues to be relative to: got {damping.value}x without a preconditioner; "
-                    "give an absolute damping such as 1e-3, or an EK-FAC preconditioner"
-                )
-            return System(self.product, q_QP.new_full((self.space.P,), damping.value), None)
+            return System(self.product, lambda_P, None)
         blocks = {name: self.preconditioner.block(name).to(q_QP) for name in self.space.shapes}
-        lambda_P = self.space.spread({name: damping.of(block.lam_OI) for name, block in blocks.items()}, q_QP)
         loaded = BlockCurvature(blocks, blocks.__getitem__)
 
         def precondition(r_QP: Tensor) -> Tensor:
@@ -69,8 +74,17 @@ class Iterative(Curvature):
 
         return System(self.product, lambda_P, precondition)
 
-    def _solution(self, out: Outcome) -> Solution:
-        stats: dict[str, Any] = {"iterations": out.iterations, "residual": out.residual_Q.tolist()}
+    def _solved(self, q: Grads, damping: Damping, run: Callable[[System, Tensor], Outcome]) -> Solution:
+        q_QP = self.space.flatten(q)
+        system, done = self._system(q_QP, damping), self.product.done
+        out = run(system, q_QP)
+        stats: dict[str, Any] = {
+            "steps": out.steps,
+            "products": self.product.done - done,  # each is a vector times the matrix, over all its sequences
+            "residual_before": out.before_Q.tolist(),
+            "residual": out.residual_Q.tolist(),
+            "tolerance": self.tolerance,
+        }
         return Solution(self.space.unflatten(out.v_QP), not out.why, stats | ({"why": out.why} if out.why else {}))
 
 
@@ -95,28 +109,28 @@ class ConjugateGradient(Iterative):
         self.tolerance, self.max_iterations = tolerance, max_iterations
 
     def solve(self, q: Grads, damping: Damping) -> Solution:
-        q_QP = self.space.flatten(q)
-        system = self._system(q_QP, damping)
-        return self._solution(
-            conjugate_gradient(system.A, q_QP, system.precondition, self.tolerance, self.max_iterations)
-        )
+        how = self.tolerance, self.max_iterations
+        return self._solved(q, damping, lambda s, q_QP: conjugate_gradient(s.A, q_QP, s.precondition, *how))
 
 
 def conjugate_gradient(A: Map, q_QP: Tensor, precondition: Map | None, tolerance: float, most: int) -> Outcome:
-    """Preconditioned conjugate gradients from the preconditioner's own solution (from zero without one)."""
+    """Preconditioned conjugate gradients from the preconditioner's own solution (from zero without one).
+
+    Where the recursion says that it has converged the residual is measured once more; else its own is given.
+    """
     M = precondition or torch.clone
     v_QP = M(q_QP) if precondition else torch.zeros_like(q_QP)
     r_QP = q_QP - A(v_QP) if precondition else q_QP.clone()
     z_QP = M(r_QP)
     p_QP, rz_Q = z_QP.clone(), (r_QP * z_QP).sum(1)
     scale_Q = q_QP.norm(dim=1).clamp(min=torch.finfo(q_QP.dtype).tiny)
+    before_Q = r_QP.norm(dim=1) / scale_Q
     bent_Q = torch.zeros(len(q_QP), dtype=torch.bool, device=q_QP.device)
     steps = 0
     while steps < most:
-        open_Q = (r_QP.norm(dim=1) > tolerance * scale_Q) & ~bent_Q
-        if not open_Q.any():
+        on = ((r_QP.norm(dim=1) > tolerance * scale_Q) & ~bent_Q).nonzero()[:, 0]
+        if not len(on):
             break
-        on = open_Q.nonzero()[:, 0]
         p, Ap = p_QP[on], A(p_QP[on])
         curve = (p * Ap).sum(1)
         bent_Q[on] = ~(curve > 0)
@@ -128,8 +142,10 @@ def conjugate_gradient(A: Map, q_QP: Tensor, precondition: Map | None, tolerance
         p_QP[on] = z + (rz / rz_Q[on])[:, None] * p
         rz_Q[on] = rz
         steps += 1
-    residual_Q = (q_QP - A(v_QP)).norm(dim=1) / scale_Q
-    return Outcome(v_QP, steps, residual_Q, _why_not(residual_Q, bent_Q, tolerance, steps, most))
+    if steps and bool((r_QP.norm(dim=1) <= tolerance * scale_Q).any()):
+        r_QP = q_QP - A(v_QP)
+    residual_Q = r_QP.norm(dim=1) / scale_Q
+    return Outcome(v_QP, steps, before_Q, residual_Q, _why_not(residual_Q, bent_Q, tolerance, steps, most))
 
 
 def _why_not(residual_Q: Tensor, bent_Q: Tensor, tolerance: float, steps: int, most: int) -> str:
@@ -139,7 +155,7 @@ def _why_not(residual_Q: Tensor, bent_Q: Tensor, tolerance: float, steps: int, m
             "queries; use the Gauss-Newton matrix, or a larger damping"
         )
     worst = float(residual_Q.max())
-    if worst <= 2 * tolerance:  # the recursion's own residual was below the tolerance
+    if worst <= 2 * tolerance:  # the recursion's own residual was below it
         return ""
     if steps < most:
         return (
@@ -147,8 +163,8 @@ def _why_not(residual_Q: Tensor, bent_Q: Tensor, tolerance: float, steps: int, m
             "use float64, or a larger tolerance"
         )
     return (
-        f"the relative residual is {worst:.1e} after {steps} iterations, above the tolerance of {tolerance:.0e}; "
-        "allow more iterations, a larger damping, or give a preconditioner such as EK-FAC"
+        f"the relative residual is {worst:.1e} after {steps} steps, above the tolerance of {tolerance:.0e}; "
+        "allow more steps, a larger damping, or give a preconditioner such as EK-FAC"
     )
 
 
@@ -182,29 +198,35 @@ class Neumann(Iterative):
         self.step, self.steps, self.sequences, self.tolerance, self.seed = step, steps, sequences, tolerance, seed
 
     def solve(self, q: Grads, damping: Damping) -> Solution:
-        q_QP = self.space.flatten(q)
-        system = self._system(q_QP, damping)
-        M = system.precondition or torch.clone
-        step = self.step or 1 / power_iteration(lambda v: M(system.A(v)), q_QP)
-        solution = self._solution(self._iterate(system, q_QP, lambda r: step * M(r)))
-        return solution._replace(stats=solution.stats | {"step": step})
+        found = 0.0
+
+        def run(system: System, q_QP: Tensor) -> Outcome:
+            nonlocal found
+            M = system.precondition or torch.clone
+            found = self.step or 1 / power_iteration(lambda v: M(system.A(v)), q_QP)
+            return self._iterate(system, q_QP, lambda r: found * M(r))
+
+        solution = self._solved(q, damping, run)
+        return solution._replace(stats=solution.stats | {"step": found})
 
     def _iterate(self, system: System, q_QP: Tensor, move: Map) -> Outcome:
-        rng, N = np.random.default_rng(self.seed), len(self.product.data)
+        rng = np.random.default_rng(self.seed)
         norm_Q = q_QP.norm(dim=1).clamp(min=torch.finfo(q_QP.dtype).tiny)
-        v_QP, rows = move(q_QP), None
+        v_QP, rows, before_Q = move(q_QP), None, None
         for done in range(1, self.steps + 1):
             if self.sequences is not None:
-                rows = rng.integers(0, N, self.sequences)
+                rows = rng.choice(self.product.rows, self.sequences)
             r_QP = q_QP - system.A(v_QP, rows)
             residual_Q = r_QP.norm(dim=1) / norm_Q
+            before_Q = residual_Q if before_Q is None else before_Q
             if not bool((residual_Q <= DIVERGED).all()):
-                return Outcome(v_QP, done, residual_Q, self._diverged(done, residual_Q))
+                return Outcome(v_QP, done, before_Q, residual_Q, self._diverged(done, residual_Q))
             if rows is None and bool((residual_Q <= self.tolerance).all()):
-                return Outcome(v_QP, done, residual_Q, "")
+                return Outcome(v_QP, done, before_Q, residual_Q, "")
             v_QP = v_QP + move(r_QP)
         residual_Q = (q_QP - system.A(v_QP)).norm(dim=1) / norm_Q
-        return Outcome(v_QP, self.steps, residual_Q, self._unfinished(float(residual_Q.max())))
+        before_Q = residual_Q if before_Q is None else before_Q
+        return Outcome(v_QP, self.steps, before_Q, residual_Q, self._unfinished(float(residual_Q.max())))
 
     def _diverged(self, done: int, residual_Q: Tensor) -> str:
         return (

@@ -1,7 +1,9 @@
 """Load a causal language model of ``transformers`` with its tokenizer, and refuse what would give wrong numbers."""
 
 import contextlib
+import ctypes
 import dataclasses
+import mmap
 import re
 import warnings
 from collections.abc import Iterator
@@ -176,6 +178,7 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
         tokenizer = _load_tokenizer(place, options)
         module = _load_module(place, options, wanted, attention)
     module = module.to(on).eval()
+    _leave_files(module)
     _check_weights(module, str(path))
     _check_vocabulary(module, tokenizer)
     check_causal(module)
@@ -295,6 +298,36 @@ def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attent
                 "get a complete copy of the model"
             )
     return module
+
+
+def _leave_files(module: nn.Module) -> None:
+    """Copy what is mapped from files into memory, one tensor at a time: who writes to such a file would write to the model.
+
+    What has been copied is given back at once, so that no second model is held; what is tied stays so.
+    """
+    mapped = _mapped_files()
+    copies: dict[tuple, Tensor] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        if tensor.device.type != "cpu" or (mapped is not None and not any(a <= start < b for a, b in mapped)):
+            continue
+        at = start, tensor.dtype, tensor.shape, tensor.stride()
+        if at not in copies:
+            copies[at] = tensor.detach().clone()
+            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+            if mapped is not None and first < last:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+        tensor.data = copies[at]
+
+
+def _mapped_files() -> list[tuple[int, int]] | None:
+    """Where files are mapped in this process; None where the system does not tell."""
+    try:
+        lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text(errors="replace").splitlines()]
+    except OSError:
+        return None
+    found = [line[0].split("-") for line in lines if len(line) == 6 and line[5].startswith("/")]
+    return [(int(start, 16), int(end, 16)) for start, end in found]
 
 
 def _check_weights(module: nn.Module, place: str) -> None:

@@ -3,128 +3,93 @@
     STAGE/key.json            what it is made from: stage, schema, inputs' fingerprints, configuration, conventions
     STAGE/unit-000007.*       the result of one unit of work (a span of batches), while the stage runs
     STAGE/sum-000008.*        the sum of units 0..7, where the units add up
-    STAGE/manifest.json       written last: the key again and what was measured; its presence means *done*
+    STAGE/manifest.json       written last: the key again, what was measured, checksums; its presence means *done*
 
 Every file is written under a temporary name, flushed, and renamed, so a kill at any moment costs at most the unit in
-hand.  Partial results add up in unit order, so a resumed run equals an uninterrupted one bit for bit.
+hand.  Partial results add up in unit order, so a resumed run equals an uninterrupted one bit for bit.  What is removed or
+replaced is only what was written by this program (`files_of`).
 """
 
 import errno
 import fcntl
-import hashlib
 import json
-import math
 import os
-import shutil
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
-
 from upriver.errors import ConfigError, MismatchError, StorageError
 from upriver.runtime import dist
+from upriver.runtime.files import (
+    ADVICE,
+    TEMPORARY,
+    Form,
+    Tensors,
+    abandoned,
+    atomic,
+    check,
+    checksum,
+    digest,
+    file_digest,
+    form_of,
+    load_json,
+    new_digest,
+    opened,
+    read_json,
+    read_tensor,
+    read_tensors,
+    sealed,
+    storage_error,
+    unreadable,
+    write_array,
+    write_json,
+    write_stream,
+    write_tensors,
+)
+from upriver.runtime.heads import MANIFESTS, SCHEMA, FitManifest, Info, Manifest, TraceManifest, read_head
 
-SCHEMA = 1
-Tensors = dict[str, Tensor]
-Form = tuple[str, list[int]]  # a tensor's type, as safetensors names it, and shape
-DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64"}
-DTYPE_BYTES = {"F32": 4, "F64": 8, "BF16": 2, "I64": 8}
+__all__ = [  # with what its files are made of
+    "ADVICE",
+    "SCHEMA",
+    "Artifact",
+    "FitManifest",
+    "Form",
+    "Info",
+    "Tensors",
+    "TraceManifest",
+    "abandoned",
+    "atomic",
+    "check",
+    "digest",
+    "discard",
+    "file_digest",
+    "first_difference",
+    "form_of",
+    "load_json",
+    "locked",
+    "new_digest",
+    "opened",
+    "read_head",
+    "read_json",
+    "read_tensor",
+    "read_tensors",
+    "refuse_inside",
+    "unreadable",
+    "write_array",
+    "write_json",
+    "write_stream",
+    "write_tensors",
+]  # fmt: skip
 
-
-def digest(value: Any) -> str:
-    """A short hash of anything that JSON can write, the same on every machine."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """A hash of a file's content."""
-    with open(path, "rb") as source:
-        return hashlib.file_digest(source, lambda: hashlib.blake2b(digest_size=12)).hexdigest()
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success flush it to the disk and rename it to ``path``.
-
-    Raises:
-        StorageError: the disk is full.
-        ConfigError: the place cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise _storage_error(path, error) from error
-    finally:
-        with suppress(OSError):  # of a place that is no folder, which is told above
-            temporary.unlink(missing_ok=True)
-
-
-def _storage_error(path: Path, error: Exception) -> Exception:
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        return StorageError(
-            f"the disk is full: {path} could not be written; what was finished before is kept, "
-            "free some space and give the same command again"
-        )
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
-        return ConfigError(f"cannot write the output: got {path} ({error}); choose a folder that you may write to")
-    return StorageError(f"could not write {path}: {error}")
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    try:
-        content = text.encode()
-    except UnicodeEncodeError:  # the name of a file that is not UTF-8
-        content = (json.dumps(value, indent=1) + "\n").encode()
-    with atomic(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read {path}: {error}; delete its folder and give the same command again") from error
-
-
-def write_tensors(path: Path, tensors: Tensors) -> None:
-    write_stream(path, {name: form_of(t) for name, t in tensors.items()}, tensors.__getitem__)
-
-
-def read_tensors(path: Path) -> Tensors:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"cannot read {path}: {error}; delete its folder and give the same command again") from error
-
-
-@contextmanager
-def opened(path: Path, advice: str = "delete its folder and give the same command again") -> Iterator[Any]:
-    """The tensors of a file, read one by one when they are asked for: ``file.get_tensor(name)``."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"cannot read {path}: {error}; {advice}") from error
-
-
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a file, which is mapped into memory no longer than the tensor lives: touched pages count as resident."""
-    with opened(path) as file:
-        return file.get_tensor(name)
+NAMED = re.compile(
+    r"(key|manifest|queries|\.division)\.json|lam\.safetensors|unit-\d+\.safetensors|sum(-\d+-of-\d+)?\.safetensors"
+    r"|(scores|documents|top)\.parquet|(scores|layers)\.npy"
+)
+SUFFIXES = (".json", ".safetensors", ".parquet", ".npy")
+Ours = Callable[[Path], bool]
 
 
 class Artifact:
@@ -142,31 +107,44 @@ class Artifact:
         self.key = key
 
     @classmethod
-    def open(cls, path: Path, name: str, key: dict[str, Any], overwrite: bool = False) -> "Artifact":
+    def open(
+        cls, path: Path, name: str, key: dict[str, Any], overwrite: bool = False, ours: Ours | None = None
+    ) -> "Artifact":
         """Open ``path`` for the stage ``name`` made from ``key``; ``overwrite`` replaces what is done or made from another key.
+
+        Args:
+            ours: whether a file that no artifact lists was written by this program all the same, and may go too.
 
         Raises:
             MismatchError: the folder holds the result of another key, or something that is not ours.
             ConfigError: the folder cannot be written.
+            StorageError: what it holds is damaged.
         """
         head = {"stage": name, "schema": SCHEMA}  # first: the first difference is the one that is named
         stage = cls(path, json.loads(json.dumps(head | key | head)))
-        dist.on_first(lambda: stage._make_ready(overwrite))
+        dist.on_first(lambda: stage._make_ready(overwrite, ours))
         if read_json(path / "key.json") != stage.key:  # a process that was started with something else
             stage._refuse(read_json(path / "key.json"))
         return stage
 
-    def _make_ready(self, overwrite: bool) -> None:
-        if (self.path / "key.json").exists():
-            found = read_json(self.path / "key.json")
+    def _make_ready(self, overwrite: bool, ours: Ours | None) -> None:
+        file = self.path / "key.json"
+        if file.exists():
+            found = load_json(file)
             if not _is_key(found):
                 self._refuse_foreign("key.json")
+            if found["schema"] == SCHEMA:
+                found = read_json(file)
             if found == self.key and not (overwrite and self.done):
+                if self.done:
+                    for name in self.manifest["files"]:
+                        if not name.endswith(".safetensors"):  # factors are large, and verified when they are read
+                            check(self.path / name)
                 return
             same_kind = found["stage"] == self.key["stage"]
             if found != self.key and _holds_work(self.path) and not (overwrite and same_kind):
                 self._refuse(found)
-            _empty(self.path)
+            discard(self.path, ours, refuse=True)
         self._claim()
 
     def _claim(self) -> None:
@@ -174,7 +152,7 @@ class Artifact:
             self.path.mkdir(parents=True, exist_ok=True)
             foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
         except OSError as error:
-            raise _storage_error(self.path, error) from error
+            raise storage_error(self.path, error) from error
         if foreign:
             self._refuse_foreign(foreign[0])
         write_json(self.path / "key.json", self.key)
@@ -189,11 +167,10 @@ class Artifact:
         difference = first_difference(found, self.key)
         assert difference
         name, old, new = difference
-        choice = (
-            "choose another folder"
-            if name == "stage"
-            else ("choose another folder, go back to the earlier value, or add --overwrite to replace it")
-        )
+        choice = {
+            "stage": "choose another folder",
+            "schema": "choose another folder, or add --overwrite to replace what another version wrote",
+        }.get(name, "choose another folder, go back to the earlier value, or add --overwrite to replace it")
         raise MismatchError(f"{self.path} was made with another {name}: got {new!r} now, {old!r} then; {choice}")
 
     @property
@@ -202,11 +179,25 @@ class Artifact:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        return read_json(self.path / "manifest.json")
+        """What the stage has measured.
 
-    def finish(self, info: dict[str, Any]) -> None:
-        """Mark the stage done: from now on it is only read."""
-        write_json(self.path / "manifest.json", {"key": self.key, **info})
+        Raises:
+            StorageError: it is damaged.
+        """
+        kind = MANIFESTS.get(self.key["stage"], Manifest)
+        foreign = f"not the manifest of a {self.key['stage']}: got {self.path}; {ADVICE}"
+        return read_head(self.path / "manifest.json", kind, foreign)
+
+    def finish(self, info: dict[str, Any], *inner: str) -> None:
+        """Mark the stage done: from now on it is only read.
+
+        Args:
+            inner: patterns of files in folders below, such as ``eigen/*``, that stay a part of it beside those in its own.
+        """
+        found = {p for pattern in ("*", *inner) for p in self.path.glob(pattern) if NAMED.fullmatch(p.name)}
+        kept = sorted(p for p in found if p.name not in ("key.json", "manifest.json", ".division.json"))
+        files = {p.relative_to(self.path).as_posix(): checksum(p) for p in kept}
+        write_json(self.path / "manifest.json", {"key": self.key, **info, "files": files})
 
     def unit_path(self, unit: int, suffix: str = "safetensors") -> Path:
         return self.path / f"unit-{unit:06d}.{suffix}"
@@ -222,14 +213,14 @@ class Artifact:
 
 
 def _is_key(found: Any) -> bool:
-    return isinstance(found, dict) and {"stage", "schema"} <= found.keys()
+    return isinstance(found, dict) and isinstance(found.get("stage"), str) and "schema" in found
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Path, head: str = "key.json") -> bool:
     """Whether a folder holds a key of a stage, rather than somebody's file of that name."""
     try:
-        return _is_key(json.loads((path / "key.json").read_bytes()))
-    except (OSError, ValueError, RecursionError):
+        return (path / head).exists() and _is_key(load_json(path / head))
+    except (OSError, StorageError):
         return False
 
 
@@ -239,20 +230,96 @@ def _holds_work(path: Path) -> bool:
     return any(name != "key.json" and not name.startswith(".") for name in files)
 
 
-def _empty(path: Path) -> None:
-    """Remove what is in ``path``, but not the lock that is held on it.
+# ---- what is ours
 
-    Killed on the way it leaves a folder that is not done, and that is still ours: the manifest goes first, the key last,
-    and a stage inside disappears at once, under a name that does not count.
+
+def files_of(path: Path, ours: Ours | None = None) -> tuple[list[Path], list[Path]]:
+    """The files below a folder of ours that this program wrote, and those that it did not.
+
+    Hidden files that are not ours are in neither list: they are left where they are, and nobody minds them.
     """
-    entries = sorted(path.iterdir(), key=lambda p: (p.name == "key.json", p.name != "manifest.json", p.name))
-    for entry in entries:
-        if entry.is_dir() and not entry.is_symlink():
-            hidden = entry if entry.name.startswith(".") else path / f".{entry.name}.old"
-            entry.rename(hidden)
-            shutil.rmtree(hidden)
-        elif entry.name != ".lock":
-            entry.unlink()
+    try:
+        listed = read_json(path / "manifest.json")["files"]
+    except (StorageError, KeyError):
+        listed = {}
+    written, foreign = [], []
+    for place, folders, names in os.walk(path):
+        folder = Path(place)
+        if folder != path and ".lock" in names:  # an artifact of its own
+            folders.clear()
+            foreign.append(folder)
+            continue
+        foreign += [folder / name for name in folders if (folder / name).is_symlink()]
+        for file in (folder / name for name in names):
+            known = (
+                file.relative_to(path).as_posix() in listed or NAMED.fullmatch(file.name) or _is_temporary(file.name)
+            )
+            if not file.is_symlink() and (known or _is_sealed(file) or (ours and ours(file))):
+                written.append(file)
+            elif not file.name.startswith("."):
+                foreign.append(file)
+    return written, foreign
+
+
+def _is_temporary(name: str) -> bool:
+    """Whether a file was left half-written by a process that has ended."""
+    found = TEMPORARY.fullmatch(name)
+    return bool(found) and found[1].endswith(SUFFIXES) and abandoned(name)
+
+
+def _is_sealed(file: Path) -> bool:
+    try:
+        return bool(sealed(file)) if file.suffix == ".safetensors" else file.suffix == ".json" and bool(read_json(file))
+    except (OSError, ValueError, StorageError):
+        return False
+
+
+def discard(path: Path, ours: Ours | None = None, refuse: bool = False) -> None:
+    """Remove what this program wrote in a folder, and the folders that are empty then; a lock that is held stays.
+
+    Killed on the way it leaves a folder that is not done, and that is still ours: the manifest goes first, the key last.
+
+    Args:
+        refuse: do nothing where there is anything else; otherwise that is left in its place.
+
+    Raises:
+        MismatchError: there is something else.
+    """
+    written, foreign = files_of(path, ours)
+    if refuse and foreign:
+        raise MismatchError(
+            f"{path} holds what this program did not write, so it is not replaced: got {foreign[0]}; move it away, "
+            "or choose another folder"
+        )
+    first, last = path / "manifest.json", path / "key.json"
+    for file in sorted(written, key=lambda p: (p != first, -len(p.parts), p.name == "key.json", p.name)):
+        if file != last:
+            file.unlink(missing_ok=True)
+    inner = [folder for folder, _, _ in os.walk(path, topdown=False)]
+    for folder in inner[:-1]:
+        with suppress(OSError):  # it holds something else
+            os.rmdir(folder)
+    with suppress(OSError):
+        last.unlink(missing_ok=True)
+        path.rmdir()
+
+
+# ---- one run at a time
+
+
+def refuse_inside(path: Path) -> None:
+    """Refuse a place for output that lies in somebody's artifact.
+
+    Raises:
+        ConfigError: it does.
+    """
+    with suppress(OSError, ValueError):  # what can be no path is told when it is written to
+        for folder in path.resolve().parents:
+            if _is_ours(folder) or _is_ours(folder, "info.json"):
+                raise ConfigError(
+                    f"the output would lie inside another artifact: got {path}, which is in {folder}; "
+                    "choose a folder outside of it"
+                )
 
 
 @contextmanager
@@ -269,12 +336,13 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    refuse_inside(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         there = (path / ".lock").exists()
         lock = open(path / ".lock", "a")  # noqa: SIM115 - held for the whole run
     except OSError as error:
-        raise _storage_error(path, error) from error
+        raise storage_error(path, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -285,20 +353,14 @@ def _locked(path: Path) -> Iterator[None]:
                 ) from error
             warnings.warn(f"{path} cannot be locked ({error}): give no second command for it meanwhile", stacklevel=2)
         if _is_ours(path):
-            _clear_debris(path)
+            for file in files_of(path)[0]:
+                if _is_temporary(file.name):
+                    file.unlink(missing_ok=True)
         try:
             yield
         finally:
             if not there and not _is_ours(path):  # a folder that was refused is left as it was
                 (path / ".lock").unlink(missing_ok=True)
-
-
-def _clear_debris(path: Path) -> None:
-    """Remove what a killed run left half-written or half-removed in a folder of ours."""
-    for written in path.rglob(".*.tmp"):
-        written.unlink(missing_ok=True)
-    for removed in path.glob(".*.old"):
-        shutil.rmtree(removed, ignore_errors=True)
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
@@ -312,33 +374,3 @@ def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any]
                 return found
         return None
     return None if old == new else (name, old, new)
-
-
-def form_of(tensor: Tensor) -> Form:
-    return DTYPE_NAMES[tensor.dtype], list(tensor.shape)
-
-
-def write_stream(path: Path, forms: dict[str, Form], tensor: Callable[[str], Tensor]) -> None:
-    """A safetensors file written one tensor at a time, so that never more than one is held.
-
-    Args:
-        forms: each tensor's type, by its name in the format, and its shape.
-        tensor: gives the tensor of a name; asked once for each, in order.
-    """
-    header, end = {}, 0
-    for name, (dtype, shape) in forms.items():
-        start, end = end, end + DTYPE_BYTES[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight bytes
-    with atomic(path) as temporary, open(temporary, "wb") as sink:
-        sink.write(len(text).to_bytes(8, "little") + text)
-        for name, form in forms.items():
-            value = tensor(name).detach().cpu().contiguous()
-            assert form_of(value) == form
-            sink.write(value.flatten().view(torch.uint8).numpy().data)
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    with atomic(path) as temporary, open(temporary, "wb") as sink:
-        np.save(sink, array, allow_pickle=False)

@@ -1,6 +1,8 @@
 """Reading a SCORES folder: the result of ``upriver trace``, as far as it is there."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +11,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from upriver.errors import InputError
-from upriver.runtime.artifact import read_json
+from upriver.errors import InputError, StorageError
+from upriver.runtime.artifact import TraceManifest, check, read_head, read_json, unreadable
 
 Json = dict[str, Any]
+AGAIN, GIVE = "run `upriver trace` again with --overwrite", "give the folder that `upriver trace` wrote"
 SPAN = ["sequence", "document", "start", "end"]
 
 
@@ -31,15 +34,15 @@ class Folder(NamedTuple):
 
     def documents(self, query_id: str) -> pd.DataFrame:
         """``document, sequences`` and the sum of one query for every document; empty when there are none."""
-        return _columns(self.path / "documents.parquet", ["document", "sequences", query_id])
+        return read_columns(self.path / "documents.parquet", ["document", "sequences", query_id])
 
     def spans(self) -> pd.DataFrame:
         """``sequence, document, start, end`` of every scored sequence."""
-        return _columns(self.path / "scores.parquet", SPAN)
+        return read_columns(self.path / "scores.parquet", SPAN)
 
     def scores(self, query_id: str) -> np.ndarray:
         """The raw scores of all sequences for one query, in the order of ``spans()``; empty when there are none."""
-        frame = _columns(self.path / "scores.parquet", [query_id])
+        frame = read_columns(self.path / "scores.parquet", [query_id])
         return frame[query_id].to_numpy(np.float64) if query_id in frame else np.empty(0)
 
 
@@ -50,67 +53,65 @@ def read_folder(path: Path) -> Folder:
         InputError: it is not such a folder, the trace is not finished, or a file in it cannot be read.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    queries = _json(path / "queries.json")
-    if not isinstance(queries, list) or not queries:
-        raise InputError(f"no queries in the results: got {path / 'queries.json'}; trace at least one query")
-    top = _columns(path / "top.parquet", None)
+    manifest, queries = read_results(path)
+    top = read_columns(path / "top.parquet", None)
     if not {"query", "side", "rank", "score"} <= set(top.columns):
         raise InputError(f"no ranked passages in the results: got {path / 'top.parquet'}; run the trace again")
     return Folder(path, manifest, queries, top)
 
 
-def read_manifest(path: Path) -> Json:
-    """The manifest of a finished trace.
+def read_results(path: Path) -> tuple[Json, list[Json]]:
+    """The manifest and the queries of a finished trace, their checksums and structure verified.
 
     Raises:
         InputError: as ``read_folder``.
     """
-    try:
-        return _manifest(path)
-    except OSError as error:  # a name that is too long, a folder above it that is closed
-        raise InputError(
-            f"cannot read the folder of results: got {path} ({error.strerror}); give the folder that `upriver trace` wrote"
-        ) from error
+    with _told():
+        try:
+            there = path.is_dir()
+            manifest, begun = ((path / name).exists() for name in ("manifest.json", "key.json"))
+        except OSError as error:  # a name that is too long, a folder above it that is closed
+            raise InputError(f"cannot read the folder of results: got {path} ({error.strerror}); {GIVE}") from error
+        if not there:
+            raise InputError(f"no such folder of results: got {path}; {GIVE}")
+        if not manifest:
+            if begun or (path / "scores.parquet").exists():
+                raise InputError(f"the trace is not finished: got {path}; give the same `upriver trace` command again")
+            raise InputError(f"not a folder of results: got {path}; {GIVE}")
+        foreign = f"not the result of a trace: got {path}; {GIVE}"
+        found = read_head(path / "manifest.json", TraceManifest, foreign, AGAIN)
+        missing = [name for name in found["files"] if not (path / name).exists()]
+        if missing:
+            raise InputError(f"the results are not complete: {path} has no {missing[0]}; {AGAIN}")
+        check(path / "queries.json", AGAIN)
+        queries = read_json(path / "queries.json")
+        if not isinstance(queries, list) or not queries or not all(isinstance(x, dict) and "id" in x for x in queries):
+            raise InputError(f"no queries in the results: got {path / 'queries.json'}; trace at least one query")
+        return found, queries
 
 
-def _manifest(path: Path) -> Json:
-    if not path.is_dir():
-        raise InputError(f"no such folder of results: got {path}; give the folder that `upriver trace` wrote")
-    if not (path / "manifest.json").exists():
-        if (path / "key.json").exists() or (path / "scores.parquet").exists():
-            raise InputError(f"the trace is not finished: got {path}; give the same `upriver trace` command again")
-        raise InputError(f"not a folder of results: got {path}; give the folder that `upriver trace` wrote")
-    manifest = _json(path / "manifest.json")
-    stage = manifest.get("stage") if isinstance(manifest, dict) else None
-    stage = stage or (manifest.get("key") or {}).get("stage") if isinstance(manifest, dict) else stage
-    missing = [name for name in ("queries.json", "top.parquet") if not (path / name).exists()]
-    if not isinstance(manifest, dict) or (stage or "trace") != "trace" or (missing and not stage):
-        raise InputError(
-            f"not the result of a trace: got {path} of stage {stage!r}; give the folder that `upriver trace` wrote"
-        )
-    if missing:
-        raise InputError(f"the results are not complete: {path} has no {missing[0]}; run `upriver trace` again")
-    return manifest
-
-
-def _json(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except Exception as error:
-        raise InputError(f"cannot read {path}: {error.__cause__ or error}; run `upriver trace` again") from error
-
-
-def _columns(path: Path, columns: list[str] | None) -> pd.DataFrame:
+def read_columns(path: Path, columns: list[str] | None, **how: Any) -> pd.DataFrame:
     """The columns of a Parquet file that are there; an empty frame when the file is not."""
-    try:
+    with _told():
         if not path.exists():
             return pd.DataFrame()
-        with open(path, "rb") as raw, pq.ParquetFile(raw) as file:  # arrow does not take every path
-            names = file.schema_arrow.names
-            return file.read(None if columns is None else [name for name in columns if name in names]).to_pandas()
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"cannot read {path}: {error}; run `upriver trace` again") from error
+        check(path, AGAIN)
+        try:
+            with open(path, "rb") as raw:  # arrow does not take every path
+                names = pq.read_schema(raw).names
+                wanted = None if columns is None else [name for name in columns if name in names]
+                return pq.read_table(raw, columns=wanted, **how).to_pandas()
+        except (OSError, pa.ArrowException) as error:
+            raise unreadable(path, error, AGAIN) from error
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What cannot be read of a folder is the fault of what was given."""
+    try:
+        yield
+    except StorageError as error:
+        raise InputError(str(error)) from error
 
 
 def metadata_of(value: Any) -> Json:

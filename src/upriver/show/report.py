@@ -114,6 +114,15 @@ def report_files(out: Path) -> list[Path]:
     return files
 
 
+def is_report(file: Path) -> bool:
+    """Whether a report wrote a file, as its beginning tells."""
+    try:
+        with open(file, "rb") as there:
+            return file.suffix in OURS and bool(OURS[file.suffix].match(there.read(HEAD)))
+    except OSError:
+        return False
+
+
 def _unwritable(place: Path, error: OSError) -> ConfigError:
     return ConfigError(f"cannot write the report: got {place} ({error}); choose a folder that you may write to")
 

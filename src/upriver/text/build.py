@@ -5,7 +5,7 @@
     starts.npy      [D + 1, 3] where each document begins in tokens.bin, text.bin and documents.bin
     offset.npy, length.npy, document.npy, span.npy, key.npy      a row per sequence: where it begins in tokens.bin, its
                     tokens, its document, its characters in that document, its counter key
-    info.json       what was counted; written last
+    info.json       what was counted, and the checksum of every file; written last
 
 Axes: D documents, N sequences, T tokens of a document, W windows.  It is built in a temporary folder and renamed, so a
 kill leaves nothing half-made.  Only the tables of numbers are held in memory, never the text or the tokens; these are
@@ -29,7 +29,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import ConfigError, CorpusError, ModelError, StorageError
-from upriver.runtime.artifact import write_array, write_json
+from upriver.runtime.artifact import SCHEMA, abandoned, checksum, write_array, write_json
 from upriver.text.batch import sequence_hash, sequence_keys
 from upriver.text.records import BadRecords, dump, read_records
 from upriver.text.sources import Source
@@ -134,21 +134,31 @@ def build(
     bad: BadRecords,
     tokenizer: PreTrainedTokenizerBase,
     settings: Settings,
+    hashed: list[tuple[Any, Any]],
     progress: Progress | None = None,
 ) -> None:
-    """Tokenise ``sources`` into ``folder``, which appears when it is complete.
+    """Tokenise ``sources`` into ``folder``, which appears when it is complete, and is named by what was read.
+
+    Args:
+        hashed: the fingerprint of each source when ``folder`` was named, and when its files had been written to before that.
 
     Raises:
-        CorpusError: a record that cannot be used, or no sequence at all.
+        CorpusError: a record that cannot be used, no sequence at all, or a file that has changed since it was hashed.
         ConfigError, StorageError: the folder cannot be written.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*.partial"):
+        if abandoned(left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         with _writing(folder):
             partial.mkdir(parents=True)
             info = _fill(partial, sources, bad, tokenizer, settings, progress or (lambda done, total: None))
-            write_json(partial / "info.json", info)
+            for source, told in zip(sources, hashed, strict=True):
+                source.check_read(*told)
+            files = {p.name: checksum(p) for p in sorted(partial.iterdir())}
+            head = {"stage": "corpus", "schema": SCHEMA, "fingerprint": folder.name}
+            write_json(partial / "info.json", head | info | {"files": files})
             os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from upriver.errors import ConfigError, StorageError
-from upriver.runtime.artifact import digest, read_json
+from upriver.errors import ConfigError
+from upriver.runtime.artifact import Info, check, digest, read_head, unreadable
 from upriver.text.batch import Batch, Sequences, pad
 from upriver.text.build import TABLES, Progress, Settings, Stream, build, exclusive
 from upriver.text.records import BadRecords, open_corpus
 from upriver.text.tokenise import encode, tokenizer_fingerprint
 
-SCHEMA = 3  # raise it when the same files would give other sequences, or the artifact another layout
+SCHEMA = 4  # raise it when the same files would give other sequences, or the artifact another layout
+
+AGAIN = "delete that folder and give the same command again"  # what to do about a damaged one
 
 
 class Corpus(Sequences):
@@ -40,11 +42,12 @@ class Corpus(Sequences):
     """
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, path: str, reused: bool):
-        stored = read_json(folder / "info.json")
+        stored = _stored(folder)
         self.tokenizer = tokenizer
         self.fingerprint = folder.name
         self.reused = reused
-        self.info: dict[str, Any] = {"path": path, "fingerprint": folder.name, **stored}
+        told = {name: x for name, x in stored.items() if name not in ("stage", "schema", "files")}
+        self.info: dict[str, Any] = {"path": path, **told}
         self.pack = bool(stored["pack"])
         self.n_documents, self.n_tokens = int(stored["documents"]), int(stored["tokens"])
         self.max_token = int(stored["max_token"])
@@ -58,9 +61,7 @@ class Corpus(Sequences):
                 np.load(folder / f"{name}.npy", mmap_mode="r") for name in TABLES
             )
         except (OSError, ValueError) as error:
-            raise StorageError(
-                f"cannot read the corpus in {folder}: {error}; delete that folder and try again"
-            ) from error
+            raise unreadable(folder, error, AGAIN) from error
         self._cached_text = lru_cache(16)(self._read_text)
         self._cached_pieces = lru_cache(16)(self._cut)
 
@@ -101,7 +102,9 @@ class Corpus(Sequences):
             )
         settings, bad = Settings(seq_len, pack, on_bad_record), BadRecords(on_bad_record)
         sources = open_corpus(Path(path), bad)
-        key = {"schema": SCHEMA, "sources": [source.fingerprint for source in sources]}
+        written = [source.written for source in sources]
+        hashed = [source.fingerprint for source in sources]
+        key = {"schema": SCHEMA, "sources": hashed}
         key |= {"tokenizer": tokenizer_fingerprint(tokenizer), "settings": settings._asdict()}
         folder = _cache_folder(cache) / "corpus" / digest(key)
         reused = os.path.exists(folder)  # false also where it cannot be known: building then says why
@@ -109,7 +112,7 @@ class Corpus(Sequences):
             with exclusive(folder.with_name(f".{folder.name}.lock")):
                 reused = folder.exists()
                 if not reused:
-                    build(folder, sources, bad, tokenizer, settings, progress)
+                    build(folder, sources, bad, tokenizer, settings, list(zip(hashed, written, strict=True)), progress)
         return cls(folder, tokenizer, str(path), reused)
 
     def batch(self, rows: np.ndarray) -> Batch:
@@ -170,6 +173,16 @@ class Corpus(Sequences):
     def metadata(self, document: int) -> dict[str, Any]:
         """The further fields of a document's record."""
         return self._line(document)["metadata"]
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """What ``info.json`` tells, all files verified."""
+    info = read_head(folder / "info.json", Info, f"not a corpus of this program: got {folder}; {AGAIN}", AGAIN)
+    if info["fingerprint"] != folder.name:
+        raise unreadable(folder, f"it holds another corpus, {info['fingerprint']}", AGAIN)
+    for name in info["files"]:
+        check(folder / name, AGAIN)
+    return info
 
 
 def _cache_folder(given: str | Path | None) -> Path:

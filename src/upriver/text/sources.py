@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from upriver.errors import CorpusError, InputError
-from upriver.runtime.artifact import digest, file_digest
+from upriver.runtime.artifact import digest, file_digest, new_digest
 
 KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv",
@@ -35,6 +35,7 @@ COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 KNOWN = "use .jsonl, .parquet, .csv or .txt (the text forms also as .gz, .xz, .bz2 or .zst), or a folder of such files"
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException)
 BOM = b"\xef\xbb\xbf"
+READ = 1 << 20  # bytes that are read at once
 LARGEST = 16 << 20  # bytes of one document: it is tokenised in one piece, which takes some 160 times as much memory
 TOO_LARGE = (
     f"the document is too large: got more than {LARGEST >> 20} MB of text; "
@@ -55,6 +56,7 @@ class Source:
     compression: str = ""
     data: Any = None  # the data set
     read_bytes: int = 0  # of `size`, so far
+    read_digest: str = ""  # of the content of a file of lines, hashed as it was read to its end
 
     @property
     def size(self) -> int:
@@ -67,12 +69,36 @@ class Source:
         Raises:
             CorpusError: a file cannot be read.
         """
-        files = [self.path] if self.data is None else [Path(file["filename"]) for file in self.data.cache_files]
         try:
-            hashes = [file_digest(file) for file in files]
+            hashes = [file_digest(file) for file in self.files]
         except OSError as reason:
             raise CorpusError(f"{self.path}: {_damaged(reason)}") from reason
         return [self.name, *hashes] if self.data is None else [self.name, *hashes, digest(self.form)]
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path] if self.data is None else [Path(file["filename"]) for file in self.data.cache_files]
+
+    @property
+    def written(self) -> list[tuple[int, int, int]]:
+        """Which files these are, and when each was last written to."""
+        try:
+            return [(at.st_ino, at.st_size, at.st_mtime_ns) for at in map(os.stat, self.files)]
+        except OSError:  # told when it is hashed
+            return []
+
+    def check_read(self, fingerprint: list[str], written: list[tuple[int, int, int]]) -> None:
+        """Compare what was read with what was hashed before that: the bytes themselves, or else the files before and after.
+
+        Raises:
+            CorpusError: they differ.
+        """
+        same = [self.name, self.read_digest] == fingerprint
+        if not same and (self.read_digest or self.written != written or self.fingerprint != fingerprint):
+            raise CorpusError(
+                f"the corpus changed while it was read: got {self.path}; "
+                "give the same command again when nothing writes to it any more"
+            )
 
     @property
     def form(self) -> list[Any]:
@@ -286,16 +312,35 @@ def _lines(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int
     line, openers = 0, {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
     try:
         with ExitStack() as opened:
-            raw = stream = opened.enter_context(open(source.path, "rb"))
+            file = opened.enter_context(open(source.path, "rb", buffering=0))
+            raw = stream = opened.enter_context(io.BufferedReader(hashed := _Hashed(file), READ))
             if source.compression == ".zst":
                 stream = opened.enter_context(io.BufferedReader(pa.input_stream(raw, compression="zstd")))  # pyright: ignore
             elif source.compression:
                 stream = opened.enter_context(openers[source.compression](raw, "rb"))
             for line, content in enumerate(stream, 1):
                 yield line, content.removeprefix(BOM) if line == 1 else content
-                source.read_bytes = raw.tell()
+                source.read_bytes = file.tell()
+            while raw.read(READ):  # what stands behind the end of what is compressed
+                pass
+            source.read_digest = hashed.digest.hexdigest()
     except UNREADABLE as reason:
         raise error(f"{source.path}:{line + 1}: {_damaged(reason)}") from reason
+
+
+class _Hashed(io.RawIOBase):
+    """A file whose bytes are hashed, as `file_digest` does, when they are read."""
+
+    def __init__(self, file: Any):
+        self.file, self.digest = file, new_digest()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self.file.readinto(buffer)
+        self.digest.update(memoryview(buffer)[:count])
+        return count
 
 
 def _damaged(reason: BaseException) -> str:
