@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from upriver.curvature.base import Curvature, Damping, Grads, Moments, Solution
+from upriver.curvature.base import Curvature, Damping, Grads, Moments, Solution, compress
 from upriver.errors import NumericalError
-from upriver.tensors import LowRank, product, root_weights, truncated_svd, weighted_low_rank
+from upriver.tensors import LowRank, product, root_weights, truncated_svd
 
 SINGULAR = 1e-12  # of the mean eigenvalue: what a float32 fit leaves where the true eigenvalue is zero
 
@@ -84,16 +84,20 @@ class Eigenblock(NamedTuple):
             queries = rotate_tokens(self.basis, queries)
         return torch.stack([self._back(q.dense().div_(denominator_OI)) for q in queries])
 
-    def solve_low_rank(self, queries: list[TokenGradient], damping: Damping, rank: int, metric: Moments) -> LowRank:
+    def solve_low_rank(
+        self, queries: list[TokenGradient], damping: Damping, rank: int, metric: Moments | None
+    ) -> LowRank:
         """The solutions at rank ``rank``, truncated in the metric of the layer's second moments; see :func:`weighted_low_rank`.
 
         All is done in the eigenbasis, where curvature and weights are diagonal; only the factors are rotated back.
         """
         denominator_OI = self._denominator(damping)
         if self.basis is None:
-            turned = (metric.rotate(q.dense().div_(denominator_OI)[None]) for q in queries)  # one at a time is whole
-            parts = [weighted_low_rank(v_1OI, rank, metric.eig_S_O, metric.eig_A_I) for v_1OI in turned]
-            return metric.back_factors(LowRank(*map(torch.cat, zip(*parts, strict=True))))
+            parts = [
+                compress(q.dense().div_(denominator_OI)[None], rank, metric) for q in queries
+            ]  # one at a time is whole
+            return LowRank(*map(torch.cat, zip(*parts, strict=True)))
+        metric = self.basis
         s_O, a_I = root_weights(metric.eig_S_O), root_weights(metric.eig_A_I)
         weight_OI = torch.outer(s_O, a_I).div_(denominator_OI)
         start_I = a_I / denominator_OI.mean(0)  # what the weights do to the tokens, on average over outputs

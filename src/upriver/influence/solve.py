@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upriver.curvature.base import Curvature, Damping, Grads
-from upriver.curvature.blocks import BlockCurvature, Moments
+from upriver.curvature.base import Curvature, Damping, Grads, Moments, compress
+from upriver.curvature.blocks import BlockCurvature
 from upriver.curvature.factors import Factors
 from upriver.errors import NumericalError
 from upriver.influence.queries import Measured, dense, query_chunks, token_gradients
@@ -31,7 +31,7 @@ from upriver.runtime.cost import SUM
 from upriver.runtime.divide import Division
 from upriver.runtime.progress import Progress
 from upriver.runtime.units import each
-from upriver.tensors import LowRank, truncated_svd, weighted_low_rank
+from upriver.tensors import LowRank
 from upriver.text.batch import Sequences
 
 VECTORS = 8  # that an iterative solver holds for each query: solution, residual, direction, products
@@ -238,9 +238,3 @@ def _rows(file: Any, name: str, start: int, end: int) -> Tensor:
     """Some rows of a tensor in an open file: only they are read."""
     rows = file.get_slice(name)
     return file.get_tensor(name) if end - start == rows.get_shape()[0] else rows[start:end]
-
-
-def compress(v_QOI, rank, metric):
-    if metric is None:
-        return LowRank(*map(torch.stack, zip(*(truncated_svd(v, rank) for v in v_QOI), strict=True)))
-    return metric.back_factors(weighted_low_rank(metric.rotate(v_QOI), rank, metric.eig_S_O, metric.eig_A_I))
