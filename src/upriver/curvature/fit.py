@@ -325,6 +325,8 @@ def fit_diagonal(
                 sums = _summed(work, DIAGONAL, group, lambda sums: Correction(sums, work.dtype, None))
                 files |= dict.fromkeys((x.name for x in group), sums)
             dist.on_first(lambda: _write_lam(folder / "lam.safetensors", files))
-    for sums in folder.glob("layers-*") if dist.rank() == 0 else ():
-        discard(sums)
+    if dist.rank() == 0:
+        for sums in folder.glob("layers-*"):
+            discard(sums)
+        division_file(factors.path).unlink(missing_ok=True)
     dist.barrier()
