@@ -87,7 +87,7 @@ class Eigenblock(NamedTuple):
     def solve_low_rank(
         self, queries: list[TokenGradient], damping: Damping, rank: int, metric: Moments | None
     ) -> LowRank:
-        """The solutions at rank ``rank``, truncated in the metric of the layer's second moments, where there are any.
+        """The solutions at rank ``rank``, truncated in the metric of the layer's second moments; see :func:`weighted_low_rank`.
 
         All is done in the eigenbasis, where curvature and weights are diagonal; only the factors are rotated back.
         """
