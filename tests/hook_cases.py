@@ -29,6 +29,8 @@ from upriver.model.sweep import Source, sweep
 BATCH_TOKENS, BATCHES = 24, 4
 TOKENS = torch.arange(10)[None]
 Seen = dict[str, tuple[Tensor, Tensor]]
+MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "gpt2", "gpt_neox")]
+LIBRARIES = ["pytest", "hypothesis.strategies", "upriver.pipeline", *MODELS]
 
 
 def small_llama() -> LlamaForCausalLM:
@@ -100,7 +102,7 @@ def in_processes(world: int, work: Callable, folder: Path, seconds: float = 120.
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meet").unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # the libraries are imported once for all processes
+    context.set_forkserver_preload(LIBRARIES)  # imported once for all processes
     processes = [context.Process(target=_process, args=(rank, world, work, folder)) for rank in range(world)]
     for process in processes:
         process.start()
