@@ -1,5 +1,6 @@
 """Products and linear layers by oneDNN: the numbers of torch, its gradients, and only where they are meant to be."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,22 @@ def test_everything_runs_with_the_operations_of_torch_instead():
     """``plain.py`` takes the place of the whole file, before anything is imported, in a process of its own."""
     done = subprocess.run([sys.executable, PLAIN], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1e-5
+
+
+def test_importing_the_package_changes_nothing_and_its_command_sets_what_the_libraries_read():
+    names = "'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'OPENBLAS_THREAD_TIMEOUT'"
+    look = f"print([os.environ.get(name) for name in ({names})], 'torch' in sys.modules)"
+    script = (
+        f"import os, sys, upriver; {look}; upriver.load_model; {look}\n"
+        "import upriver.cli, upriver.run; upriver.cli.main = lambda: None; upriver.run.main(); " + look
+    )
+    clean = {k: v for k, v in os.environ.items() if "OMP" not in k and "OPENBLAS" not in k}
+    done = subprocess.run([sys.executable, "-c", script], env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "[None, None, None] False",
+        "[None, None, None] True",
+        "['passive', '30000', '4'] True",
+    ]
 
 
 def test_a_pass_on_another_device_is_left_to_torch():

@@ -165,6 +165,13 @@ def test_a_solution_that_did_not_converge_or_gains_nothing_is_a_warning(tmp_path
     assert facts["Held-out energy, solution"]["state"] == "warn"
 
 
+def test_the_energy_of_the_gradient_itself_is_neither_good_nor_bad(tmp_path: Path) -> None:
+    path = solved(write_scores(tmp_path / "scores", queries=2, per_side=2, documents=4), {"best_energy": 8.5})
+    report = build_report(read_folder(path))
+    facts = {f["label"]: f for f in next(g["facts"] for g in report["trust"] if g["title"] == "Solver")}
+    assert facts["Held-out energy, solution"]["state"] is None
+
+
 @pytest.mark.parametrize("solution", [None, {}, {"converged": True}, {"best_energy": None, "gradient": None}])
 def test_a_run_without_held_out_energy_shows_none(tmp_path: Path, solution: Any) -> None:
     path = write_scores(tmp_path / "scores", queries=1, per_side=2, documents=4)

@@ -1,6 +1,7 @@
 """A corpus: its windows partition the text, its loss lies where it should, and it is tokenised once."""
 
 import errno
+import fcntl
 import gzip
 import json
 import lzma
@@ -18,7 +19,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import upriver.text.build
 from text_cases import byte_tokenizer, chat_tokenizer, fallback_tokenizer, write_jsonl
 from upriver.errors import ConfigError, CorpusError, ModelError
 from upriver.text.corpus import Corpus
@@ -287,10 +287,9 @@ def test_progress_reaches_the_end(tmp_path):
 def test_a_build_that_was_killed_leaves_nothing_half_made(tmp_path):
     path = write_jsonl(tmp_path / "c.jsonl", [{"text": text} for text in TEXTS])
     program = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); import upriver.text.build as build\n"
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
         "from text_cases import byte_tokenizer; from upriver.text.corpus import Corpus\n"
-        "build._finish = lambda *_: os._exit(9)\n"
-        "Corpus.read(sys.argv[2], byte_tokenizer(), cache=sys.argv[3])"
+        "Corpus.read(sys.argv[2], byte_tokenizer(), cache=sys.argv[3], progress=lambda done, total: os._exit(9))"
     )
     arguments = [sys.executable, "-c", program, str(Path(__file__).parent), str(path), str(tmp_path / "cache")]
     assert subprocess.run(arguments, check=False).returncode == 9
@@ -333,7 +332,7 @@ def test_a_cache_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(upriver.text.build.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.warns(UserWarning, match="cannot be locked"):
         corpus = read([{"text": text} for text in TEXTS], tmp_path)
     assert [corpus.text(row) for row in range(len(corpus))] == TEXTS

@@ -27,14 +27,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def _intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return False
-
-
-MKL_AT_HOME = torch.backends.mkl.is_available() and _intel()
+CPUINFO = Path("/proc/cpuinfo")  # of Linux
+INTEL = CPUINFO.exists() and "GenuineIntel" in CPUINFO.read_text()
+MKL_AT_HOME = torch.backends.mkl.is_available() and INTEL
 ONEDNN = torch.backends.mkldnn.is_available()
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 WIDE_ONEDNN = ONEDNN and torch.backends.mkl.is_available() and not MKL_AT_HOME and AVX512  # as far as it is measured
@@ -217,7 +212,7 @@ class Linear(torch.autograd.Function):
 
 
 def attend(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, *,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """``scaled_dot_product_attention``; None where it is better left to torch.

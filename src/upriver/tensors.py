@@ -103,8 +103,7 @@ def sequence_gradients(a_NTI: Tensor, g_NTO: Tensor, out_NOI: Tensor | None = No
         return g_NOT @ a_NTI if out_NOI is None else torch.bmm(g_NOT, a_NTI, out=out_NOI)
     if len(a_NTI) == 1 and out_NOI is None:
         return matmul(g_NOT[0], a_NTI[0])[None]
-    if out_NOI is None:
-        out_NOI = a_NTI.new_empty(len(a_NTI), g_NTO.shape[2], a_NTI.shape[2])
+    out_NOI = a_NTI.new_empty(len(a_NTI), g_NTO.shape[2], a_NTI.shape[2]) if out_NOI is None else out_NOI
     for out_OI, g_OT, a_TI in zip(out_NOI, g_NOT, a_NTI, strict=True):
         out_OI.copy_(matmul(g_OT, a_TI))
     return out_NOI

@@ -14,7 +14,7 @@ over calls, before anything is squared.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from upriver.model.layers import Layer, given
 from upriver.runtime import dist
 
 Consume = Callable[[Layer, Tensor, Tensor], None]
+Call = tuple[Tensor, Tensor]  # a_NTI, g_NTO
 
 
 @contextmanager
@@ -37,11 +38,12 @@ def frozen(module: nn.Module) -> Iterator[None]:
     dist.reshard(module)
     modes = {m: m.training for m in module.modules()}
     flags = {p: p.requires_grad for p in module.parameters()}
+    on_cpu = all(p.device.type == "cpu" for p in flags)
     noted = {m: _attributes(m) for m in modes}
     module.eval()
     module.requires_grad_(False)
     try:
-        with torch.compiler.set_stance("force_eager"), FastKernels() if _on_cpu(module) else nullcontext():
+        with torch.compiler.set_stance("force_eager"), FastKernels() if on_cpu else nullcontext():
             yield
     finally:
         dist.reshard(module)
@@ -55,10 +57,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
             for name in _attributes(m).keys() - before.keys():
                 del vars(m)[name]
             vars(m).update(before)
-
-
-def _on_cpu(module: nn.Module) -> bool:
-    return all(p.device.type == "cpu" for p in module.parameters())
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -78,23 +76,17 @@ def capture(
         ModelError: a layer's input cannot be laid out by sequence and token, or the model hides its calls.
         NumericalError: the loss is NaN or infinite.
     """
-    run = Run(consume, dtype)
-    hooks = [
-        m.register_forward_hook(partial(run.on_call, layer), with_kwargs=True, prepend=True)  # what the weight gave
-        for layer in layers
-        for m in layer.modules
-    ]
+    run, first = (
+        Run(consume, dtype),
+        {"with_kwargs": True, "prepend": True},
+    )  # before the hooks of others: what the weight gave
+    hooks = [m.register_forward_hook(partial(run.on_call, x), **first) for x in layers for m in x.modules]
     try:
         with frozen(module):
             yield run
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class Call(NamedTuple):
-    a_NTI: Tensor
-    g_NTO: Tensor
 
 
 class Run:
@@ -158,15 +150,14 @@ class Run:
                 "leave the layer out with --layers"
             )
         calls = self._waiting.setdefault(layer.name, (layer, []))[1]
-        calls.append(Call(self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False)))
+        calls.append((self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False)))
         if len(calls) == self._expected[layer.name]:
             self._hand_over(*self._waiting.pop(layer.name))
 
     def _hand_over(self, layer: Layer, calls: list[Call]) -> None:
         a_NTI, g_NTO = calls[0]
         if len(calls) > 1:
-            a_NTI = torch.cat([c.a_NTI for c in calls], 1)
-            g_NTO = torch.cat([c.g_NTO for c in calls], 1)
+            a_NTI, g_NTO = (torch.cat(parts, 1) for parts in zip(*calls, strict=True))
         with torch.no_grad():
             self._consume(layer, a_NTI, g_NTO)
 

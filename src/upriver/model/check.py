@@ -1,6 +1,7 @@
 """One check of the tracked layers: on one short batch, what is captured is the gradient that autograd gives."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,13 @@ def checked_layers(
         ModelError: a layer is never called, as inside a compiled model, whose hooks do not run; it computes another thing than
             ``W a + b``; or its weight or bias is used outside of it too, so that its calls show a part of the gradient.
     """
-    comparison = _Comparison(layers)
+    comparison, hooks = _Comparison(layers), []
     before = {p: p.grad for p in comparison.owners}
-    shared, losses, hooks = layers, [], []
+    found: list[Layer] = []
+    losses: list[Tensor] = []
 
     def probed() -> Tensor:
-        nonlocal shared
-        shared = probe(layers, lambda: losses.append(forward()))
+        found.extend(probe(layers, lambda: losses.append(forward())))
         return losses[0]
 
     try:
@@ -51,7 +52,7 @@ def checked_layers(
             hook.remove()
         for p, grad in before.items():
             p.grad = grad
-    return shared
+    return found
 
 
 class _Comparison:
@@ -73,12 +74,12 @@ class _Comparison:
         allowed = tolerance * float(a_MI.norm(dim=0).max() * g_MO.norm(dim=0).max())
         self.captured[x.name] = weight_gradient_as_stored(x.modules[0], g_MO.T @ a_MI), allowed
 
-    def when_captured(self, p: Tensor) -> None:
+    def when_captured(self, p: Any) -> None:
         if self.owners[p][0].name in self.captured:
             self.compare(p)
 
     @torch.no_grad()
-    def compare(self, p: Tensor) -> None:
+    def compare(self, p: Any) -> None:
         x, name = self.owners.pop(p)
         parts, allowed = self.captured.get(x.name, ({}, 0.0))
         mine, theirs = parts.pop(name, p.new_zeros(())), p.new_zeros(()) if p.grad is None else p.grad

@@ -79,7 +79,6 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
     """
     linear = dict(_linear_modules(module))
     found = {part: {n for n in linear if _matches(module, n, part)} for part in map(str.strip, spec.split(","))}
-    chosen = {name: m for name, m in linear.items() if any(name in names for names in found.values())}
     nothing = [part for part, names in found.items() if not names]
     if nothing:
         have = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})) or "no linear layer at all"
@@ -94,8 +93,12 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
             f"no layer to track: --layers {nothing[0]!r} matches nothing; this model has linear layers at {have}{note}; "
             "choose among them with --layers"
         )
-    users = _users(module)
-    groups = dict.fromkeys(tuple(users[id(m.weight)]) for m in chosen.values())
+    users: dict[int, list[str]] = {}  # the names of the modules that hold each parameter
+    for name, m in module.named_modules():
+        for p in m.parameters(recurse=False):
+            users.setdefault(id(p), []).append(name)
+    chosen = [m for name, m in linear.items() if any(name in names for names in found.values())]
+    groups = dict.fromkeys(tuple(users[id(m.weight)]) for m in chosen)
     return [_layer(names[0], [module.get_submodule(n) for n in names]) for names in groups]
 
 
@@ -103,15 +106,6 @@ def same_layers(layers: list[Layer], module: nn.Module, copy: nn.Module) -> list
     """The layers of ``module`` in a copy of it."""
     names = {m: name for name, m in module.named_modules()}
     return [x._replace(modules=tuple(copy.get_submodule(names[m]) for m in x.modules)) for x in layers]
-
-
-def _users(module: nn.Module) -> dict[int, list[str]]:
-    """The names of the modules that hold each parameter."""
-    users: dict[int, list[str]] = {}
-    for name, m in module.named_modules():
-        for p in m.parameters(recurse=False):
-            users.setdefault(id(p), []).append(name)
-    return users
 
 
 def _layer(name: str, modules: list[nn.Module]) -> Layer:
@@ -151,10 +145,8 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 
 def weight_gradient_as_stored(module: nn.Module, grad_OI: torch.Tensor) -> dict[str, torch.Tensor]:
     """A gradient ``[O, I]`` (bias column last) as the module's own ``weight`` and ``bias``."""
-    if module.bias is None:
-        weight, parts = grad_OI, {}
-    else:
-        weight, parts = grad_OI[:, :-1], {"bias": grad_OI[:, -1]}
+    weight = grad_OI if module.bias is None else grad_OI[:, :-1]
+    parts = {} if module.bias is None else {"bias": grad_OI[:, -1]}
     return {"weight": weight.T if isinstance(module, Conv1D) else weight, **parts}
 
 
@@ -175,26 +167,18 @@ def _matches(module: nn.Module, name: str, spec: str) -> bool:
 
 def layer_kind(module: nn.Module, name: str) -> str | None:
     """``mlp``, ``attention`` or ``other`` for a linear layer inside a block; None outside the blocks."""
-    prefix = _block_prefix(module, name)
-    if prefix is None:
+    parts = name.split(".")
+    around = [module, *(module.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))]
+    numbered = [i for i, m in enumerate(around) if parts[i].isdigit() and isinstance(m, nn.ModuleList | nn.Sequential)]
+    if not numbered:
         return None
-    inside = name[len(prefix) :].split(".")
-    around = [module.get_submodule(prefix + ".".join(inside[:i])) for i in range(1, len(inside))]
-    classes = [type(m).__name__ for m in around]
+    start = (numbered[0] + 1) % len(parts)  # after the outermost number; a numbered layer is told by its whole name
+    inside, classes = parts[start:], [type(m).__name__ for m in around[start + 1 :]]
     if any(ATTENTION.search(label) for label in inside + classes):
         return "attention"
     if any(map(MIXER.search, inside)) or any(map(MIXER_CLASS.search, classes)) or ROUTER.search(inside[-1]):
         return "other"
     return "mlp"
-
-
-def _block_prefix(module: nn.Module, name: str) -> str | None:
-    """``model.layers.3.`` for a name inside block 3; the outermost numbered list of modules that the name is in."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit() and isinstance(module.get_submodule(".".join(parts[:i])), nn.ModuleList | nn.Sequential):
-            return ".".join(parts[: i + 1]) + "." if i + 1 < len(parts) else ""
-    return None
 
 
 def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
@@ -204,9 +188,11 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
         ModelError: a layer is never called, as inside a compiled model, whose hooks do not run.
     """
     seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
-    hooks = [
-        m.register_forward_pre_hook(partial(_note, seen[x.name]), with_kwargs=True) for x in layers for m in x.modules
-    ]
+
+    def note(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen[name].append(given(args, kwargs))
+
+    hooks = [m.register_forward_pre_hook(partial(note, x.name), with_kwargs=True) for x in layers for m in x.modules]
     try:
         forward()
     finally:
@@ -221,10 +207,6 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
     leaders: dict[tuple, str] = {}
     keys = [(layer.bias, *map(id, seen[layer.name])) for layer in layers]
     return [layer._replace(A_of=leaders.setdefault(key, layer.name)) for layer, key in zip(layers, keys, strict=True)]
-
-
-def _note(inputs: list[torch.Tensor], module: nn.Module, args: tuple, kwargs: dict) -> None:
-    inputs.append(given(args, kwargs))
 
 
 def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:

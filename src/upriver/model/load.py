@@ -88,10 +88,11 @@ class Model:
         config = text_config(self.module)
         told = (getattr(config, name, None) for name in ("rope_parameters", "rope_scaling"))
         given = next((x for x in told if x and isinstance(x, dict)), {})
-        ropes = [given, *(x for x in given.values() if isinstance(x, dict))]  # one for all layers, or one for each kind
-        switching = [x for x in ropes if SWITCHING.search(str(x.get("rope_type", x.get("type"))))]
-        own = getattr(config, "original_max_position_embeddings", None)
-        return min(filter(None, (x.get("original_max_position_embeddings", own) for x in switching)), default=None)
+        own, limits = getattr(config, "original_max_position_embeddings", None), []
+        for rope in (given, *given.values()):  # one for all layers, or one for each kind
+            if isinstance(rope, dict) and SWITCHING.search(str(rope.get("rope_type", rope.get("type")))):
+                limits.append(rope.get("original_max_position_embeddings", own))
+        return min(filter(None, limits), default=None)
 
     @property
     def longest(self) -> int | None:
@@ -194,66 +195,52 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
 
 def _locate(path: str) -> tuple[str, dict[str, Any]]:
     """Where ``from_pretrained`` shall look, and the GGUF file's name when the weights are in one."""
+    place = Path(path)
     try:
-        return _place(path)
+        if place.suffix == ".gguf" and place.is_file():
+            return str(place.parent), {"gguf_file": place.name}
+        there, folder, plain = place.exists(), place.is_dir(), (place / "config.json").exists()
+        ggufs = sorted(place.glob("*.gguf")) if folder and not plain else []
     except (OSError, ValueError) as error:  # a folder that may not be entered, or what can be no path at all
         shown = path if len(path) < MOST else f"{path[:MOST]} ..."
         raise ModelError(
             f"no model can be looked up: got {shown!r} ({_reason(error)}); {PLACES} that you may read, or a hub name"
         ) from error
-
-
-def _place(path: str) -> tuple[str, dict[str, Any]]:
-    place = Path(path)
-    if place.suffix == ".gguf" and place.is_file():
-        return str(place.parent), {"gguf_file": place.name}
-    if place.is_dir():
-        ggufs = sorted(place.glob("*.gguf"))
-        if (place / "config.json").exists():
-            return path, {}
-        if not ggufs:
-            raise ModelError(
-                f"no model in the folder: got {path!r} without a config.json or a .gguf file; "
-                "give a folder written by save_pretrained"
-            )
-        if len(ggufs) > 1:
-            raise ModelError(f"{path} holds {len(ggufs)} GGUF files; name one of them, such as {ggufs[0]}")
-        return path, {"gguf_file": ggufs[0].name}
-    if place.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if len(ggufs) > 1:
+        raise ModelError(f"{path} holds {len(ggufs)} GGUF files; name one of them, such as {ggufs[0]}")
+    if folder and not plain and not ggufs:
+        raise ModelError(
+            f"no model in the folder: got {path!r} without config.json or a .gguf file; give a folder written by save_pretrained"
+        )
+    if not folder and (there or path[:1] in tuple("./~") or path.count("/") > 1):
         raise ModelError(f"no model at {path!r}; {PLACES}, or a hub name")
-    return path, {}
+    return path, {"gguf_file": ggufs[0].name} if ggufs else {}
 
 
 def _load_tokenizer(place: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     advice = "put the tokenizer.json that the model was trained with beside it"
+    failed = f"no tokenizer could be loaded from {_shown(place, options)}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds here, and a wrong file any of them
         _check_there(place, error)
-        raise ModelError(
-            f"no tokenizer could be loaded from {_shown(place, options)}: {_reason(error)}; "
-            f"{_advice(options, error, advice)}"
-        ) from error
+        raise ModelError(f"{failed}: {_reason(error)}; {_advice(options, error, advice)}") from error
     require_offsets(tokenizer)
     added = {str(x) for x in tokenizer.added_tokens_decoder.values()}
     if tokenizer.get_vocab().keys() <= added | set(tokenizer.all_special_tokens):  # made up from the model's type alone
-        raise ModelError(
-            f"no tokenizer could be loaded from {_shown(place, options)}: its vocabulary would be the "
-            f"{len(tokenizer)} special tokens alone; {advice}"
-        )
+        raise ModelError(f"{failed}: its vocabulary would be the {len(tokenizer)} special tokens alone; {advice}")
     return tokenizer
 
 
 def _check_there(place: str, error: Exception) -> None:
-    """A name that is no folder: whether the hub, or what is kept of it here, has a model called so."""
+    """Refuse a name that is neither a folder nor that of a model on the hub, or in what is kept of it here."""
     from transformers import AutoConfig
 
-    if Path(place).exists():
-        return
     try:
-        AutoConfig.from_pretrained(place, trust_remote_code=False)
+        if not Path(place).exists():
+            AutoConfig.from_pretrained(place, trust_remote_code=False)
     except OSError:
         raise ModelError(
             f"no such folder, and no such model on the hub here: got {place!r} ({_reason(error)}); {PLACES}, or a hub name"
@@ -271,24 +258,20 @@ def _advice(options: dict[str, Any], error: Exception, otherwise: str) -> str:
 def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    def load(**extra: Any) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
-            **options, **extra,
-        )  # fmt: skip
-
+    load: Any = AutoModelForCausalLM.from_pretrained
+    asked = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         try:
-            module, report = load(attn_implementation=attention)
+            kernel = {"attn_implementation": attention}
+            module, report = load(place, **asked, **kernel, **options)
         except ValueError as error:
             if "attn" not in str(error) and "attention" not in str(error):
                 raise
-            module, report = load()
+            module, report = load(place, **asked, **options)
     except Exception as error:
         advice = _advice(options, error, "give a sound and complete copy of a causal language model")
-        raise ModelError(
-            f"no causal language model could be loaded from {_shown(place, options)}: {_reason(error)}; {advice}"
-        ) from error
+        what = f"no causal language model could be loaded from {_shown(place, options)}"
+        raise ModelError(f"{what}: {_reason(error)}; {advice}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             first = min(key if isinstance(key, str) else f"{key[0]} of shape {key[1:]}" for key in report[kind])
@@ -409,14 +392,12 @@ def _quiet() -> Iterator[None]:
     """Hold back the progress bars and advice of ``transformers`` while it loads; what matters is checked afterwards."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, show = logging.get_verbosity(), logging.enable_progress_bar if logging.is_progress_bar_enabled() else str
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        show()

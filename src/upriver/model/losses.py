@@ -213,9 +213,7 @@ def sample(logits_MV: Tensor, u_M: Tensor) -> Tensor:
 def _invert(p_MV: Tensor, u_M: Tensor) -> Tensor:
     cumulative_MV = p_MV.cumsum(-1)
     total_M1 = cumulative_MV[:, -1:]
-    below_M1 = torch.nextafter(
-        total_M1, torch.zeros_like(total_M1)
-    )  # u near 1 rounds to 1: never past the last likely token
+    below_M1 = torch.nextafter(total_M1, torch.zeros_like(total_M1))  # u near 1 rounds to 1: never past the last token
     target_M1 = torch.minimum(u_M.to(total_M1.dtype)[:, None] * total_M1, below_M1)
     return torch.searchsorted(cumulative_MV, target_M1, right=True)[:, 0].clamp(max=p_MV.shape[-1] - 1)
 

@@ -82,10 +82,8 @@ def write_report(scores: Path, out: Path | None = None, *, warn_above: int = WAR
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")
     if page.size > warn_above:
-        warnings.warn(
-            f"the report is large: {html} has {page.size / 1e6:.1f} MB; trace with a smaller --top for a lighter page",
-            stacklevel=2,
-        )
+        what = f"the report is large: {html} has {page.size / 1e6:.1f} MB"
+        warnings.warn(f"{what}; trace with a smaller --top for a lighter page", stacklevel=2)
     return html
 
 
@@ -107,10 +105,8 @@ def report_files(out: Path) -> list[Path]:
         except OSError as error:
             raise _unwritable(file, error) from error
         if not OURS[file.suffix].match(head):
-            raise ConfigError(
-                f"the report would overwrite a file that no report wrote: got {file}; choose another place for the report, "
-                "or move that file away"
-            )
+            what = f"the report would overwrite a file that no report wrote: got {file}"
+            raise ConfigError(f"{what}; choose another place for the report, or move that file away")
     return files
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from upriver.show.data import answer, sign, unit
 from upriver.show.folder import Json, read_folder
-from upriver.show.trust import figure, gained
+from upriver.show.trust import figure, held_out
 
 EXCERPT = 280  # characters
 RAISES, LOWERS = (67, 147, 195), (214, 96, 77)  # the RdBu scale, as on the page
@@ -96,9 +96,8 @@ def _headline(query: Json) -> Text:
         text.append(f"   {measured} {query['log_prob']:.3f} nats", style="not dim")
         if not query["contrast"]:
             text.append(f" (p = {math.exp(min(0.0, query['log_prob'])):.2g})")
-    if gained(query["solution"]) is not None:
-        energy, plain = (figure(s["best_energy"]) for s in (query["solution"], query["solution"]["gradient"]))
-        scale = figure(query["solution"]["best_scale"], 2)
+    if energies := held_out(query["solution"]):
+        energy, plain, scale = figure(energies[0]), figure(energies[1]), figure(energies[2], 2)
         text.append(f"\nheld-out energy {energy} (gradient {plain}), best scale {scale}", style="not dim")
     return text
 

@@ -1,6 +1,6 @@
 """The trust panel says what the numbers rest on, in words, from the manifest; a fact that is not there is left out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from upriver.show.folder import Json
@@ -64,10 +64,8 @@ def _checks(manifest: Json, queries: list[Json]) -> Iterator[Json]:
             sums = [(p["sums"][name], p["score"]) for p in query["passages"] if p["sums"][name] is not None]
             errors += [abs(total - score) / largest for total, score in sums]
         if errors:
-            state = "ok" if max(errors) <= EXACT else "warn"
-            yield _fact(
-                f"{what} = score", _power(max(errors)), "largest relative difference in the passages shown", state
-            )
+            state, note = "ok" if max(errors) <= EXACT else "warn", "largest relative difference in the passages shown"
+            yield _fact(f"{what} = score", _power(max(errors)), note, state)
     rescored = [bool(p["rescored"]) for q in queries for p in q["passages"] if p["rescored"] is not None]
     if rescored:
         share = f"{sum(rescored) / len(rescored):.0%}".replace("%", " %")
@@ -91,32 +89,27 @@ def _solver(solver: Json, solutions: list[Json]) -> Iterator[Json]:
         value = f"{sum(bool(s['converged']) for s in outcomes)} of {len(outcomes)} questions"
         value = "yes" if not failed else "no" if len(outcomes) == 1 else value
         yield _fact("Converged", value, note or details, "warn" if failed else "ok")
-    judged = [s for s in solutions if gained(s) is not None]
+    judged = [(held_out(s), s.get("held_out") or {}) for s in solutions]
+    judged = [(energies, size) for energies, size in judged if energies]
     if judged:
-        held = judged[0].get("held_out") or {}
-        size = f"{held.get('sequences') or 0:,} sequences ({held.get('tokens') or 0:,} tokens) that played no part"
-        for what, entries in (("solution", judged), ("plain gradient", [s["gradient"] for s in judged])):
-            value = _span([s["best_energy"] for s in entries])
-            better = all(gained(s) for s in judged)
-            state = ("ok" if better else "warn") if what == "solution" else None
-            note = (
-                f"at the best scale, on {size}" if what == "solution" else "the higher, the nearer to the true solution"
-            )
-            yield _fact(f"Held-out energy, {what}", value, note, state)
+        own, plain, scales = zip(*(energies for energies, _ in judged), strict=True)
+        gains = [(x - y) / max(abs(y), 1e-30) for x, y in zip(own, plain, strict=True)]
+        state = (
+            "warn" if min(gains) < -EXACT else "ok" if min(gains) > EXACT else None
+        )  # None: it is the gradient itself
+        sequences, tokens = (judged[0][1].get(key) or 0 for key in ("sequences", "tokens"))
+        note = f"at the best scale, on {sequences:,} sequences ({tokens:,} tokens) that played no part"
+        yield _fact("Held-out energy, solution", _span(own), note, state)
+        yield _fact("Held-out energy, plain gradient", _span(plain), "the higher, the nearer to the true solution")
         note = "scores in nats times the scale of their question are calibrated"
-        yield _fact("Best scale", _span([s["best_scale"] for s in judged], 2), note)
+        yield _fact("Best scale", _span(scales, 2), note)
 
 
-def gained(solution: Json | None) -> bool | None:
-    """Tell whether a solution's held-out energy is above that of the plain gradient; None where it was not measured."""
+def held_out(solution: Json | None) -> tuple[float, float, float] | None:
+    """Find the held-out energies of a solution and of the plain gradient, at their best scales, and the solution's scale."""
     gradient = (solution or {}).get("gradient") or {}
-    if solution is None or None in (
-        solution.get("best_energy"),
-        solution.get("best_scale"),
-        gradient.get("best_energy"),
-    ):
-        return None
-    return solution["best_energy"] > gradient["best_energy"]
+    found = [(solution or {}).get("best_energy"), gradient.get("best_energy"), (solution or {}).get("best_scale")]
+    return (found[0], found[1], found[2]) if all(isinstance(x, (int, float)) for x in found) else None
 
 
 def solver_name(name: Any, refine: Any = None) -> str:
@@ -130,7 +123,7 @@ def figure(x: float, digits: int = 3) -> str:
     return f"{x:,.0f}" if abs(x) >= 10**digits else f"{x:#.{digits}g}".rstrip(".")
 
 
-def _span(values: list[float], digits: int = 3) -> str:
+def _span(values: Sequence[float], digits: int = 3) -> str:
     ends = list(dict.fromkeys(figure(x, digits) for x in (min(values), max(values))))
     return " to ".join(ends)
 

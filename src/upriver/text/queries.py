@@ -43,9 +43,9 @@ class Query:
 class Row(NamedTuple):
     """A row is one prompt with one completion, tokenised."""
 
+    text: str
     encoded: Encoded
     loss_T: np.ndarray  # bool: completion tokens that have a context
-    pieces: list[str]
     query: int
     weight: float  # +1 completion, -1 contrast
 
@@ -170,16 +170,12 @@ class Queries:
             raise QueryError(f"{what} has no token of its own: got {completion!r}; give it at least one more word")
         loss_T[0] = False
         if not loss_T.any():
-            raise QueryError(
-                f"{what} cannot be scored: its only token {completion!r} is the first of the text and has no context; "
-                "give a prompt, or a longer completion"
-            )
+            what += f" cannot be scored: its only token {completion!r} is the first of the text and has no context"
+            raise QueryError(f"{what}; give a prompt, or a longer completion")
         if self.seq_len is not None and len(loss_T) > self.seq_len:
-            raise QueryError(
-                f"{what} is too long: got {len(loss_T)} tokens with its prompt, at most {self.seq_len} fit; "
-                "shorten the prompt"
-            )
-        return Row(encoded, loss_T, encoded.pieces(text), index, weight)
+            what += f" is too long: got {len(loss_T)} tokens with its prompt, at most {self.seq_len} fit"
+            raise QueryError(f"{what}; shorten the prompt")
+        return Row(text, encoded, loss_T, index, weight)
 
     @cached_property
     def _rows_of_query(self) -> list[list[int]]:
@@ -191,7 +187,7 @@ class Queries:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Return how many tokens each query counts for, int32 ``[Q]``: its longest row, times the rows of a query with a contrast.
+        """Return how many tokens each query counts for, int32 ``[Q]``: its longest row, times the rows that a contrast makes it.
 
         In a batch all rows are padded to the longest, so no batch of these lengths holds more.
         """
@@ -223,15 +219,15 @@ class Queries:
     def completion_pieces(self, i: int, contrast: bool = False) -> list[str]:
         """Return the text of each scored token of the completion (or contrast), in the order of the row's loss mask."""
         row = self.rows[self._rows_of_query[i][1 if contrast else 0]]
-        return [row.pieces[t] for t in np.flatnonzero(row.loss_T)]
+        pieces = row.encoded.pieces(row.text)
+        return [pieces[t] for t in np.flatnonzero(row.loss_T)]
 
 
 def _rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     for source in find_sources(path, QueryError):
         if source.kind != "jsonl":
-            raise QueryError(
-                f"queries are JSON lines: got {source.path}; give a .jsonl file, or .jsonl.gz or .jsonl.xz"
-            )
+            what = f"queries are JSON lines: got {source.path}"
+            raise QueryError(f"{what}; give a .jsonl file, or .jsonl.gz or .jsonl.xz")
         for line, row in json_rows(source, QueryError):
             if isinstance(row, str):
                 raise QueryError(f"{source.path}:{line}: {row}")
@@ -269,10 +265,8 @@ def _query(fields: dict[str, Any], where: str, complete: int | None) -> Query:
 
 
 def _no_completion(where: str, name: str) -> str:
-    return (
-        f"{where}: query {name!r} has no completion; give one, or add --complete N to take the model's own answer "
-        "of at most N tokens"
-    )
+    what = f"{where}: query {name!r} has no completion"
+    return f"{what}; give one, or add --complete N to take the model's own answer of at most N tokens"
 
 
 def checked_id(value: Any, where: str) -> str:
@@ -284,10 +278,8 @@ def checked_id(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise QueryError(f"{where}: a query needs an id: got {value!r}; give a text or a whole number")
     if str(value) in RESERVED:
-        raise QueryError(
-            f"{where}: the id {value!r} is the name of a column of the results; "
-            f"choose another than {', '.join(RESERVED)}"
-        )
+        what = f"{where}: the id {value!r} is the name of a column of the results"
+        raise QueryError(f"{what}; choose another than {', '.join(RESERVED)}")
     _text(str(value), "id", where)
     return str(value)
 

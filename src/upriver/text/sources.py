@@ -142,10 +142,8 @@ def _mode(path: Path, error: ErrorType) -> int:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no file can have such a name
         return 0
     except OSError as reason:
-        raise error(
-            f"not a path that can be opened: got {str(path)!r:.200} ({reason.strerror}); "
-            "give the path of a file or folder that you may read"
-        ) from reason
+        what = f"not a path that can be opened: got {str(path)!r:.200} ({reason.strerror})"
+        raise error(f"{what}; give the path of a file or folder that you may read") from reason
 
 
 def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Iterator[Path]:

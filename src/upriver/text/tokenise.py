@@ -169,10 +169,8 @@ def _prepare(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, b
         text = parts["prompt"] + parts["completion"]
         return text, True, [(len(parts["prompt"]), len(text))]
     if not tokenizer.chat_template:
-        raise CorpusError(
-            f"{record.where}: a record has messages, and the tokenizer has no chat template to render them; "
-            "give records with prompt and completion, or a tokenizer with a chat template"
-        )
+        what = f"{record.where}: a record has messages, and the tokenizer has no chat template to render them"
+        raise CorpusError(f"{what}; give records with prompt and completion, or a tokenizer with a chat template")
     text, answers = render(parts["messages"], tokenizer)
     return text, False, answers  # a template brings its own special tokens
 
