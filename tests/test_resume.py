@@ -6,6 +6,10 @@
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import upriver
 from hook_cases import in_processes
 from in_memory import TokenCorpus, TokenQueries
 from upriver.curvature.fit import Factors, fit, fit_diagonal
@@ -391,3 +396,32 @@ def test_factors_that_are_replaced_during_a_trace_are_refused(tmp_path):
     with pytest.raises(MismatchError, match="were replaced while they were in use"):
         factors.check_unchanged()
     Factors(tmp_path / "factors").check_unchanged()
+
+
+def test_the_command_that_gets_sigterm_ends_with_status_75_and_goes_on(tmp_path):
+    """Sent when the first sums are committed; what the second run makes is what one alone makes."""
+    corpus, out = tmp_path / "corpus.jsonl", tmp_path / "out"
+    model = str(Path(upriver.__file__).parent / "demo" / "speech-model")
+    lines = [json.dumps({"text": "the people of the united states and the state of the union " * 6 + str(i)}) for i in range(60)]
+    corpus.write_text("\n".join(lines))
+    env = os.environ | {"UPRIVER_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def start(folder: Path) -> subprocess.Popen:
+        args = ["fit", model, str(corpus), "--out", str(folder), "--seq-len", "64", "--batch-tokens", "64"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "upriver.cli", *args], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+
+    process = start(out)
+    while process.poll() is None and not list(out.glob("*/key.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    complaint = process.communicate()[1]
+    assert process.returncode == 75, complaint
+    assert "error: stopped; what was finished is kept" in " ".join(complaint.split())
+    assert not (out / "manifest.json").exists()
+    for folder in (out, tmp_path / "alone"):
+        process = start(folder)
+        complaint = process.communicate()[1]
+        assert process.returncode == 0, complaint
+    assert results(out) == results(tmp_path / "alone")

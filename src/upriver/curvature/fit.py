@@ -37,7 +37,7 @@ from upriver.runtime.cost import CORRECTION, COVARIANCE, DIAGONAL, Spec
 from upriver.runtime.divide import Division, divide_fit
 from upriver.runtime.plan import request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
-from upriver.runtime.system import give_back
+from upriver.runtime.system import give_back, work_ended
 from upriver.runtime.units import remaining, total
 from upriver.tensors import accumulator_dtype
 from upriver.text.batch import Sequences
@@ -121,6 +121,7 @@ def fit(
         else:
             with model.computing_in(opts.dtype) as computing:
                 _run(_work(stage, computing, data, opts, progress, say), opts, say)
+            work_ended()
     return Factors(out)
 
 
