@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,11 +23,14 @@ from cases import case
 from upriver.errors import ModelError
 from upriver.model.capture import frozen
 from upriver.model.load import Model
-from upriver.model.sweep import sweep, tracked_layers
+from upriver.model.ready import tracked_layers
+from upriver.model.sweep import Source, sweep
 
 BATCH_TOKENS, BATCHES = 24, 4
 TOKENS = torch.arange(10)[None]
 Seen = dict[str, tuple[Tensor, Tensor]]
+MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "gpt2", "gpt_neox")]
+LIBRARIES = ["pytest", "hypothesis.strategies", "upriver.pipeline", *MODELS]
 
 
 def small_llama() -> LlamaForCausalLM:
@@ -55,7 +59,8 @@ class Recorder:
 def seen_by_hook(module: nn.Module, recorder: Recorder | None = None) -> Seen:
     """All that one pass over the corpus shows of ``module``, in a few batches with padding."""
     model, data, recorder = Model(module), case("llama").data, recorder or Recorder()
-    sweep(model, tracked_layers(model, data, "all"), data, data.plan(BATCH_TOKENS), recorder)
+    source = Source.of(data, np.arange(len(data)), BATCH_TOKENS)
+    sweep(model, tracked_layers(model, data, "all"), source, source.rows, recorder)
     assert recorder.batches == BATCHES
     return recorder.seen
 
@@ -97,7 +102,7 @@ def in_processes(world: int, work: Callable, folder: Path, seconds: float = 120.
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meet").unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # the libraries are imported once for all processes
+    context.set_forkserver_preload(LIBRARIES)  # imported once for all processes
     processes = [context.Process(target=_process, args=(rank, world, work, folder)) for rank in range(world)]
     for process in processes:
         process.start()
@@ -161,37 +166,27 @@ ROUNDS = ({"until": 1.0, "fisher": "empirical"}, {"curvature": "diagonal", "laye
 
 
 def fit_and_trace(rank: int, folder: Path, fitted: dict | None = None, traced: dict | None = None) -> None:
-    """Fit and trace a tiny case in ``folder``, in units of a few sequences; what is kept on the disk is so to the end."""
+    """Fit and trace a tiny case in ``folder``, in units of a few sequences."""
     from upriver import fit, trace
-    from upriver.influence import stages
-    from upriver.model import kept
-    from upriver.model import sweep as sweeping
 
-    c, before = case("llama"), (sweeping.UNIT_TOKENS, stages.UNIT_TOKENS, kept.TRIAL)
-    sweeping.UNIT_TOKENS = stages.UNIT_TOKENS = 16
-    kept.TRIAL = 10**9
-    try:
-        given = {"layers": c.spec, "dtype": "float64", "batch_tokens": 8} | (fitted or {})
-        factors = fit(c.model, c.data, folder / "factors", **given)
-        asked = {"rank": 2, "top": 3, "batch_tokens": 8} | (traced or {})
-        trace(c.model, c.data, c.queries, factors, folder / "scores", **asked)
-    finally:
-        sweeping.UNIT_TOKENS, stages.UNIT_TOKENS, kept.TRIAL = before
+    c = case("llama")
+    given = {"layers": c.spec, "dtype": "float64", "batch_tokens": 8, "unit_tokens": 16} | (fitted or {})
+    factors = fit(c.model, c.data, folder / "factors", **given)
+    asked = {"rank": 2, "top": 3, "batch_tokens": 8, "unit_tokens": 16} | (traced or {})
+    trace(c.model, c.data, c.queries, factors, folder / "scores", **asked)
 
 
 def fail_alone(rank: int, folder: Path) -> None:
     """One process fails in its part of a sum: the others do not wait for it, and every process is told why."""
-    from upriver.runtime.sums import accumulate
-
     from upriver.errors import NumericalError
-    from upriver.runtime.artifact import Artifact
+    from upriver.runtime.artifact import Artifact, Tensors
+    from upriver.runtime.units import total
 
-    def compute(unit: int) -> dict[str, torch.Tensor]:
+    def add(unit: int, sums: Tensors) -> None:
         if unit == 1:
             raise NumericalError("unit 1 holds NaN")
-        return {"x": torch.ones(2)}
+        sums["x"] = sums.get("x", torch.zeros(2)) + 1
 
     stage = Artifact.open(folder / "stage", "sum", {})
-    units = list(range(rank, 4, dist.get_world_size()))
     with pytest.raises(NumericalError, match="unit 1 holds NaN"):
-        accumulate(stage, units, 4, compute)
+        total(stage, 4, add, torch.device("cpu"))

@@ -1,10 +1,11 @@
-"""Kill ``upriver fit`` and ``upriver trace`` with SIGKILL at random moments, and compare with a run that was left alone.
+"""Kill ``upriver run`` with SIGKILL and SIGTERM at random moments, and compare with a run that was left alone.
 
-    python tests/kill_resume.py [--kills 20] [--seed 0] [--model FOLDER] [--corpus FILE] [--queries FILE] [--tokens N]
+    python tests/kill_resume.py [--kills 20] [--seed 0] [--tokens 24000] [--corpus FILE] [--queries FILE] [--model FOLDER]
 
-Each killed command is given again as it was, nothing cleaned up, until it ends.  Every file must then be the same bit for
-bit (in the manifests: all but the timings), no file may be left over, and of each killed process at most one unit of work may
-have to be done again.  The units are made small, so that many kills fall on a short run.  Exit status 0 when all of that holds.
+The command is given again as it was, nothing cleaned up, until it ends, and then into a new folder until there were enough
+kills.  Every file of factors and scores must be the same bit for bit (in the manifests: all but the timings), and no file may
+be left over.  A process that is asked to stop by SIGTERM must end with status 75 and a sentence.  The units are made small, so
+that many kills fall on a short run.  Exit status 0 when all of that holds.
 """
 
 import argparse
@@ -18,172 +19,58 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 UNIT_TOKENS, BATCH_TOKENS, SEQ_LEN = 1536, 512, 64
+STOPPED = 75
 DEMO = Path(__file__).parent.parent / "src" / "upriver" / "demo"
 SHIPPED = {k: DEMO / str(v) for k, v in tomllib.loads((DEMO / "run.toml").read_text()).items()}
 
 
-class Start(NamedTuple):
-    """A unit of work that a process began: what it was, and when."""
-
-    unit: str
-    at: float
-
-
-class Moment(NamedTuple):
-    """When to kill: so many seconds after so many units of work were begun (none: after the process began)."""
-
-    units: int
-    seconds: float
-
-
-class Killed(NamedTuple):
-    """One kill: the command, how long it had run, and what it had begun."""
-
-    verb: str
-    seconds: float
-    at: float
-    starts: list[Start]
-
-
-def child(log: Path, args: list[str]) -> None:
-    """Be ``upriver ARGS`` with small units, and note in ``log`` each unit of work that is begun."""
-    from upriver import cli, pipeline
-    from upriver.curvature import fit
-    from upriver.influence import stages
-    from upriver.model import sweep
-    from upriver.runtime.artifact import digest
-    from upriver.text import corpus
-
-    sweep.UNIT_TOKENS = stages.UNIT_TOKENS = UNIT_TOKENS
-    sink = log.open("a")
-
-    def noted(what: str, work: Callable, name: Callable[..., Any]) -> Callable:
-        def run(*given: Any, **named: Any) -> Any:
-            print(json.dumps([f"{what} {name(*given)}", time.time()]), file=sink, flush=True)
-            return work(*given, **named)
-
-        return run
-
-    def rows(model: Any, layers: Any, data: Any, batches: Any, consumer: Any, *rest: Any) -> str:
-        return f"{type(consumer).__name__} {digest([r.tolist() for r in batches])}"
-
-    corpus.build = noted("corpus", corpus.build, lambda *given: "")
-    fit.sweep = noted("pass", fit.sweep, rows)
-    fit.decomposed = noted("eigen", fit.decomposed, lambda layer, *rest: layer.name)
-    stages._solved = noted("solve", stages._solved, lambda job, chunk: chunk)
-    stages.sweep = noted("pass", stages.sweep, rows)
-    stages._rescored = noted("rescore", stages._rescored, lambda job, chunk, wanted: chunk)
-    pipeline.write_scores = noted("tables", pipeline.write_scores, lambda *given: "")
-    sys.argv = ["upriver", *args]
-    cli.main()
-
-
-def begun(log: Path) -> list[Start]:
-    if not log.exists():
-        return []
-    return [Start(*json.loads(line)) for line in log.read_text().splitlines() if line.endswith("]")]
-
-
 class Trial:
-    """The two commands in a folder of their own."""
+    """The command in a folder of its own."""
 
     def __init__(self, folder: Path, opts: argparse.Namespace, corpus: Path):
-        self.folder, self.runs = folder, 0
-        common = [opts.model, str(corpus)]
-        factors, scores = str(folder / "factors"), str(folder / "scores")
-        self.commands = {
-            "fit": ["fit", *common, "--out", factors, "--seq-len", str(SEQ_LEN), "--max-tokens", str(opts.tokens // 2),
-                    "--batch-tokens", str(BATCH_TOKENS)],
-            "trace": ["trace", *common, opts.queries, "--factors", factors, "--out", scores, "--top", "5"],
+        folder.mkdir()
+        self.folder, self.file, self.kills = folder, folder / "run.toml", 0
+        values = {
+            "model": opts.model, "corpus": str(corpus), "queries": opts.queries, "out": str(folder / "out"), "top": 5,
+            "seq_len": SEQ_LEN, "max_tokens": opts.tokens // 2, "batch_tokens": BATCH_TOKENS, "unit_tokens": UNIT_TOKENS,
         }  # fmt: skip
+        self.file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
 
-    def start(self, verb: str) -> tuple[subprocess.Popen, Path]:
-        self.runs += 1
-        log = self.folder / f"run-{self.runs:03d}.log"
+    def run(self, seconds: float | None = None, how: signal.Signals = signal.SIGKILL) -> tuple[bool, float]:
+        """Give the command once, and end it after so many seconds; whether it came to its end, and how long it took."""
         env = os.environ | {"OMP_NUM_THREADS": "1", "UPRIVER_CACHE": str(self.folder / "cache"), "HF_HUB_OFFLINE": "1"}
-        args = [sys.executable, __file__, "--child", str(log), *self.commands[verb]]
-        return subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), log
-
-    def finish(self, verb: str) -> tuple[float, float, list[Start]]:
-        """Run to the end; returns the seconds before the first unit and after it, and the units."""
-        started = time.time()
-        process, log = self.start(verb)
-        complaint = process.communicate()[1]
-        assert process.returncode == 0, complaint
-        starts = begun(log)
-        return starts[0].at - started, time.time() - starts[0].at, starts
+        command, start = [sys.executable, "-m", "upriver.cli", "run", str(self.file)], time.time()
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            complaint = process.communicate(timeout=seconds)[1]
+        except subprocess.TimeoutExpired:
+            process.send_signal(how)
+            complaint = process.communicate()[1]
+        took, status = time.time() - start, process.returncode
+        if status == 0:
+            return True, took
+        self.kills += 1
+        if how == signal.SIGKILL:
+            assert status == -signal.SIGKILL, complaint
+        elif status != -signal.SIGTERM:  # the libraries were still being loaded
+            assert status == STOPPED, complaint
+            assert "stopped; what was finished is kept" in complaint, complaint
+        return False, took
 
     def files(self) -> dict[str, bytes]:
-        """Every result by its name; manifests without what a clock or the folder's own name decides."""
+        """Every result by its name; manifests without what a clock decides."""
         found = {}
-        for path in sorted(p for name in ("factors", "scores") for p in (self.folder / name).rglob("*") if p.is_file()):
+        places = (self.folder / "out" / name for name in ("factors", "scores"))
+        for path in sorted(p for place in places for p in place.rglob("*") if p.is_file() and p.name != ".lock"):
             content = path.read_bytes()
             if path.name == "manifest.json":
-                content = json.dumps(
-                    {k: v for k, v in json.loads(content).items() if k not in ("timings", "digest")}
-                ).encode()
-            if path.name != ".lock":
-                found[str(path.relative_to(self.folder))] = content
+                told = json.loads(content)
+                content = json.dumps({k: v for k, v in told.items() if k not in ("timings", "digest")}).encode()
+            found[str(path.relative_to(self.folder))] = content
         return found
-
-
-def interrupted(trial: Trial, moments: Iterator[Moment], kills: int) -> Iterator[Killed | list[Start]]:
-    """Run both commands to their end with at most ``kills`` kills; yields each kill, and the units of each run that ended."""
-    for verb in trial.commands:
-        while True:
-            started = time.time()
-            process, log = trial.start(verb)
-            if kills:
-                kill_at(next(moments), process, log)
-            complaint = process.communicate()[1]
-            if process.returncode != -signal.SIGKILL:
-                assert process.returncode == 0, complaint
-                yield begun(log)
-                break
-            kills -= 1
-            yield Killed(verb, time.time() - started, time.time(), begun(log))
-
-
-def kill_at(moment: Moment, process: subprocess.Popen, log: Path) -> None:
-    """Wait for the moment and kill, unless the process ends before it."""
-    while process.poll() is None and len(begun(log)) < moment.units:
-        time.sleep(0.005)
-    try:
-        process.wait(moment.seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-
-def random_moments(rng: random.Random, units: int, kills: int, loading: float, working: float) -> Iterator[Moment]:
-    """Moments that spread ``kills`` kills over a run of ``units`` units, some of them before the first."""
-    while True:
-        begun_units = rng.randint(0, 2 * units // kills)
-        yield Moment(begun_units, rng.uniform(0, 1.5 * working / units if begun_units else loading))
-
-
-def lost(events: list[Killed | list[Start]]) -> list[list[Start]]:
-    """For each kill the units that the process had begun and that a later one had to begin again."""
-    out = []
-    for i, event in enumerate(events):
-        if isinstance(event, Killed):
-            later = {s.unit for e in events[i + 1 :] for s in (e.starts if isinstance(e, Killed) else e)}
-            out.append([s for s in event.starts if s.unit in later])
-    return out
-
-
-def report(number: int, killed: Killed, again: list[Start]) -> None:
-    doing = killed.starts[-1].unit.rsplit(" ", 1)[0] if killed.starts else "loading"
-    seconds = killed.at - again[0].at if again else 0.0
-    print(
-        f"kill {number:2d}: {killed.verb:5s} after {killed.seconds:5.1f} s, {len(killed.starts):3d} units begun, "
-        f"last {doing:16s} lost {len(again)} units, {seconds:.2f} s",
-        flush=True,
-    )
 
 
 def differences(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
@@ -201,32 +88,26 @@ def part_of(corpus: Path, tokens: int, place: Path) -> Path:
 
 def run(opts: argparse.Namespace, folder: Path) -> bool:
     corpus = Path(opts.corpus) if opts.corpus else part_of(SHIPPED["corpus"], opts.tokens, folder / "part.jsonl")
-    alone = Trial(folder / "alone", opts, corpus)
-    alone.folder.mkdir()
-    measured = [alone.finish(verb) for verb in alone.commands]
-    loading, working = min(m[0] for m in measured), sum(m[1] for m in measured)
-    units = {s.unit for m in measured for s in m[2]}
-    print(f"left alone: {len(units)} units in {working:.1f} s, and {loading:.1f} s of loading before each command")
-    moments = random_moments(random.Random(opts.seed), len(units), opts.kills, loading, working)
-    number, good, expected = 0, True, alone.files()
-    while number < opts.kills:
-        trial = Trial(folder / f"killed-{number}", opts, corpus)
-        trial.folder.mkdir()
-        events = list(interrupted(trial, moments, opts.kills - number))
-        kills = [e for e in events if isinstance(e, Killed)]
-        for killed, again in zip(kills, lost(events), strict=True):
-            number += 1
-            good &= len(again) <= 1
-            report(number, killed, again)
+    alone, draw, kills, good = Trial(folder / "alone", opts, corpus), random.Random(opts.seed), 0, True
+    ended, took = alone.run()
+    expected = alone.files()
+    print(f"left alone: {len(expected)} files in {took:.1f} s", flush=True)
+    while kills < opts.kills:
+        trial, ended = Trial(folder / f"killed-{kills}", opts, corpus), False
+        while not ended:
+            how = draw.choice([signal.SIGKILL, signal.SIGTERM])
+            ended, seconds = trial.run(draw.uniform(0.2, 1.2) * took if kills + trial.kills < opts.kills else None, how)
+            print(f"{'ended' if ended else how.name:8} after {seconds:5.1f} s", flush=True)
+        kills += trial.kills
         other = differences(expected, trial.files())
-        good &= not other and bool(kills)
-        print(f"{len(expected)} files compared after {len(kills)} kills: {other or 'the same bit for bit'}")
+        good &= not other
+        print(
+            f"{len(expected)} files compared after {trial.kills} kills: {other or 'the same bit for bit'}", flush=True
+        )
     return good
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        return child(Path(sys.argv[2]), sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

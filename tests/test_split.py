@@ -1,45 +1,40 @@
-"""What divides a run changes none of its numbers: groups of layers and of queries, rounds of ``until``; and what it promises."""
+"""What divides a run changes none of its numbers: groups of layers, batches, rounds of ``until``; and what it promises."""
 
 import gc
+import json
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
-from upriver.runtime.counts import Block, LayerSize, Shape, contraction
-from upriver.runtime.split import SLACK, Asked, Budget, FitSplit, fits, scan_size, split_fit, split_trace
 
 from cases import case, close, gradients
 from in_memory import TokenCorpus
-from test_resume import killed, results, tiny_corpus, tiny_model, tiny_queries
-from upriver.curvature import fit as fitting
+from test_resume import GIVEN, Count, Died, killed, results, tiny_corpus, tiny_model, tiny_queries
 from upriver.curvature.agreement import Agreement
-from upriver.curvature.fit import fit, fit_diagonal
+from upriver.curvature.fit import Factors, fit, fit_diagonal
 from upriver.errors import ConfigError
-from upriver.influence import stages
-from upriver.influence.score import Score
-from upriver.model import sweep
 from upriver.model.layers import find_layers
-from upriver.model.memory import DIVISION, settled_split
+from upriver.model.memory import division_file, settled
+from upriver.model.ready import tracked_layers
 from upriver.model.shape import module_shape
-from upriver.model.sweep import tracked_layers
+from upriver.model.sweep import Source, sweep
 from upriver.pipeline import trace
-from upriver.runtime.artifact import Artifact
+from upriver.runtime.artifact import read_json, write_json
+from upriver.runtime.cost import Block, LayerSize, Shape
+from upriver.runtime.divide import Budget, divide_fit
 
-GIVEN = {"batch_tokens": 40}
+UNTIL = 0.94
 
 
 def factors_of(folder) -> dict[str, bytes]:
     return {name: content for name, content in results(folder).items() if name.endswith(".safetensors")}
-
-
-@pytest.fixture(autouse=True)
-def _small_units(monkeypatch):
-    monkeypatch.setattr(sweep, "UNIT_TOKENS", 60)
 
 
 @pytest.fixture(scope="module")
@@ -55,34 +50,60 @@ def whole(tmp_path_factory):
     return make
 
 
-def in_groups_of(size: int):
-    def split(shape, job):
-        parts = [list(range(i, min(i + size, len(shape.layers)))) for i in range(0, len(shape.layers), size)]
-        return split_fit(shape, job)._replace(covariance=parts, correction=parts)
-
-    return split
+def begun_in_groups(monkeypatch, folder: Path, size: int, work: Callable[[], object]) -> None:
+    """Let ``work`` begin, and have it go on as a run that began with less memory: with groups of ``size`` layers."""
+    assert killed(monkeypatch, 2, work)  # its key and its division are there
+    division = read_json(division_file(folder))
+    for name, groups in division["groups"].items():
+        n = sum(map(len, groups))
+        division["groups"][name] = [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+    write_json(division_file(folder), division)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", ["llama", "twice", "gpt2"])
 def test_groups_of_layers_give_the_same_bits(name, size, whole, tmp_path, monkeypatch):
     """Groups of four cut a block in two, so that a layer and the one whose input it shares are in different ones."""
-    c, expected = case(name), whole(name)
-    monkeypatch.setattr(fitting, "split_fit", in_groups_of(size))
-    fit(c.model, c.data, tmp_path, layers=c.spec, **GIVEN)
-    assert factors_of(tmp_path) == expected
+    c = case(name)
+    work = lambda: fit(c.model, c.data, tmp_path, layers=c.spec, **GIVEN)  # noqa: E731
+    begun_in_groups(monkeypatch, tmp_path, size, work)
+    passes = work().manifest["timings"]["passes"]
+    assert passes["covariance"] == passes["correction"] == -(-len(c.names) // size)
+    assert factors_of(tmp_path) == whole(name)
 
 
-def test_a_fit_in_groups_goes_on_where_it_died(tmp_path, monkeypatch):
-    model, corpus = tiny_model(), tiny_corpus()
+def test_a_fit_in_groups_goes_on_where_it_died_and_stays_divided_as_it_began(tmp_path, monkeypatch):
+    """Also with more memory than before, as the system happens to have: what was finished counts."""
+    model, corpus, said = tiny_model(), tiny_corpus(), []
     fit(model, corpus, tmp_path / "whole", **GIVEN)
-    monkeypatch.setattr(fitting, "split_fit", in_groups_of(2))
+    given = {**GIVEN, "memory": "3GB"}
+    begun_in_groups(monkeypatch, tmp_path / "parts", 2, lambda: fit(model, corpus, tmp_path / "parts", **given))
     for room in (3, 9, 7):
-        killed(monkeypatch, room, lambda: fit(model, corpus, tmp_path / "parts", **GIVEN))
-    monkeypatch.setattr(fitting, "split_fit", split_fit)  # with more memory than before
-    fit(model, corpus, tmp_path / "parts", **GIVEN)
+        assert killed(monkeypatch, room, lambda: fit(model, corpus, tmp_path / "parts", **given))
+    fit(model, corpus, tmp_path / "parts", say=said.append, **{**GIVEN, "memory": "4GB"})
     assert factors_of(tmp_path / "parts") == factors_of(tmp_path / "whole")
     assert {p.name for p in (tmp_path / "parts" / "correction").iterdir()} <= {"lam.safetensors", "key.json"}
+    assert sum(line.startswith("memory: the work stays divided as it was when it began") for line in said) == 1
+    assert Factors(tmp_path / "parts").manifest["timings"]["passes"]["correction"] == 3
+
+
+def test_a_scan_in_groups_gives_the_same_scores(tmp_path, monkeypatch):
+    model, corpus, given = tiny_model(), tiny_corpus(), {"rank": 4, "top": 3, "held_out": 0, "layer_scores": True}
+    factors = fit(model, corpus, tmp_path / "factors", **GIVEN)
+
+    def run(name: str) -> None:
+        trace(model, corpus, tiny_queries(), factors, tmp_path / name, **given, **GIVEN)
+
+    run("whole")
+    begun_in_groups(monkeypatch, tmp_path / "parts", 4, lambda: run("parts"))
+    for room in (4, 5):
+        assert killed(monkeypatch, room, lambda: run("parts"))
+    run("parts")
+    whole, parts = (pd.read_parquet(tmp_path / name / "scores.parquet") for name in ("whole", "parts"))
+    pd.testing.assert_frame_equal(
+        whole, parts, rtol=1e-5, atol=1e-5 * float(whole[tiny_queries().ids].abs().max().max())
+    )
+    np.testing.assert_array_equal(*(np.load(tmp_path / name / "layers.npy") for name in ("whole", "parts")))
 
 
 def test_memory_that_is_too_small_is_refused_with_what_would_do(tmp_path):
@@ -103,25 +124,52 @@ def long_corpus() -> TokenCorpus:
 def test_until_stops_when_the_halves_agree(tmp_path):
     model, corpus, said, again = tiny_model(), long_corpus(), [], []
     whole = fit(model, corpus, tmp_path / "whole", **GIVEN).manifest["fit"]
-    early = fit(model, corpus, tmp_path / "early", until=0.94, say=said.append, **GIVEN).manifest["fit"]
+    early = fit(model, corpus, tmp_path / "early", until=UNTIL, say=said.append, **GIVEN).manifest["fit"]
     assert early["tokens"] < whole["tokens"]
-    assert early["halves"]["mean"] >= 0.94
+    assert early["halves"]["mean"] >= UNTIL
     agreements = [line for line in said if line.startswith("convergence")]
     assert len(agreements) > 1, "it stopped at once"
-    fit(model, corpus, tmp_path / "early", until=0.94, say=again.append, **GIVEN)
+    fit(model, corpus, tmp_path / "early", until=UNTIL, say=again.append, **GIVEN)
     assert [line for line in again if line.startswith("convergence")] == agreements[-1:]
     never = fit(model, corpus, tmp_path / "never", until=1.0, say=said.append, **GIVEN).manifest["fit"]
     assert never["tokens"] == whole["tokens"]
     assert any("was not reached" in line for line in said)
 
 
-def test_until_goes_on_where_it_died(tmp_path, monkeypatch):
-    model, corpus = tiny_model(), long_corpus()
-    fit(model, corpus, tmp_path / "alone", until=0.94, **GIVEN)
-    for room in (2, 12, 5, 20):
-        killed(monkeypatch, room, lambda: fit(model, corpus, tmp_path / "killed", until=0.94, **GIVEN))
-    fit(model, corpus, tmp_path / "killed", until=0.94, **GIVEN)
+def test_until_goes_on_where_it_died_and_decomposes_nothing_again(tmp_path, monkeypatch):
+    model, corpus, said, eigen, attempts = tiny_model(), long_corpus(), [], 0, 0
+    alone = fit(model, corpus, tmp_path / "alone", until=UNTIL, say=said.append, **GIVEN)
+    for room in range(1, 60):  # most of them end while the sums of a round are made
+        with monkeypatch.context() as patch:
+            count = Count(patch, room, after=False)
+            try:
+                fit(model, corpus, tmp_path / "killed", until=UNTIL, **GIVEN)
+                break
+            except Died:
+                attempts += 1
+            finally:
+                eigen += sum("eigen/unit-" in name for name in count.names)
+    rounds = sum(line.startswith("convergence") for line in said)
+    assert attempts > 3
+    assert rounds > 1, "it stopped after one round"
+    assert eigen == rounds * len(alone.layers)
     assert results(tmp_path / "killed") == results(tmp_path / "alone")
+
+
+def test_until_goes_over_the_same_sequences_in_any_batches_and_order(tmp_path):
+    """What a round adds is drawn by the sequences' content."""
+    model, corpus = tiny_model(), long_corpus()
+    order = np.random.default_rng(3).permutation(len(corpus))
+    shuffled = TokenCorpus([corpus.tokens[i] for i in order])
+    found = [
+        fit(model, data, tmp_path / name, until=0.8, batch_tokens=batch_tokens, unit_tokens=60)
+        for name, data, batch_tokens in (("one", corpus, 40), ("small", corpus, 13), ("other", shuffled, 40))
+    ]
+    assert len({factors.manifest["fit"]["tokens"] for factors in found}) == 1
+    assert found[0].manifest["fit"]["tokens"] < int(corpus.lengths_N.sum())
+    for other in found[1:]:
+        for x in other.layers:
+            close(other.block(x.name).lam_OI, found[0].block(x.name).lam_OI.double(), 1e-4)
 
 
 def test_scores_by_the_same_eigenvalues_agree_and_are_those_of_the_oracle(fitted):
@@ -130,11 +178,13 @@ def test_scores_by_the_same_eigenvalues_agree_and_are_those_of_the_oracle(fitted
     layers = tracked_layers(c.model, c.data, c.spec)
     moments = {x.name: factors.moments(x.name) for x in layers}
     lam = {x.name: factors.block(x.name).lam_OI + 1 for x in layers}
-    consumer = Agreement(moments, {n: torch.stack([v, 2 * v]) for n, v in lam.items()}, at_once=3)
-    sweep.sweep(c.model, layers, c.data, [np.arange(4)], consumer)  # of which three are compared
-    pairs_2LP = consumer.result()
+    consumer = Agreement(moments, {n: torch.stack([v, 2 * v]) for n, v in lam.items()})
+    source = Source.of(c.data, np.arange(3), 1000)
+    sweep(c.model, layers, source, source.rows, consumer)
+    (pairs_2LP,) = consumer.parts
     close(pairs_2LP[0], 2 * pairs_2LP[1].double(), 1e-6)
-    turned = [{n: moments[n].rotate(G[n]) for n in c.names} for G in gradients("llama")[:3]]
+    (order,) = source.batches(source.rows)  # the longest first
+    turned = [{n: moments[n].rotate(gradients("llama")[row][n]) for n in c.names} for row in order]
     for p, (i, j) in enumerate([(0, 1), (0, 2), (1, 2)]):
         expected = [(turned[i][n] / lam[n] * turned[j][n]).sum() for n in c.names]
         close(pairs_2LP[0, :, p], torch.stack(expected), 1e-5)
@@ -148,7 +198,7 @@ def test_the_top_is_in_float32_whatever_the_scan_used(fitted, tmp_path):
     tables = {}
     for dtype in ("float32", "mixed", "bfloat16"):
         out = tmp_path / str(dtype)
-        trace(model, corpus, tiny_queries(), factors, out, rank=8, top=50, dtype=dtype, **GIVEN)
+        trace(model, corpus, tiny_queries(), factors, out, rank=8, top=50, dtype=dtype, held_out=0, **GIVEN)
         tables[dtype] = (pd.read_parquet(out / "top.parquet"), pd.read_parquet(out / "scores.parquet"))
     ids = tiny_queries().ids
     whole = tables["float32"][0]
@@ -159,20 +209,6 @@ def test_the_top_is_in_float32_whatever_the_scan_used(fitted, tmp_path):
         pd.testing.assert_series_equal(top, exact, rtol=1e-5)
         assert not torch.equal(scores, scanned)
         close(scores, scanned.double(), tolerance)
-
-
-def test_fewer_sequences_are_compared_where_memory_is_short():
-    layers = tuple(LayerSize(f"l{i}", 256, 256, f"l{i}", i) for i in range(4))
-    blocks = tuple(Block(256.0 * 256, 64.0) for _ in layers)
-    shape = Shape(layers, blocks, 0.0, 1e5, 0.5, False, 4 * 256 * 256, 50_000.0, 256, 1000)
-    limits = range(400_000_000, 235_000_000, -1_000_000)
-    splits = [split_fit(shape, Budget(limit, 0, 400, longest=100)) for limit in limits]
-    found = [split.compared for split in splits]
-    with pytest.raises(ConfigError, match="the least that would do"):
-        split_fit(shape, Budget(210_000_000, 0, 400, longest=100))
-    assert all(split.peak["agreement"] <= limit for split, limit in zip(splits, limits, strict=True))
-    assert found == sorted(found, reverse=True)
-    assert set(found) == {8, 4, 2}
 
 
 def test_counting_a_model_keeps_nothing_of_its_pass():
@@ -188,52 +224,20 @@ def test_counting_a_model_keeps_nothing_of_its_pass():
         gc.enable()
 
 
-def test_an_interrupted_run_stays_divided_as_it_began(tmp_path, monkeypatch):
-    """More memory than before, as the system happens to have: what was finished counts, and no group begins again."""
-    model, corpus, said, done = tiny_model(), tiny_corpus(), [], []
-    monkeypatch.setattr(fitting, "split_fit", in_groups_of(2))
-    killed(monkeypatch, 9, lambda: fit(model, corpus, tmp_path / "parts", **GIVEN))
-    begun = {p.name for p in (tmp_path / "parts").glob("*/*") if p.name.startswith(("layers-", "unit-"))}
-    monkeypatch.setattr(fitting, "split_fit", split_fit)
-    monkeypatch.setattr(fitting, "_tidy", lambda folder: done.extend(p.name for p in folder.glob("*/*")))
-    fit(model, corpus, tmp_path / "parts", say=said.append, **GIVEN)
-    assert begun <= {*done, "layers-0-1"}  # whose covariances go when they are decomposed
-    assert "layers-0-1" in done
-    assert sum(line.startswith("memory: the work stays divided as it was when it began") for line in said) == 1
-
-
 def test_a_division_that_no_longer_fits_is_made_anew(tmp_path):
-    big, small = Budget(10**9, 10**8, 400, 100), Budget(4 * 10**8, 10**8, 400, 100)
-    layers = tuple(LayerSize(f"l{i}", 1024, 1024, f"l{i}", i) for i in range(4))
-    shape = Shape(
-        layers, tuple(Block(2.0**20, 64.0) for _ in layers), 0.0, 1e4, 0.5, False, 4 << 20, 50_000.0, 1024, 1000
-    )
-    said = []
-    first = settled_split(tmp_path, FitSplit, lambda: split_fit(shape, big), big, said.append)
-    busy = big._replace(fixed=2 * 10**8)
-    assert settled_split(tmp_path, FitSplit, lambda: split_fit(shape, busy), busy, said.append) == first
-    anew = settled_split(tmp_path, FitSplit, lambda: split_fit(shape, small), small, said.append)
-    assert anew == split_fit(shape, small) != first
-    assert settled_split(tmp_path, FitSplit, lambda: split_fit(shape, big), big, said.append) == split_fit(shape, small)
-    assert len(said) == 1
-    (tmp_path / DIVISION).write_text('{"of": "another version"}')
-    assert settled_split(tmp_path, FitSplit, lambda: split_fit(shape, big), big, said.append) == first
-
-
-@pytest.mark.parametrize(("dtype", "times"), [("float32", 1), ("bfloat16", 1), ("float64", 2)])
-@pytest.mark.parametrize("copy", [0, 2 * 10**8])  # of the weights, which is as large as it is
-def test_a_division_fits_the_limit_that_it_was_made_for_and_none_below_what_it_takes(dtype, times, copy):
-    """Sizes are counted as of float32, and those of float64 are twice as large."""
     layers = tuple(LayerSize(f"l{i}", 1024, 1024, f"l{i}", i) for i in range(4))
     blocks = tuple(Block(2.0**20, 64.0) for _ in layers)
     shape = Shape(layers, blocks, 0.0, 1e4, 0.5, False, 4 << 20, 50_000.0, 1024, 1000)
-    for limit in range(600 + copy // 10**6, 2600, 20):  # from about the least that would do
-        budget = Budget(limit * 10**6, 10**8, 4000, 100, dtype, copy=copy)
-        split = split_fit(shape, budget)
-        assert fits(split, budget)
-        once = budget.fixed + SLACK + copy
-        sizes = max(split.peak.values()) - once
-        assert not fits(split, budget._replace(limit=once + times * sizes))
+    big, small = (divide_fit(shape, Budget(limit, 10**8, 400, 100)) for limit in (10**9, 45 * 10**7))
+    more = divide_fit(shape, Budget(10**9, 2 * 10**8, 400, 100))  # is there before it starts
+    said, cpu = [], torch.device("cpu")
+    assert settled(tmp_path, big, cpu, said.append) == big
+    assert settled(tmp_path, more, cpu, said.append) == big
+    assert settled(tmp_path, small, cpu, said.append) == small != big
+    assert settled(tmp_path, big, cpu, said.append) == small
+    assert len(said) == 1
+    write_json(division_file(tmp_path), {"of": "another version"})
+    assert settled(tmp_path, big, cpu, said.append) == big
 
 
 @pytest.mark.parametrize("given", [{"fisher": "empirical"}, {}])
@@ -247,102 +251,27 @@ def test_batches_of_one_sequence_fit_like_others(given, tmp_path):
 
 
 def test_the_diagonal_in_groups_and_of_what_was_fitted_on(tmp_path, monkeypatch):
-    model, corpus = tiny_model(), long_corpus()
-    seen = []
-    for name, split in (("whole", split_fit), ("groups", in_groups_of(2))):
-        factors = fit(model, corpus, tmp_path / name, until=0.94, **GIVEN)
-        monkeypatch.setattr(fitting, "split_fit", split)
+    model, corpus, seen = tiny_model(), long_corpus(), []
 
-        @contextmanager
-        def progress(what, total):
-            seen.append(total)
-            yield lambda done: None
+    @contextmanager
+    def progress(what, total):
+        seen.append(total)
+        yield lambda done: None
 
-        fit_diagonal(model, corpus, factors, progress=progress)
+    for name in ("whole", "groups"):
+        factors = fit(model, corpus, tmp_path / name, until=UNTIL, **GIVEN)
+        work = lambda f=factors: fit_diagonal(model, corpus, f, progress=progress)  # noqa: E731
+        if name == "groups":
+            assert killed(monkeypatch, 1, work)
+            division = json.loads(division_file(tmp_path / name).read_text())
+            groups = {what: [[0, 1], [2, 3], [4, 5]] for what in division["groups"]}
+            write_json(
+                division_file(tmp_path / name),
+                {k: v for k, v in division.items() if k != "digest"} | {"groups": groups},
+            )
+            seen.clear()
+        work()
         assert set(seen) == {factors.manifest["fit"]["tokens"]} != {int(corpus.lengths_N.sum())}
-        assert not (tmp_path / name / "diagonal" / DIVISION).exists()
+        assert len(seen) == (3 if name == "groups" else 1)
+        assert not division_file(tmp_path / name).exists()
     assert factors_of(tmp_path / "whole") == factors_of(tmp_path / "groups")
-    assert len(seen) == 1 + 3  # six layers
-
-
-def rounds_of(model, corpus, folder, **given) -> tuple[int, dict[str, torch.Tensor]]:
-    factors = fit(model, corpus, folder, until=0.94, **given)
-    return factors.manifest["fit"]["tokens"], {x.name: factors.block(x.name).lam_OI for x in factors.layers}
-
-
-def test_until_goes_over_the_same_sequences_in_any_batches_and_order(tmp_path, monkeypatch):
-    """What a round adds is drawn by the sequences' content.  It stops after the second, whoever is compared with whom."""
-    model, corpus, stops = tiny_model(), long_corpus(), []
-    monkeypatch.setattr(
-        fitting, "agreement", lambda pairs: stops.append(0) or {"what": "", "mean": len(stops) / 2, "worst": 1.0}
-    )
-    order = np.random.default_rng(3).permutation(len(corpus))
-    tokens, lam = rounds_of(model, corpus, tmp_path / "one", batch_tokens=40)
-    for name, data, batch_tokens in (
-        ("small", corpus, 13),
-        ("other", TokenCorpus([corpus.tokens[i] for i in order]), 40),
-    ):
-        stops.clear()
-        found, again = rounds_of(model, data, tmp_path / name, batch_tokens=batch_tokens)
-        assert found == tokens < int(corpus.lengths_N.sum())
-        for layer, lam_OI in lam.items():
-            close(again[layer], lam_OI.double(), 1e-4)
-
-
-def test_a_kill_early_in_a_round_decomposes_nothing_again(tmp_path, monkeypatch):
-    model, corpus, made = tiny_model(), long_corpus(), []
-    commit = Artifact.commit
-
-    def committed(stage, unit, tensors):
-        commit(stage, unit, tensors)
-        made.append((stage.path.name, unit, stage.key.get("units")))
-
-    monkeypatch.setattr(Artifact, "commit", committed)
-    for room in range(1, 40):  # most of them end while the sums of a round are made
-        try:
-            killed(monkeypatch, room, lambda: fit(model, corpus, tmp_path / "killed", until=0.94, **GIVEN))
-        except pytest.fail.Exception:  # it was done before
-            break
-    decomposed = [(unit, units) for name, unit, units in made if name == "eigen"]
-    assert len({units for _, units in decomposed}) > 1, "it stopped after one round"
-    assert len(set(decomposed)) == len(decomposed)
-
-
-def test_what_a_scan_holds_stays_within_what_was_counted(monkeypatch):
-    """Whatever the mean batch: where compressed queries do not fit, layers are multiplied out before queries are divided."""
-    layers = tuple(
-        LayerSize(f"l{i}", *side, f"l{i}", i // 2) for i in range(8) for side in [((512, 2048), (2048, 512))[i % 2]]
-    )
-    blocks = tuple(Block(2.0 * 512 * 2048, 512.0) for _ in range(4))
-    shape = Shape(layers, blocks, 0.0, 1e6, 0.5, False, 12 << 20, 40_000.0, 2048, 8192)
-    few = set()
-    for limit in range(600, 1400, 50):
-        job = Budget(limit * 10**6, 0, 2048, 512, sequences=8)
-        split = split_trace(shape, Asked(200, 32, 32), job)
-        few.add(split.scan_queries)
-        assert split.peak["scan"] <= job.limit
-        left = 0.95 * job.limit - SLACK - scan_size(shape, Asked(split.scan_queries, 32, 32), job, split.batch_tokens)
-        for M in (400, 1500, 2048):
-            for N in (1, 4, 8):
-                found = contraction(layers, M, N, split.scan_queries, 32, split.dense_bytes, most=split.token_bytes)
-                assert found.held <= left
-    assert few == {200}
-
-
-@pytest.mark.parametrize(("by_layer", "limit"), [(True, "LAYER_SCORES_BYTES"), (False, "SCORES_BYTES")])
-def test_scores_are_kept_a_few_sequences_at_a_time(by_layer, limit, tmp_path, monkeypatch):
-    model, corpus = tiny_model(), tiny_corpus()
-    factors = fit(model, corpus, tmp_path / "factors", **GIVEN)
-    monkeypatch.setattr(sweep, "UNIT_TOKENS", 10**6)
-    given = {"rank": 4, "top": 3, "layer_scores": by_layer, "batch_tokens": 13}
-    trace(model, corpus, tiny_queries(), factors, tmp_path / "whole", **given)
-    sizes, tensors = [], Score.tensors
-    monkeypatch.setattr(Score, "tensors", lambda self: sizes.append(sum(map(len, self.rows))) or tensors(self))
-    monkeypatch.setattr(stages, limit, 4 * 3 * (len(factors.layers) if by_layer else 1) * 5)
-    trace(model, corpus, tiny_queries(), factors, tmp_path / "parts", **given)
-    assert max(sizes) <= 5
-    assert sum(sizes) == len(corpus)
-    whole, parts = (pd.read_parquet(tmp_path / name / "scores.parquet") for name in ("whole", "parts"))
-    pd.testing.assert_frame_equal(whole, parts)
-    if by_layer:
-        np.testing.assert_array_equal(*(np.load(tmp_path / name / "layers.npy") for name in ("whole", "parts")))

@@ -1,6 +1,7 @@
 """The command line parses, calls the library and prints; it is an ordinary client of the public interface."""
 
 import os
+import signal
 import sys
 import tomllib
 import traceback
@@ -34,6 +35,7 @@ from upriver.runtime.config import (
 )
 from upriver.runtime.plan import Request, describe, parse_sizes, request_for
 from upriver.runtime.system import give_back, resident_memory
+from upriver.runtime.units import stop
 from upriver.show.report import report_files, write_report
 from upriver.show.terminal import bars, running_bar, say, terminal_summary
 from upriver.text.corpus import Corpus
@@ -399,6 +401,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     args = [arg for arg in sys.argv[1:] if arg != "--debug"] or ["--help"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    signal.signal(signal.SIGTERM, stop)
     try:
         if app(args, prog_name="upriver", standalone_mode=False) == INTERRUPTED:
             raise KeyboardInterrupt

@@ -33,7 +33,7 @@ from upriver.runtime.artifact import Artifact, digest, discard, locked, write_js
 from upriver.runtime.config import CONVENTIONS, TraceOptions, options
 from upriver.runtime.plan import Plan, Request, hardware, plan_run
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
-from upriver.runtime.system import give_back
+from upriver.runtime.system import give_back, work_ended
 from upriver.show.report import is_report
 from upriver.show.scores import Scores
 from upriver.text.batch import Sequences
@@ -134,6 +134,7 @@ def trace(
             say(f"layers: {Coverage.of(stage.manifest['coverage']).line()}")
         else:
             _run(stage, asked)
+            work_ended()
     return Scores(out)
 
 

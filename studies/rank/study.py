@@ -32,9 +32,9 @@ from torch import Tensor
 
 import upriver as up
 from upriver.curvature.blocks import Eigenblock, TokenGradient, rotate_tokens
-from upriver.influence.gradients import token_gradients
+from upriver.influence.queries import token_gradients
 from upriver.model.layers import Layer, find_layers
-from upriver.model.sweep import sweep
+from upriver.model.sweep import Source, sweep
 from upriver.tensors import LowRank, sequence_gradients, weighted_low_rank
 from upriver.text.batch import Batch
 
@@ -129,7 +129,7 @@ def score(model: up.Model, data: Any, rows_N: np.ndarray, queries: Any, factors:
         start = time.perf_counter()
         scores.solved = {x.name: solve(factors.block(x.name), tokens.pop(x, indices, model.like)) for x in group}
         solved = time.perf_counter()
-        sweep(model, group, data, data.plan(BATCH_TOKENS, rows_N), scores)
+        sweep(model, group, Source.of(data, rows_N, BATCH_TOKENS), rows_N, scores)
         done = time.perf_counter()
         print(
             f"{len(group)} layers: solved in {solved - start:.0f} s, scored in {done - solved:.0f} s", file=sys.stderr

@@ -37,7 +37,7 @@ from upriver.runtime.cost import CORRECTION, COVARIANCE, DIAGONAL, Spec
 from upriver.runtime.divide import Division, divide_fit
 from upriver.runtime.plan import request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
-from upriver.runtime.system import give_back
+from upriver.runtime.system import give_back, work_ended
 from upriver.runtime.units import remaining, total
 from upriver.tensors import accumulator_dtype
 from upriver.text.batch import Sequences
@@ -121,6 +121,7 @@ def fit(
         else:
             with model.computing_in(opts.dtype) as computing:
                 _run(_work(stage, computing, data, opts, progress, say), opts, say)
+            work_ended()
     return Factors(out)
 
 
@@ -325,6 +326,8 @@ def fit_diagonal(
                 sums = _summed(work, DIAGONAL, group, lambda sums: Correction(sums, work.dtype, None))
                 files |= dict.fromkeys((x.name for x in group), sums)
             dist.on_first(lambda: _write_lam(folder / "lam.safetensors", files))
-    for sums in folder.glob("layers-*") if dist.rank() == 0 else ():
-        discard(sums)
+    if dist.rank() == 0:
+        for sums in folder.glob("layers-*"):
+            discard(sums)
+        division_file(factors.path).unlink(missing_ok=True)
     dist.barrier()

@@ -392,9 +392,9 @@ def _disk(r: Request, shape: Shape, fit: Division | None, machine: Machine) -> d
         )
     if r.queries:
         sizes["solved queries"] = r.asked.queries * solved_size(layers, r.asked)
-        table = SUM * r.asked.queries * r.sequences * (1 + len(layers) * r.layer_scores)
-        sizes["scores"] = 2 * table
-        sizes["while tracing"] = 3 * table  # the units of the scan are there besides
+        table, by_layer = SUM * r.asked.queries * r.sequences, len(layers) * r.layer_scores
+        sizes["scores"] = (2 + by_layer) * table  # with the sums over documents
+        sizes["while tracing"] = (3 + 2 * by_layer) * table  # the units of the scan are there besides
     return sizes
 
 
