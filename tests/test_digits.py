@@ -15,12 +15,12 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from sklearn.datasets import load_digits
 from torch import nn
-from upriver.influence.gradients import query_gradients
 
 import upriver as up
 from upriver.curvature.base import Damping, Grads, Moments
 from upriver.curvature.blocks import Eigenblock
 from upriver.curvature.choose import solver
+from upriver.influence.queries import gradients as query_gradients
 from upriver.model.layers import find_layers
 
 N, ASKED, C, L2 = 250, 40, 10, 0.01

@@ -27,7 +27,8 @@ from upriver.curvature.iterative import ConjugateGradient, Neumann
 from upriver.curvature.products import Products, Space, Tracked
 from upriver.curvature.spectral import Spectral
 from upriver.errors import ConfigError, ModelError, NumericalError
-from upriver.influence.queries import Measurements, query_gradients
+from upriver.influence.queries import Measurements
+from upriver.influence.queries import gradients as query_gradients
 from upriver.model.layers import find_layers
 from upriver.model.load import Model
 from upriver.model.losses import Classification, Task
