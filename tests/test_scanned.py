@@ -99,8 +99,6 @@ def test_a_gathering_that_is_cut_off_is_begun_again(tmp_path, monkeypatch):
             on_disk(tmp_path, np.arange(N), scores_NQ)
     assert not list(tmp_path.glob("*.npy"))
     np.testing.assert_array_equal(on_disk(tmp_path, np.arange(N), scores_NQ).scores_NQ[:N], scores_NQ)
-    monkeypatch.setattr(Table, "write", dies)
-    on_disk(tmp_path, np.arange(N), scores_NQ)  # what is finished is not made again
 
 
 @pytest.mark.usefixtures("_chunks")

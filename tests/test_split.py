@@ -26,7 +26,7 @@ from upriver.model.memory import DIVISION, settled_split
 from upriver.model.shape import module_shape
 from upriver.model.sweep import tracked_layers
 from upriver.pipeline import trace
-from upriver.runtime.artifact import Artifact
+from upriver.runtime.artifact import Artifact, write_json
 from upriver.runtime.counts import Block, LayerSize, Shape, contraction
 from upriver.runtime.split import SLACK, Asked, Budget, FitSplit, fits, scan_size, split_fit, split_trace
 
@@ -216,7 +216,7 @@ def test_a_division_that_no_longer_fits_is_made_anew(tmp_path):
     assert anew == split_fit(shape, small) != first
     assert settled_split(tmp_path, FitSplit, lambda: split_fit(shape, big), big, said.append) == split_fit(shape, small)
     assert len(said) == 1
-    (tmp_path / DIVISION).write_text('{"of": "another version"}')
+    write_json(tmp_path / DIVISION, {"of": "another version"})
     assert settled_split(tmp_path, FitSplit, lambda: split_fit(shape, big), big, said.append) == first
 
 
