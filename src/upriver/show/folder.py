@@ -70,8 +70,9 @@ def read_results(path: Path) -> tuple[Json, list[Json]]:
         try:
             there = path.is_dir()
             manifest, begun = ((path / name).exists() for name in ("manifest.json", "key.json"))
-        except OSError as error:  # a name that is too long, a folder above it that is closed
-            raise InputError(f"cannot read the folder of results: got {path} ({error.strerror}); {GIVE}") from error
+        except (OSError, ValueError) as error:  # a folder above it that is closed, or what can be no path at all
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read the folder of results: got {path} ({reason}); {GIVE}") from error
         if not there:
             raise InputError(f"no such folder of results: got {path}; {GIVE}")
         if not manifest:
