@@ -30,8 +30,8 @@ from upriver.model.load import Model
 from upriver.model.losses import Classification, Regression
 from upriver.model.memory import memory_budget
 from upriver.runtime import system
-from upriver.runtime.divide import SEQUENCE_BYTES
 from upriver.runtime.config import parse_memory
+from upriver.runtime.divide import SEQUENCE_BYTES
 from upriver.text.batch import Examples
 
 SECONDS = 120  # of one process, far more than it takes

@@ -100,7 +100,9 @@ def test_a_scan_in_groups_gives_the_same_scores(tmp_path, monkeypatch):
         assert killed(monkeypatch, room, lambda: run("parts"))
     run("parts")
     whole, parts = (pd.read_parquet(tmp_path / name / "scores.parquet") for name in ("whole", "parts"))
-    pd.testing.assert_frame_equal(whole, parts, rtol=1e-5, atol=1e-5 * float(whole[tiny_queries().ids].abs().max().max()))
+    pd.testing.assert_frame_equal(
+        whole, parts, rtol=1e-5, atol=1e-5 * float(whole[tiny_queries().ids].abs().max().max())
+    )
     np.testing.assert_array_equal(*(np.load(tmp_path / name / "layers.npy") for name in ("whole", "parts")))
 
 
@@ -263,7 +265,10 @@ def test_the_diagonal_in_groups_and_of_what_was_fitted_on(tmp_path, monkeypatch)
             assert killed(monkeypatch, 1, work)
             division = json.loads(division_file(tmp_path / name).read_text())
             groups = {what: [[0, 1], [2, 3], [4, 5]] for what in division["groups"]}
-            write_json(division_file(tmp_path / name), {k: v for k, v in division.items() if k != "digest"} | {"groups": groups})
+            write_json(
+                division_file(tmp_path / name),
+                {k: v for k, v in division.items() if k != "digest"} | {"groups": groups},
+            )
             seen.clear()
         work()
         assert set(seen) == {factors.manifest["fit"]["tokens"]} != {int(corpus.lengths_N.sum())}
