@@ -20,7 +20,7 @@ import upriver as up
 from upriver.curvature.base import Damping, Grads
 from upriver.curvature.choose import solver
 from upriver.curvature.energy import held_out, judge
-from upriver.influence.gradients import query_gradients
+from upriver.influence.queries import gradients as query_gradients
 from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.model.sweep import tracked_layers

@@ -1,6 +1,9 @@
 """What capture hands over, kept by layer and corpus row."""
 
-from upriver.model.sweep import Labels, sweep, tracked_layers
+import numpy as np
+
+from upriver.model.ready import tracked_layers
+from upriver.model.sweep import Labels, Source, sweep
 from upriver.tensors import sequence_gradients
 from upriver.text.batch import Batch
 
@@ -22,5 +25,6 @@ class Keep:
 
 def kept(c, batch_tokens: int, labels: Labels = Labels(), spec: str | None = None) -> Keep:  # noqa: B008
     keep, layers = Keep(), tracked_layers(c.model, c.data, spec or c.spec)
-    sweep(c.model, layers, c.data, c.data.plan(batch_tokens), keep, labels)
+    source = Source.of(c.data, np.arange(len(c.data)), batch_tokens, labels)
+    sweep(c.model, layers, source, source.rows, keep)
     return keep

@@ -9,10 +9,12 @@ import reference
 from captured import kept
 from cases import CASES, case
 from upriver.errors import ModelError
-from upriver.influence.gradients import measurements, query_gradients
+from upriver.influence.queries import gradients as query_gradients
+from upriver.influence.queries import measurements
 from upriver.model.capture import capture
 from upriver.model.layers import find_layers
-from upriver.model.sweep import Labels, tracked_layers
+from upriver.model.ready import tracked_layers
+from upriver.model.sweep import Labels
 from upriver.tensors import sequence_gradients
 
 ALL = sorted(CASES)

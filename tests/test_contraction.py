@@ -9,10 +9,10 @@ import torch
 import reference
 from cases import CASES, case, close, gradients, measured
 from upriver.influence.score import Score, route
-from upriver.influence.stages import evenly
 from upriver.model.layers import Layer
-from upriver.model.sweep import sweep, tracked_layers
-from upriver.runtime.counts import contraction, orders
+from upriver.model.ready import tracked_layers
+from upriver.model.sweep import Source, sweep
+from upriver.runtime.cost import Asked, contraction, orders
 from upriver.tensors import LowRank
 
 
@@ -46,18 +46,18 @@ def test_every_order_gives_the_scores_of_the_oracle(name, order, batch_tokens):
                 for n, (O, I) in shapes.items()}  # fmt: skip
         dense = {n: low.dense() for n, low in held.items()}
     consumer = Contractions(order, held, len(c.data), 3)
-    sweep(c.model, tracked_layers(c.model, c.data, c.spec), c.data, c.data.plan(batch_tokens), consumer)
+    source = Source.of(c.data, np.arange(len(c.data)), batch_tokens)
+    sweep(c.model, tracked_layers(c.model, c.data, c.spec), source, source.rows, consumer)
 
     def wanted(names) -> torch.Tensor:
         each = [[reference.score({n: dense[n][q] for n in names}, G) for q in range(3)] for G in gradients(name)]
         return torch.tensor(each, dtype=torch.float64)
 
-    found = consumer.tensors()
+    found = consumer.result()
     torch.testing.assert_close(consumer.exact_NQ, wanted(c.names), rtol=1e-9, atol=1e-11)
-    place = torch.argsort(found["rows"])
-    close(found["scores"][place], wanted(c.names), 1e-6)  # kept in float32
+    close(found["scores"], wanted(c.names), 1e-6)  # kept in float32
     for i, n in enumerate(c.names):
-        close(found["layers"][place][..., i], wanted([n]), 1e-6)
+        close(found["layers"][..., i], wanted([n]), 1e-6)
 
 
 def test_costs_are_the_multiplications_written_out():
@@ -70,48 +70,47 @@ def test_costs_are_the_multiplications_written_out():
 def test_one_query_goes_by_tokens_and_many_by_dense_gradients_or_rebuilt():
     wide = [Layer(n, (), 512, 512, False, 0, n) for n in "ab"]
 
-    def chosen(**given):
-        found = contraction(wide, R=32, **given)
+    def chosen(M, N, Q, **given):
+        found = contraction(wide, M, N, Asked(Q, 1, 32), **given)
         return set(found.orders.values()), found.hold
 
-    assert chosen(M=512, N=1, Q=1) == ({"tokens"}, 1)
-    assert chosen(M=4096, N=8, Q=200) == ({"dense"}, 1)
+    assert chosen(512, 1, 1) == ({"tokens"}, 1)
+    assert chosen(4096, 8, 200) == ({"dense"}, 1)
+    assert chosen(4096, 8, 200, room=0) == ({"rebuilt"}, 1)
     waiting = 2 * 4 * 4096 * (512 + 512)  # one batch's inputs and output gradients, of both layers
-    assert chosen(M=4096, N=8, Q=200, room=0) == ({"rebuilt"}, 1)
-    assert chosen(M=4096, N=8, Q=200, room=3 * waiting) == ({"rebuilt"}, 3)
-    assert chosen(M=4096, N=8, Q=200, room=20 * waiting - 1) == ({"dense"}, 1)
-    half = 2 * 2 * 200 * 512 * 512  # in bfloat16 the queries take half
-    assert chosen(M=4096, N=8, Q=200, room=half - 1)[0] == chosen(M=4096, N=8, Q=200, room=half)[0] == {"rebuilt"}
-    assert chosen(M=4096, N=8, Q=200, room=half, number=2) == ({"dense"}, 1)
-    assert chosen(M=4096, N=8, Q=200, room=half - 1, number=2)[0] == {"rebuilt"}
-    whole = contraction(wide, M=4096, N=8, Q=200, R=None)
-    assert set(whole.orders.values()) == {"dense"}
+    read = 2 * 4 * 200 * 32 * (512 + 512)  # two copies of a layer's queries
+    assert chosen(4096, 8, 200, room=read + 3 * waiting) == ({"rebuilt"}, 3)
+    whole = 2 * 4 * 200 * 512 * 512
+    assert chosen(4096, 8, 200, room=whole) == ({"dense"}, 1)
+    assert chosen(4096, 8, 200, room=whole - 1)[0] == {"rebuilt"}
+    assert chosen(4096, 8, 200, room=whole / 2, number=2) == ({"dense"}, 1)  # in bfloat16 the queries take half
+    assert set(contraction(wide, 4096, 8, Asked(200, 1, None)).orders.values()) == {"dense"}
 
 
 def test_bytes_that_stay_through_a_scan():
     """Counted one by one: queries laid out, the largest of those that are read again, and what waits."""
     layers = [Layer(n, (), O, I, False, 0, n) for n, O, I in (("up", 512, 2048), ("down", 1024, 512))]
-    given = {"M": 512.0, "N": 2, "R": 32}
     up, down, whole = 4 * 32 * (512 + 2048), 4 * 32 * (1024 + 512), 4 * (512 * 2048 + 1024 * 512)  # of one query
     waiting = 4 * 512 * (512 + 2048 + 1024 + 512)
-    assert contraction(layers, Q=200, room=0, **given).held == 2 * 200 * up
-    assert contraction(layers, Q=200, room=0, at_hand=True, **given).held == 200 * (up + up + down)
-    assert contraction(layers, Q=200, room=3 * waiting, **given)[1:] == (3, 2 * 200 * up + 3 * waiting)
-    assert contraction(layers, Q=200, room=200 * whole, **given).held == 200 * whole
-    assert contraction(layers, Q=200, **given | {"R": None}).held == 200 * whole
-    assert contraction(layers, Q=1, **given).held == up + down
+
+    def held(Q, R=32, **given):
+        return contraction(layers, 512.0, 2, Asked(Q, 1, R), **given)
+
+    assert held(200, room=0).held == 2 * 200 * up
+    assert held(200, room=0, at_hand=True).held == 200 * (2 * up + up + down)
+    assert held(200, room=2 * 200 * up + 3 * waiting)[1:] == (3, 2 * 200 * up + 3 * waiting)
+    assert held(200, room=200 * whole).held == 200 * whole
+    assert held(200, R=None).held == 200 * whole
+    assert held(1).held == up + down
 
 
-def test_waiting_batches_take_three_quarters_of_a_gigabyte_or_as_queries_ask():
-    layers = [Layer(n, (), 1024, 1024, False, 0, n) for n in "abcdefgh"]
-
-    def holds(*many, number=4):
-        return [contraction(layers, M=2048, N=8, Q=Q, R=32, room=1 << 32, number=number).hold for Q in many]
-
-    # a batch is 128 MiB, and 64 queries are as much: of them half as much again waits
-    assert holds(200, 400, 800) == [6, 9, 18]
-    # half the bytes a batch, of queries that are read in float32 as before
-    assert holds(384, 448, 832, number=2) == [18, 21, 39]
+def test_queries_that_do_not_fit_as_they_go_by_tokens_are_read_again_instead():
+    layers = [Layer(n, (), 512, 512, False, 0, n) for n in "abcdefgh"]
+    asked, one = Asked(4, 1, 32), 4 * 4 * 32 * (512 + 512)
+    assert set(contraction(layers, 256.0, 64, asked, room=100 * one).orders.values()) == {"tokens"}
+    tight = contraction(layers, 256.0, 64, asked, room=3 * one)
+    assert set(tight.orders.values()) == {"rebuilt"}
+    assert tight.held <= 3 * one
 
 
 def test_rebuilt_queries_are_read_for_each_wait_and_not_held():
@@ -136,14 +135,6 @@ def test_rebuilt_by_halves_is_the_written_out_sum(O, I, hold):
     for rows in (np.array([0, 1]), np.array([2, 3])):
         score.begin(SimpleNamespace(rows_N=rows))
         score(layer, a[rows], g[rows])
-    score.tensors()
+    score.result()
     expected = torch.einsum("qoi,ntoi->nq", low.dense(), torch.einsum("nto,nti->ntoi", g, a))
     torch.testing.assert_close(score.exact_NQ, -expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("hold", "batches", "even"), [(1, 5, 1), (5, 8, 4), (8, 8, 8), (20, 8, 8), (3, 8, 3), (6, 32, 6)]
-)
-def test_batches_wait_in_even_numbers_and_no_more_often(hold, batches, even):
-    assert evenly(hold, batches) == even
-    assert -(-batches // even) == -(-batches // hold)

@@ -32,9 +32,10 @@ from cases import case, close
 from hook_cases import ROUNDS, fit_and_trace, in_processes
 from upriver.curvature.blocks import Moments
 from upriver.curvature.fit import Correction
-from upriver.influence.gradients import Solver
-from upriver.influence.tokens import output_token_influence, rescore
-from upriver.model.sweep import Labels, sweep, tracked_layers
+from upriver.influence.queries import gradients as query_gradients
+from upriver.influence.rescore import output_token_influence, rescore
+from upriver.model.ready import tracked_layers
+from upriver.model.sweep import Labels, Source, sweep
 from upriver.text.batch import Batch
 
 LANGUAGE = ["llama", "neox", "gpt2", "twice", "shared"]
@@ -72,7 +73,7 @@ def dot_products(name: str) -> Tensor:
 def test_invariant_1_layers_tokens_and_output_tokens_each_sum_to_the_total(name, fitted):
     c, factors = case(name), fitted(name)
     layers, queries = tracked_layers(c.model, c.data, c.spec), range(len(c.queries))
-    solved = Solver(c.model, layers, factors, c.queries, "ekfac", up.Damping()).full(list(queries))
+    solved = factors.curvature().solve(query_gradients(c.model, layers, c.queries), up.Damping()).value
     wanted = {row: list(queries) for row in range(len(c.data))}
     found = rescore(c.model, layers, c.data, solved, wanted, 30)
 
@@ -175,7 +176,8 @@ def test_invariant_3_trace_is_the_mean_squared_norm_in_any_orthogonal_bases(name
 
     bases = {x.name: Moments(orthogonal(x.I), orthogonal(x.O), torch.ones(x.I), torch.ones(x.O), 1.0) for x in layers}
     consumer = Correction(torch.float64, bases)
-    sweep(c.model, layers, c.data, c.data.plan(30), consumer, Labels(0, 2))
+    source = Source.of(c.data, np.arange(len(c.data)), 30, Labels(0, 2))
+    sweep(c.model, layers, source, source.rows, consumer)
     sums = consumer.result()
     half_N = torch.from_numpy((c.data.keys_N & np.uint64(1)).astype(np.int64))  # which of the two that are compared
     assert torch.equal(sums["sequences"], torch.bincount(half_N, minlength=2))
@@ -303,9 +305,9 @@ def stopped(consumer: str, after: int, out: Path, monkeypatch) -> None:
 CONSUMERS = {
     "upriver.curvature.consumers.Covariance": 50,
     "upriver.curvature.consumers.Correction": 50,
-    "upriver.influence.gradients.TokenGradients": 7,
+    "upriver.influence.queries.TokenGradients": 7,
     "upriver.influence.score.Score": 50,
-    "upriver.influence.tokens.TokenScores": 30,
+    "upriver.influence.rescore.TokenScores": 30,
 }
 
 

@@ -14,7 +14,7 @@ from upriver.model import sweep
 from upriver.model.capture import capture
 from upriver.model.check import checked_layers
 from upriver.model.layers import Layer, coverage, find_layers
-from upriver.model.sweep import tracked_layers
+from upriver.model.ready import tracked_layers
 
 
 def checked(module: nn.Module, spec: str, x_NTI: torch.Tensor, T: int | None = None) -> list[Layer]:

@@ -30,7 +30,7 @@ from cases import CASES, Small, Windows
 from text_cases import byte_tokenizer
 from upriver.errors import InputError, MismatchError, ModelError
 from upriver.model.fingerprint import measured_by
-from upriver.model.sweep import check_length, check_loss
+from upriver.model.ready import check_length, check_loss
 
 # ------------------------------------------------------------------------------------------------- told apart
 

@@ -14,7 +14,8 @@ from upriver.model.capture import frozen
 from upriver.model.head import LinearHead, Tail, ending
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel, Regression
-from upriver.model.sweep import Labels, check_loss, tracked_layers
+from upriver.model.ready import check_loss, tracked_layers
+from upriver.model.sweep import Labels
 
 
 class Deaf(Regression):

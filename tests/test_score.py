@@ -15,16 +15,13 @@ from cases import CASES, case, close, gradients, measured, pairs
 from upriver.curvature.base import Damping
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.errors import ModelError
-from upriver.influence import score as scoring
-from upriver.influence import stages
-from upriver.influence.gradients import Solver, query_chunks
+from upriver.influence.queries import gradients as query_gradients
+from upriver.influence.queries import query_chunks, token_gradients
+from upriver.influence.rescore import output_token_influence, rescore, spurious
 from upriver.influence.score import Score, dots, route
-from upriver.influence.tokens import output_token_influence, rescore, spurious
-from upriver.model.sweep import sweep, tracked_layers
+from upriver.model.ready import tracked_layers
+from upriver.model.sweep import Source, sweep
 from upriver.pipeline import trace
-from upriver.runtime.config import CURVATURES
-from upriver.runtime.counts import Contraction
-from upriver.runtime.split import split_trace
 from upriver.tensors import LowRank, Scratch
 
 ORDERS = ("tokens", "dense", "rebuilt")
@@ -57,8 +54,22 @@ def indices(c) -> list[int]:
     return list(range(len(c.queries)))
 
 
-def solver(c, factors) -> Solver:
-    return Solver(c.model, c.layers, factors, c.queries, "ekfac", DAMPING)
+def full(c, factors) -> dict[str, torch.Tensor]:
+    return factors.curvature().solve(query_gradients(c.model, c.layers, c.queries), DAMPING).value
+
+
+def low_rank(c, factors, rank: int) -> dict[str, LowRank]:
+    found = token_gradients(c.model, c.layers, c.queries, indices(c))
+    queries = {x.name: found.pop(x, indices(c), c.model.like) for x in c.layers}
+    blocks = {x.name: (factors.block(x.name), min(rank, x.O, x.I)) for x in c.layers}
+    return {n: block.solve_low_rank(queries[n], DAMPING, R, None) for n, (block, R) in blocks.items()}
+
+
+def swept(c, layers, batch_tokens: int, consumer) -> torch.Tensor:
+    """The scores of a pass, ``[N, Q]``."""
+    source = Source.of(c.data, np.arange(len(c.data)), batch_tokens)
+    sweep(c.model, layers, source, source.rows, consumer)
+    return consumer.result()["scores"]
 
 
 def streamed(c, solutions, order, batch_tokens=30, rebuild_bytes=1):
@@ -66,9 +77,7 @@ def streamed(c, solutions, order, batch_tokens=30, rebuild_bytes=1):
     layers, like = tracked_layers(c.model, c.data, c.spec), torch.empty(0, dtype=torch.float64)
     routes = {x.name: route(order, partial(solutions.get, x.name), len(c.queries), like) for x in layers}
     consumer = Score(routes, len(c.queries), keep_layers=False, hold=3, rebuild_bytes=rebuild_bytes)
-    sweep(c.model, layers, c.data, c.data.plan(batch_tokens), consumer)
-    found = consumer.tensors()
-    return found["scores"][torch.argsort(found["rows"])]
+    return swept(c, layers, batch_tokens, consumer)
 
 
 def traced(c, factors, out, **given) -> torch.Tensor:
@@ -77,29 +86,16 @@ def traced(c, factors, out, **given) -> torch.Tensor:
     return torch.tensor(table[c.queries.ids].to_numpy(np.float64))
 
 
-@pytest.mark.parametrize("kind", CURVATURES)
+@pytest.mark.parametrize("kind", ["ekfac", "kfac", "diagonal", "identity"])
 @pytest.mark.parametrize("name", CASES)
 def test_scores_from_end_to_end(name, kind, fitted, tmp_path):
     close(traced(case(name), fitted(name, seed=SEED), tmp_path, curvature=kind), scores(name, kind), STORED)
 
 
-@pytest.mark.parametrize("order", ["tokens", "dense"])
-def test_a_few_sequences_at_a_time_change_nothing(order, fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "SCORED_BYTES", 1)  # in the scan, and at full rank
-    chosen = lambda layers, *a, **k: Contraction(dict.fromkeys((x.name for x in layers), order), 2)  # noqa: E731
-    monkeypatch.setattr(stages, "contraction", chosen)
-    c = case("neox")
-    close(traced(c, fitted("neox", seed=SEED), tmp_path, rank=32), scores("neox"), STORED)
-    top = pd.read_parquet(tmp_path / "top.parquet")
-    at = top["sequence"].tolist(), top["query"].map(c.queries.ids.index).tolist()
-    close(torch.tensor(top["score"].tolist(), dtype=torch.float64), scores("neox")[at], STORED)
-
-
 @pytest.mark.parametrize("rebuild_bytes", [1, 5_000, 20_000, 1 << 30])  # a row of each at a time, some rows, all
 def test_rebuilt_in_parts_of_any_size(rebuild_bytes, fitted):
     c = case("neox")
-    v = solver(c, fitted("neox", seed=SEED)).low_rank(indices(c), 64)
-    low = {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}
+    low = low_rank(c, fitted("neox", seed=SEED), 64)
     close(streamed(c, low, "rebuilt", rebuild_bytes=rebuild_bytes), scores("neox"), STORED)
 
 
@@ -122,24 +118,19 @@ def test_dots_in_bfloat16_are_rounded_once(N, Q, O, I):
 def test_memory_that_units_share_changes_nothing(name, fitted):
     """Longer and shorter batches in turn, of which some wait, with the memory of the ones before them."""
     c = case(name)
-    v = solver(c, fitted(name, seed=SEED)).low_rank(indices(c), 64)
-    low = {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}
+    low = low_rank(c, fitted(name, seed=SEED), 64)
     layers, like, scratch = tracked_layers(c.model, c.data, c.spec), torch.empty(0, dtype=torch.float64), Scratch()
     routes = {x.name: route("rebuilt", partial(low.get, x.name), len(c.queries), like) for x in layers}
     for batch_tokens in (30, 60, 15):
-        for rows in c.data.plan(batch_tokens), c.data.plan(batch_tokens)[::-1]:
-            shared, own = (Score(routes, len(c.queries), False, 2, scratch=s) for s in (scratch, None))
-            for consumer in (shared, own):
-                sweep(c.model, layers, c.data, rows, consumer)
-            assert torch.equal(shared.tensors()["scores"], own.tensors()["scores"])
+        shared, own = (Score(routes, len(c.queries), False, 2, scratch=s) for s in (scratch, None))
+        assert torch.equal(*(swept(c, layers, batch_tokens, consumer) for consumer in (shared, own)))
 
 
 @pytest.mark.parametrize("name", ["llama", "neox", "twice"])
 def test_truncation_is_that_of_the_weighted_matrix(name, fitted):
     """``Wq = S^1/2 v A^1/2`` truncated and mapped back, with square roots of the dense moments."""
     c = case(name)
-    v = solver(c, fitted(name, seed=SEED)).low_rank(indices(c), 2)
-    found = streamed(c, {n: LowRank(v[f"U:{n}"], v[f"V:{n}"]) for n in c.names}, "tokens")
+    found = streamed(c, low_rank(c, fitted(name, seed=SEED), 2), "tokens")
     moments = reference.moments(pairs(name, COVARIANCE_STREAM, SEED))
     cut = [{n: truncated(v_q[n], moments.S[n], moments.A[n], 2) for n in c.names} for v_q in solved(name)]
     expected = torch.stack([torch.stack([reference.score(v_q, G) for v_q in cut]) for G in gradients(name)])
@@ -162,7 +153,7 @@ def square_root(matrix):
 @pytest.mark.parametrize("name", CASES)
 def test_token_and_layer_scores(name, fitted):
     c = case(name)
-    v = solver(c, fitted(name, seed=SEED)).full(indices(c))
+    v = full(c, fitted(name, seed=SEED))
     wanted = {row: [row % len(c.queries), len(c.queries) - 1] for row in range(0, len(c.data), 2)}
     wanted = {row: sorted(set(slots)) for row, slots in wanted.items()}
     found = rescore(c.model, c.layers, c.data, v, wanted, batch_tokens=20)
@@ -200,20 +191,15 @@ def test_output_token_influence_needs_a_language_model():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_trace_gives_the_same_in_every_order(order, fitted, tmp_path, monkeypatch):
-    chosen = lambda layers, *a, **k: Contraction(dict.fromkeys((x.name for x in layers), order), 2)  # noqa: E731
-    monkeypatch.setattr(stages, "contraction", chosen)
-    found = traced(case("llama"), fitted("llama", seed=SEED), tmp_path, rank=32)
-    close(found, scores("llama"), STORED)
+def test_every_order_gives_the_same(order, fitted):
+    c = case("llama")
+    close(streamed(c, low_rank(c, fitted("llama", seed=SEED), 32), order), scores("llama"), STORED)
 
 
-def test_chunks_of_queries_change_nothing(fitted, tmp_path, monkeypatch):
+def test_chunks_of_queries_hold_what_fits():
     c = case("llama")
     assert query_chunks(c.layers, c.queries, None, budget=1) == [[q] for q in indices(c)]
     assert query_chunks(c.layers, c.queries, 4, budget=1 << 30) == [indices(c)]
-    one = lambda *a: split_trace(*a)._replace(solve_bytes=1, scan_queries=2, rescore_bytes=1)  # noqa: E731
-    monkeypatch.setattr(stages, "split_trace", one)
-    close(traced(case("llama"), fitted("llama", seed=SEED), tmp_path), scores("llama"), STORED)
 
 
 def test_the_top_table_is_the_extremes_of_the_scores(fitted, tmp_path):

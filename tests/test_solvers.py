@@ -27,7 +27,8 @@ from upriver.curvature.iterative import ConjugateGradient, Neumann
 from upriver.curvature.products import Products, Space, Tracked
 from upriver.curvature.spectral import Spectral
 from upriver.errors import ConfigError, ModelError, NumericalError
-from upriver.influence.queries import Measurements, query_gradients
+from upriver.influence.queries import Measurements
+from upriver.influence.queries import gradients as query_gradients
 from upriver.model.layers import find_layers
 from upriver.model.load import Model
 from upriver.model.losses import Classification, Task
@@ -153,7 +154,10 @@ def test_neither_batch_size_nor_padding_changes_a_product(name):
     some = [products(name)(v_QP, rows) * len(rows) / N for rows in halves]
     close(sum(some), products(name)(v_QP))
     close(Products(c.model, c.layers, c.data, halves[0])(v_QP) * len(halves[0]) / N, some[0])
-    close(Products(c.model, c.layers, c.data, memory_bytes=1)(v_QP), products(name)(v_QP))  # one vector at a time
+    seen = []
+    narrow = Products(c.model, c.layers, c.data, memory_bytes=1, advance=seen.append)  # one vector at a time
+    close(narrow(v_QP), products(name)(v_QP))
+    assert (sum(seen), narrow.done) == (c.data.lengths_N.sum(), len(v_QP))
 
 
 SOLVERS = {
@@ -229,7 +233,7 @@ def fitted(name):
 
 
 CONTRACT = {kind: {} for kind in SOLVERS_BY_NAME} | {
-    "arnoldi": {"rank": 1000}, "arnoldi at rank 5": {"rank": 5}, "nystrom": {"rank": 1000}, "nystrom at rank 5": {"rank": 5},
+    "arnoldi": {"rank": 150}, "arnoldi at rank 5": {"rank": 5}, "nystrom": {"rank": 1000}, "nystrom at rank 5": {"rank": 5},
     "lissa": {"steps": 60}, "astra": {"steps": 60}, "cg with factors": {}, "ekfac refined": {"refine": 300},
     "ekfac refined by 2 steps": {"refine": 2}, "kfac refined": {"refine": 300}, "diagonal refined": {"refine": 300},
     "identity refined": {"refine": 300},
@@ -260,7 +264,7 @@ def test_every_solver_solves_its_system_or_says_truly_how_far_it_is_from_it(name
     residual_Q = (q_QP - v_QP @ A_PP).norm(dim=1) / q_QP.norm(dim=1)
     told_Q, tolerance = torch.tensor(solution.stats["residual"], dtype=torch.float64), solution.stats["tolerance"]
     assert torch.allclose(told_Q, residual_Q, rtol=1e-4, atol=1e-9)
-    assert solution.converged == bool((residual_Q <= 2 * tolerance).all()) == ("why" not in solution.stats)
+    assert solution.converged == bool((residual_Q <= tolerance).all()) == ("why" not in solution.stats)
     assert solution.converged or any(x in solver_name for x in UNFINISHED)
     error_Q = (v_QP - torch.linalg.solve(A_PP, q_QP.T).T).norm(dim=1)
     assert bool((error_Q <= residual_Q * q_QP.norm(dim=1) / min(lambdas.values()) * (1 + 1e-6)).all())

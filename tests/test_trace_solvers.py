@@ -18,10 +18,9 @@ from upriver.curvature.choose import SOLVERS, needs_factors
 from upriver.curvature.products import Products, Space
 from upriver.show.report import write_report
 
-CASES = ("llama", "classifier", "regressor")
 DAMPINGS = ("0.1x", "1x", "0.05")
 BLOCKS = ("ekfac", "kfac", "diagonal", "identity")
-ENOUGH = {"arnoldi": 2000, "nystrom": 2000, "cg": 3000, "lissa": 60_000, "astra": 30_000}
+ENOUGH = {"cg": 1000, "lissa": 5000, "astra": 5000}  # steps
 TOLERANCE = {"lissa": 2e-2, "astra": 2e-2, "cg": 1e-4}  # of the range: what they stop at; the others are exact
 
 
@@ -66,33 +65,32 @@ def block_matrix(factors: up.Factors, kind: str, name: str) -> Tensor:
     return space.flatten(factors.curvature(kind).matvec(eye, Damping(0.0, False)))
 
 
+JOBS = [("llama", damping) for damping in DAMPINGS] + [("classifier", "1x"), ("regressor", "0.1x")]
+
+
 @pytest.mark.parametrize("kind", SOLVERS)
-@pytest.mark.parametrize("name", CASES)
-def test_every_solver_gives_the_dense_solution_through_a_trace(name, kind, fitted, tmp_path):
+@pytest.mark.parametrize(("name", "damping"), JOBS)
+def test_every_solver_gives_the_dense_solution_through_a_trace(name, damping, kind, fitted, tmp_path):
+    """The slow ones, which take as many steps as the matrix is badly conditioned, at the largest damping."""
+    if (kind in ("lissa", "astra") and damping != "1x") or (kind == "identity" and damping != "0.1x"):
+        pytest.skip("told apart by other jobs")
     factors = fitted(name) if needs_factors(kind) or kind == "cg" else None
-    dampings = ["none"] if kind == "identity" else DAMPINGS
     G_PP = block_matrix(fitted(name), kind, name) if kind in BLOCKS else matrix(name)
-    for damping in dampings:
-        given = {} if kind == "identity" else {"damping": damping}
-        if kind in ("arnoldi", "nystrom"):
-            given["solver_rank"] = min(ENOUGH[kind], len(G_PP))
-        elif kind in ENOUGH:
-            given["solver_steps"] = ENOUGH[kind]
-        if kind in ("lissa", "astra") and damping != "1x":
-            continue  # they take as many steps as the matrix is badly conditioned
-        found_NQ, scores = traced(name, kind, tmp_path / damping, factors, **given)
-        by_blocks = kind in BLOCKS or factors is not None
-        space, parsed = Space.of(case(name).layers), Damping.parse("0" if kind == "identity" else damping)
-        source_PP = block_matrix(fitted(name), "ekfac" if kind in ("cg", "astra") else kind, name) if by_blocks else G_PP
-        means = space.unflatten(torch.diagonal(source_PP)[None])
-        expected_NQ = dense_scores(name, G_PP, {layer: parsed.of(x) for layer, x in means.items()})
-        off = np.abs(found_NQ - expected_NQ).max() / np.abs(expected_NQ).max()
-        if kind in ("lissa", "cg", "arnoldi", "nystrom") and parsed.relative and factors is None:
-            assert off < 0.2, "a mean eigenvalue that is estimated from products"
-        else:
-            assert off < TOLERANCE.get(kind, 1e-6), (kind, damping, off)
-        assert scores.manifest["solver"]["converged"]
-        assert all(q["solution"]["converged"] for q in scores.queries)
+    given = {} if kind == "identity" else {"damping": damping}
+    if kind in ("arnoldi", "nystrom"):
+        given["solver_rank"] = len(G_PP)
+    elif kind in ENOUGH:
+        given["solver_steps"] = ENOUGH[kind]
+    found_NQ, scores = traced(name, kind, tmp_path, factors, **given)
+    parsed = Damping.parse("0" if kind == "identity" else damping)
+    # a relative damping is that of the preconditioner's layers, or of the matrix itself
+    basis_PP = block_matrix(fitted(name), "ekfac", name) if kind in ("cg", "astra") else G_PP
+    means = Space.of(case(name).layers).unflatten(torch.diagonal(basis_PP)[None])
+    expected_NQ = dense_scores(name, G_PP, {layer: parsed.of(x) for layer, x in means.items()})
+    off = np.abs(found_NQ - expected_NQ).max() / np.abs(expected_NQ).max()
+    assert off < TOLERANCE.get(kind, 1e-6), off
+    assert scores.manifest["solver"]["converged"]
+    assert all(q["solution"]["converged"] for q in scores.queries)
 
 
 def test_refinement_goes_from_ekfac_to_the_exact_solution(fitted, tmp_path):
@@ -100,7 +98,7 @@ def test_refinement_goes_from_ekfac_to_the_exact_solution(fitted, tmp_path):
     lambdas = factors.curvature().lambdas(Damping())
     exact_NQ = dense_scores(name, matrix(name), lambdas)
     off = []
-    for steps in (0, 1, 3, 60):
+    for steps in (0, 1, 3, 40):
         found_NQ, scores = traced(name, "ekfac", tmp_path / str(steps), factors, refine=steps)
         off.append(np.abs(found_NQ - exact_NQ).max() / np.abs(exact_NQ).max())
         assert scores.manifest["solver"]["refine"] == steps
@@ -123,11 +121,27 @@ def test_several_dampings_are_columns_of_one_trace(fitted, tmp_path):
     factors = fitted("llama")
     c = case("llama")
     together = up.trace(
-        c.model, c.data, c.queries, factors, tmp_path / "both", rank="full", top=3, damping="0.1x,0.01x", dtype="float64"
+        c.model,
+        c.data,
+        c.queries,
+        factors,
+        tmp_path / "both",
+        rank="full",
+        top=3,
+        damping="0.1x,0.01x",
+        dtype="float64",
     )
     for damping in ("0.1x", "0.01x"):
         alone = up.trace(
-            c.model, c.data, c.queries, factors, tmp_path / damping, rank="full", top=3, damping=damping, dtype="float64"
+            c.model,
+            c.data,
+            c.queries,
+            factors,
+            tmp_path / damping,
+            rank="full",
+            top=3,
+            damping=damping,
+            dtype="float64",
         )
         ids = c.queries.ids if damping == "0.1x" else [f"{x}@0.01x" for x in c.queries.ids]
         np.testing.assert_array_equal(together.frame()[ids].to_numpy(), alone.frame()[c.queries.ids].to_numpy())

@@ -57,10 +57,11 @@ class Scratch:
         return out_NTW
 
     def product(self, name: str, x_NTI: Tensor, y_IK: Tensor, width: int | None = None) -> Tensor:
-        """``x @ y``, ``[N, T, K]``, or ``[N, T, width]`` with zeros beyond K; see :func:`product`."""
+        """``x @ y`` with rows laid out :func:`aligned`: ``[N, T, K]``, or ``[N, T, width]`` with zeros beyond K."""
         K, x_MI = y_IK.shape[1], x_NTI.flatten(0, 1)
-        if suits(x_MI, y_IK):
-            return matmul(x_MI, _widened(y_IK)).unflatten(0, x_NTI.shape[:2])[..., : width or K]
+        if suits(x_MI, y_IK):  # a second factor that is laid out by columns needs none beyond them
+            wide_IW = pad(y_IK, (0, aligned(K) - K)) if y_IK.is_contiguous() else y_IK
+            return matmul(x_MI, wide_IW).unflatten(0, x_NTI.shape[:2])[..., : width or K]
         out_NTW = self.rows(name, x_NTI, K)
         torch.mm(x_MI, y_IK, out=out_NTW.flatten(0, 1)[:, :K])
         return out_NTW[..., : width or K]
@@ -68,16 +69,7 @@ class Scratch:
 
 def product(x_MI: Tensor, y_IK: Tensor) -> Tensor:
     """``x @ y`` with rows laid out :func:`aligned`."""
-    K = y_IK.shape[1]
-    if suits(x_MI, y_IK):
-        return matmul(x_MI, _widened(y_IK))[:, :K]
-    return torch.mm(x_MI, y_IK, out=x_MI.new_empty(len(x_MI), aligned(K))[:, :K])
-
-
-def _widened(y_IK: Tensor) -> Tensor:
-    """With columns of zeros at the end, up to :func:`aligned`, where each column is not laid out by itself anyway."""
-    missing = aligned(y_IK.shape[1]) - y_IK.shape[1]
-    return pad(y_IK, (0, missing)) if missing and y_IK.is_contiguous() else y_IK
+    return Scratch().product("", x_MI[None], y_IK)[0]
 
 
 def even_parts(total: int, most: int) -> list[slice]:

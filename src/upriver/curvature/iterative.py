@@ -116,7 +116,8 @@ class ConjugateGradient(Iterative):
 def conjugate_gradient(A: Map, q_QP: Tensor, precondition: Map | None, tolerance: float, most: int) -> Outcome:
     """Preconditioned conjugate gradients from the preconditioner's own solution (from zero without one).
 
-    Where the recursion says that it has converged the residual is measured once more; else its own is given.
+    The recursion goes on to half the tolerance.  Where it says that it has converged the residual is measured once more, as
+    rounding parts the two; else its own is given.
     """
     M = precondition or torch.clone
     v_QP = M(q_QP) if precondition else torch.zeros_like(q_QP)
@@ -128,7 +129,7 @@ def conjugate_gradient(A: Map, q_QP: Tensor, precondition: Map | None, tolerance
     bent_Q = torch.zeros(len(q_QP), dtype=torch.bool, device=q_QP.device)
     steps = 0
     while steps < most:
-        on = ((r_QP.norm(dim=1) > tolerance * scale_Q) & ~bent_Q).nonzero()[:, 0]
+        on = ((r_QP.norm(dim=1) > tolerance / 2 * scale_Q) & ~bent_Q).nonzero()[:, 0]
         if not len(on):
             break
         p, Ap = p_QP[on], A(p_QP[on])
@@ -155,7 +156,7 @@ def _why_not(residual_Q: Tensor, bent_Q: Tensor, tolerance: float, steps: int, m
             "queries; use the Gauss-Newton matrix, or a larger damping"
         )
     worst = float(residual_Q.max())
-    if worst <= 2 * tolerance:  # the recursion's own residual was below it
+    if worst <= tolerance:
         return ""
     if steps < most:
         return (

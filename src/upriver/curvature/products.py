@@ -147,7 +147,7 @@ class Products:
     Args:
         rows: None takes all sequences.
         memory_bytes: for what the vectors hold while they go through a batch side by side; None: 1 GiB.
-        advance: told the tokens of each batch, times the vectors that went through it.
+        advance: told the tokens of each batch when all vectors have been through it.
 
     Attributes:
         done: vectors multiplied so far; over some of the rows, that share of one.
@@ -183,7 +183,7 @@ class Products:
                 each = multiply(self.data.batch(part).to(v.device))
                 for few in torch.arange(len(v)).split(self._width):
                     total_QP[few] += vmap(each)(v[few]).to(total_QP)
-                self.advance(int(self.data.lengths_N[part].sum()) * len(v))
+                self.advance(int(self.data.lengths_N[part].sum()))
         self.done += len(v) * len(rows) / len(self.rows)
         return total_QP.div_(len(rows))
 

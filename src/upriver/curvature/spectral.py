@@ -123,7 +123,7 @@ class Spectral(Curvature):
         left_QP = self.product(v_QP) - (v_QP @ self.U_PR * self.dropped_R) @ self.U_PR.T + lambda_P * v_QP - q_QP
         residual_Q = left_QP.norm(dim=1) / q_QP.norm(dim=1).clamp(min=torch.finfo(q_QP.dtype).tiny)
         stats: dict[str, Any] = {
-            "rank": len(self.lam_R), "products": self.product.done - done, "products to build": self.built,
+            "rank": len(self.lam_R), "products": self.product.done - done, "products_to_build": self.built,
             "residual": residual_Q.tolist(), "tolerance": self.tolerance,
         }  # fmt: skip
         if int((self.dropped_R < 0).sum()):

@@ -104,25 +104,20 @@ def written(thing: type | FunctionType, without: tuple[str, ...] = ()) -> str:
                 del x.body[0]
         body: list[Any] = [x for x in tree.body if getattr(x, "name", None) not in without]  # type: ignore
     except (OSError, TypeError, SyntaxError, AttributeError, ValueError):
-        parts = {"": thing} if isinstance(thing, FunctionType) else vars(thing)
-        own = {
-            name: x
-            for name, x in parts.items()
-            if name not in without and (name[:2] != "__" or isinstance(x, FunctionType))
-        }
-        forms = [[name, _code(x) if isinstance(x, FunctionType) else repr(x)] for name, x in own.items() if _told(x)]
+        parts = {"f": thing} if isinstance(thing, FunctionType) else vars(thing)
+        hidden = {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "_abc_impl", *without}
+        forms = [[name, code] for name, x in parts.items() if name not in hidden and (code := _code(x)) is not None]
         return repr(forms) if forms else ""
     given = [tree.args] if isinstance(tree, ast.FunctionDef) else []
     return "".join(ast.dump(x) for x in [*given, *body] if not isinstance(x, ast.Pass))
 
 
-def _told(x: Any) -> bool:
-    return isinstance(x, (*PLAIN, FunctionType))
-
-
-def _code(function: FunctionType) -> list[Any]:
-    code = function.__code__
-    return [code.co_code.hex(), code.co_names, [repr(x) for x in code.co_consts if isinstance(x, PLAIN)]]
+def _code(x: Any) -> Any:
+    """The instructions, names and plain constants of a function; a plain value; None for others."""
+    if isinstance(x, FunctionType):
+        constants = [repr(k) for k in x.__code__.co_consts if isinstance(k, PLAIN)]
+        return [x.__code__.co_code.hex(), x.__code__.co_names, constants]
+    return repr(x) if isinstance(x, PLAIN) else None
 
 
 def _installed(thing: Any) -> bool:

@@ -1,5 +1,7 @@
 """The model's own answers to prompts."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -20,9 +22,13 @@ def greedy(model: Model, tokens_T: np.ndarray, most: int) -> str:
             if int(following) in ends:
                 break
             tokens = torch.cat([tokens, following], 1)
-    parts = [tokens[0, : len(tokens_T)], tokens[0], tokens[0, len(tokens_T) :]]
-    before, whole, after = (model.tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in parts)
-    # what the text grows by, where it can be told: tokens decoded alone may lose the space before them
+    return _continuation(model.tokenizer, tokens[0].tolist(), len(tokens_T))
+
+
+def _continuation(tokenizer: Any, tokens: list[int], prompt: int) -> str:
+    """What the text grows by, where it can be told: tokens decoded alone may lose the space before them."""
+    parts = (tokens[:prompt], tokens, tokens[prompt:])
+    before, whole, after = (tokenizer.decode(part, skip_special_tokens=True) for part in parts)
     return whole[len(before) :] if whole.startswith(before) else after
 
 

@@ -87,24 +87,16 @@ class Tail(LinearHead):
             return whole_logits(module, tokens_1M)[0]
 
 
-class Known(NamedTuple):
-    """How a module with this head and this body ends; None: neither way."""
-
-    head: nn.Linear
-    body: nn.Module | None
-    ending: LinearHead | None
-
-
-_KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+# How a module with this head and this body ends; None: neither way.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[nn.Linear, nn.Module | None, LinearHead | None]] = WeakKeyDictionary()
 
 
 def decide_ending(module: nn.Module) -> None:
     """Find out how a language model ends by running it on a few tokens, once for each head that it is given."""
     head, body = _head(module), _body(module)
-    known = _KNOWN.get(module)
-    if head is not None and (known is None or known.head is not head or known.body is not body):
+    if head is not None and (module not in _KNOWN or _KNOWN[module][:2] != (head, body)):
         with frozen(module), torch.no_grad():
-            _KNOWN[module] = Known(head, body, _found(module, head, body))
+            _KNOWN[module] = head, body, _found(module, head, body)
 
 
 def ending(module: nn.Module) -> LinearHead | None:
@@ -113,7 +105,7 @@ def ending(module: nn.Module) -> LinearHead | None:
     head, known = _head(module), _KNOWN.get(module)
     if head is None or known is None or (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())):
         return None
-    return known.ending if known.head is head and known.body is _body(module) else None
+    return known[2] if known[:2] == (head, _body(module)) else None
 
 
 def whole_logits(module: nn.Module, tokens_NT: Tensor) -> Tensor:
@@ -125,19 +117,15 @@ def _head(module: nn.Module) -> nn.Linear | None:
     """The head that nobody else looks at."""
     find = getattr(module, "get_output_embeddings", None)
     head = find() if find else None
-    plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks and not _patched(head)
+    plain = type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
     return head if plain else None
 
 
 def _body(module: nn.Module) -> nn.Module | None:
+    """What comes before the end, unless somebody put another forward on this very module."""
     find = getattr(module, "get_decoder", None)
     body = find() if find else None
-    return body if isinstance(body, nn.Module) and body is not module and not _patched(body) else None
-
-
-def _patched(module: nn.Module) -> bool:
-    """Whether somebody put another forward on this very module."""
-    return "forward" in vars(module)
+    return body if isinstance(body, nn.Module) and body is not module and "forward" not in vars(body) else None
 
 
 def _found(module: nn.Module, head: nn.Linear, body: nn.Module | None) -> LinearHead | None:
@@ -160,9 +148,8 @@ def _found(module: nn.Module, head: nn.Linear, body: nn.Module | None) -> Linear
         return LinearHead(head)
     if body is None or len(calls) != 1:
         return None
-    (args, kwargs, output), held = calls[0], []
-    if isinstance(output, dict):
-        held = [name for name, x in output.items() if x is not None]
+    args, kwargs, output = calls[0]
+    held = [name for name, x in output.items() if x is not None] if isinstance(output, dict) else []
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     if held != ["last_hidden_state"] or len(tensors) != 1 or tensors[0] is not tokens_NT:
         return None  # it was given other tensors than the tokens, or gave other things than hidden states

@@ -1,9 +1,7 @@
 """Load a causal language model of ``transformers`` with its tokenizer, and refuse what would give wrong numbers."""
 
 import contextlib
-import ctypes
 import dataclasses
-import mmap
 import re
 import warnings
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from upriver.model.capture import frozen
 from upriver.model.convert import converted, in_dtype
 from upriver.model.fingerprint import module_form, task_form, tensor_hash
 from upriver.model.losses import LanguageModel, Task
+from upriver.model.unmap import leave_files
 from upriver.runtime import dist
 from upriver.runtime.artifact import digest
 from upriver.runtime.config import MIXED, weights_in
@@ -179,9 +178,8 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
         tokenizer = _load_tokenizer(place, options)
         module = _load_module(place, options, wanted, attention)
     module = module.to(on).eval()
-    _leave_files(module)
-    _check_weights(module, str(path))
-    _check_vocabulary(module, tokenizer)
+    leave_files(module)
+    _check(module, tokenizer, str(path))
     check_causal(module)
     model = Model(module, tokenizer, name=str(path))
     model.info |= {
@@ -210,7 +208,8 @@ def _locate(path: str) -> tuple[str, dict[str, Any]]:
         raise ModelError(f"{path} holds {len(ggufs)} GGUF files; name one of them, such as {ggufs[0]}")
     if folder and not plain and not ggufs:
         raise ModelError(
-            f"no model in the folder: got {path!r} without config.json or a .gguf file; give a folder written by save_pretrained"
+            f"no model in the folder: got {path!r} without a config.json or a .gguf file; "
+            "give a folder written by save_pretrained"
         )
     if not folder and (there or path[:1] in tuple("./~") or path.count("/") > 1):
         raise ModelError(f"no model at {path!r}; {PLACES}, or a hub name")
@@ -283,43 +282,11 @@ def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attent
     return module
 
 
-def _leave_files(module: nn.Module) -> None:
-    """Copy what is mapped from files into memory, one tensor at a time: who writes to such a file would write to the model.
-
-    What has been copied is given back at once, so that no second model is held; what is tied stays so.
-    """
-    mapped = _mapped_files()
-    copies: dict[tuple, Tensor] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        if tensor.device.type != "cpu" or (mapped is not None and not any(a <= start < b for a, b in mapped)):
-            continue
-        at = start, tensor.dtype, tensor.shape, tensor.stride()
-        if at not in copies:
-            copies[at] = tensor.detach().clone()
-            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-            if mapped is not None and first < last:
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
-        tensor.data = copies[at]
-
-
-def _mapped_files() -> list[tuple[int, int]] | None:
-    """Where files are mapped in this process; None where the system does not tell."""
-    try:
-        lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text(errors="replace").splitlines()]
-    except OSError:
-        return None
-    found = [line[0].split("-") for line in lines if len(line) == 6 and line[5].startswith("/")]
-    return [(int(start, 16), int(end, 16)) for start, end in found]
-
-
-def _check_weights(module: nn.Module, place: str) -> None:
+def _check(module: Any, tokenizer: Any, place: str) -> None:
+    """Refuse weights that are no numbers, and a vocabulary that is not the tokenizer's."""
     for name, p in module.named_parameters():
         if not torch.isfinite(p).all():
             raise ModelError(f"the weights hold NaN or infinity: {name!r} of {place!r}; get a sound copy of the model")
-
-
-def _check_vocabulary(module: Any, tokenizer: Any) -> None:
     rows, highest = module.get_input_embeddings().weight.shape[0], largest_token(tokenizer)
     if highest >= rows:
         raise ModelError(

@@ -10,6 +10,8 @@ hand.  Partial results add up in unit order, so a resumed run equals an uninterr
 replaced is only what was written by this program (`files_of`).
 """
 
+# ruff: noqa: F401 - what its files are made of can be had here too
+
 import errno
 import fcntl
 import json
@@ -51,44 +53,16 @@ from upriver.runtime.files import (
 )
 from upriver.runtime.heads import MANIFESTS, SCHEMA, FitManifest, Info, Manifest, TraceManifest, read_head
 
-__all__ = [  # with what its files are made of
-    "ADVICE",
-    "SCHEMA",
-    "Artifact",
-    "FitManifest",
-    "Form",
-    "Info",
-    "Tensors",
-    "TraceManifest",
-    "abandoned",
-    "atomic",
-    "check",
-    "digest",
-    "discard",
-    "file_digest",
-    "first_difference",
-    "form_of",
-    "load_json",
-    "locked",
-    "new_digest",
-    "opened",
-    "read_head",
-    "read_json",
-    "read_tensor",
-    "read_tensors",
-    "refuse_inside",
-    "unreadable",
-    "write_array",
-    "write_json",
-    "write_stream",
-    "write_tensors",
-]  # fmt: skip
-
-NAMED = re.compile(
-    r"(key|manifest|queries|\.division)\.json|lam\.safetensors|unit-\d+\.safetensors|sum(-\d+-of-\d+)?\.safetensors"
-    r"|(scores|documents|top)\.parquet|(scores|layers)\.npy"
-)
-SUFFIXES = (".json", ".safetensors", ".parquet", ".npy")
+HEADS = r"(key|manifest|\.division)\.json"
+NAMED = {  # the files of a folder, by its stage
+    "fit": re.compile(HEADS),
+    "trace": re.compile(HEADS + r"|queries\.json|(scores|documents|top)\.parquet|layers\.npy"),
+}
+UNITS = re.compile(
+    HEADS + r"|[a-z]+(-\d+)+\.safetensors|sum(-\d+-of-\d+)?\.safetensors|(scores|layers)\.npy"
+)  # of all other stages
+PLACED = re.compile(r"(correction|diagonal)/(lam\.safetensors|\.division\.json)")
+SUFFIXES = (".json", ".safetensors", ".parquet", ".npy", ".html", ".jsonl", ".csv")  # of what is written
 Ours = Callable[[Path], bool]
 
 
@@ -194,9 +168,10 @@ class Artifact:
         Args:
             inner: patterns of files in folders below, such as ``eigen/*``, that stay a part of it beside those in its own.
         """
-        found = {p for pattern in ("*", *inner) for p in self.path.glob(pattern) if NAMED.fullmatch(p.name)}
-        kept = sorted(p for p in found if p.name not in ("key.json", "manifest.json", ".division.json"))
-        files = {p.relative_to(self.path).as_posix(): checksum(p) for p in kept}
+        own = NAMED.get(self.key["stage"], UNITS)
+        found = {p for p in self.path.glob("*") if own.fullmatch(p.name) and not re.fullmatch(HEADS, p.name)}
+        found |= {p for pattern in inner for p in self.path.glob(pattern) if p.suffix != ".json" and _is_sealed(p)}
+        files = {p.relative_to(self.path).as_posix(): checksum(p) for p in sorted(found)}
         write_json(self.path / "manifest.json", {"key": self.key, **info, "files": files})
 
     def unit_path(self, unit: int, suffix: str = "safetensors") -> Path:
@@ -239,9 +214,9 @@ def files_of(path: Path, ours: Ours | None = None) -> tuple[list[Path], list[Pat
     Hidden files that are not ours are in neither list: they are left where they are, and nobody minds them.
     """
     try:
-        listed = read_json(path / "manifest.json")["files"]
-    except (StorageError, KeyError):
-        listed = {}
+        listed = set(read_json(path / "manifest.json")["files"])
+    except (StorageError, LookupError, TypeError):  # it is not there, or damaged
+        listed = set()
     written, foreign = [], []
     for place, folders, names in os.walk(path):
         folder = Path(place)
@@ -250,10 +225,11 @@ def files_of(path: Path, ours: Ours | None = None) -> tuple[list[Path], list[Pat
             foreign.append(folder)
             continue
         foreign += [folder / name for name in folders if (folder / name).is_symlink()]
+        own = NAMED.get(load_json(folder / "key.json")["stage"], UNITS) if _is_ours(folder) else None
         for file in (folder / name for name in names):
-            known = (
-                file.relative_to(path).as_posix() in listed or NAMED.fullmatch(file.name) or _is_temporary(file.name)
-            )
+            below = file.relative_to(path).as_posix()
+            known = below in listed or PLACED.fullmatch(below) or _is_temporary(file.name)
+            known = known or (own and own.fullmatch(file.name))
             if not file.is_symlink() and (known or _is_sealed(file) or (ours and ours(file))):
                 written.append(file)
             elif not file.name.startswith("."):
@@ -269,7 +245,9 @@ def _is_temporary(name: str) -> bool:
 
 def _is_sealed(file: Path) -> bool:
     try:
-        return bool(sealed(file)) if file.suffix == ".safetensors" else file.suffix == ".json" and bool(read_json(file))
+        if file.suffix == ".safetensors":
+            return sealed(file) is not None
+        return file.suffix == ".json" and isinstance(read_json(file), dict)
     except (OSError, ValueError, StorageError):
         return False
 

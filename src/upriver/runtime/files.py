@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +152,20 @@ def _place(path: Path) -> list[str]:
     folders = () if path.name in HEADS else list(path.parents)[:DEPTH]
     for folder in folders:
         if (folder / "key.json").exists():
-            return [path.relative_to(folder).as_posix(), digest(read_json(folder / "key.json"))]
+            return [path.relative_to(folder).as_posix(), _told(folder / "key.json")[0]]
     return [path.name, ""]
+
+
+def _told(head: Path) -> tuple[str, dict[str, str]]:
+    """A hash of what the head of an artifact says, and the files that it lists."""
+    return _read(head, *_stamp(head))
+
+
+@lru_cache(256)
+def _read(head: Path, *_: int) -> tuple[str, dict[str, str]]:
+    value = read_json(head)
+    files = value.get("files") if isinstance(value, dict) else None
+    return digest(value), files if isinstance(files, dict) else {}
 
 
 def _seal(path: Path, held: str) -> str:
@@ -189,8 +202,8 @@ def _listed(path: Path) -> str | None:
     """What the manifest of a finished artifact says that the file holds; None: it is not listed."""
     heads = [folder / "manifest.json" for folder in list(path.parents)[:DEPTH] if (folder / "key.json").exists()]
     for head in (path.with_name("info.json"), *heads):
-        if head.exists() and isinstance(files := read_json(head).get("files"), dict):
-            return files.get(path.relative_to(head.parent).as_posix())
+        if head.exists():
+            return _told(head)[1].get(path.relative_to(head.parent).as_posix())
     return None
 
 
