@@ -22,10 +22,11 @@ import upriver as up
 from upriver.curvature.consumers import Correction, Covariance
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.influence.score import Score, route
+from upriver.model.ready import tracked_layers
 from upriver.model.shape import config_only, config_shape, model_shape
-from upriver.model.sweep import Labels, sweep, tracked_layers
-from upriver.runtime import counts
+from upriver.model.sweep import Labels, Source, sweep
 from upriver.runtime.config import BATCH_TOKENS
+from upriver.runtime.cost import CORRECTION, COVARIANCE, SUM, Asked, LayerSize, contraction, orders
 from upriver.runtime.progress import show_bytes
 from upriver.tensors import LowRank
 
@@ -34,11 +35,11 @@ def added(layers, chosen, T, M, N, Q, R):
     """Multiplications a token that each pass adds to forward and backward, over the tracked layers."""
     score = 0.0
     for x in layers:
-        costs, order = counts.orders(x.O, x.I, M, N, Q, R), chosen.orders[x.name]
+        costs, order = orders(x.O, x.I, M, N, Q, R), chosen.orders[x.name]
         score += costs.dense + Q * x.O * x.I * R / chosen.hold if order == "rebuilt" else getattr(costs, order)
     return {
-        "covariance": sum(map(counts.covariance, layers)),
-        "correction": sum(counts.correction(x, T).cheapest for x in layers),
+        "covariance": sum(COVARIANCE.multiplications(x, T) for x in layers),
+        "correction": sum(CORRECTION.multiplications(x, T) for x in layers),
         "score": score / M,
     }
 
@@ -47,15 +48,35 @@ def count_layer(args):
     """Operations and bytes of each pass for one layer, without running anything."""
     O, I = map(int, args.layer.split("x"))
     T, M = args.seq_len, args.batch_tokens
-    layer = counts.LayerSize("layer", O, I, "layer", 0)
+    layer = LayerSize("layer", O, I, "layer", 0)
     print(
         f"O = {O:,}, I = {I:,}, sequences of {T} tokens, {M:,} tokens a batch, {args.queries} queries at rank {args.rank};"
     )
     print("for one token:\n")
     print("| pass | MFLOP | in training steps | bytes moved |\n|---|---|---|---|")
-    for name, cost in counts.per_token(layer, T, M, args.queries, args.rank).items():
-        step = cost.multiplications / (3 * O * I)
-        print(f"| {name} | {2e-6 * cost.multiplications:,.2f} | {step:.2f} | {show_bytes(cost.moved)} |")
+    for name, (multiplications, moved) in per_token(layer, T, M, args.queries, args.rank).items():
+        step = multiplications / (3 * O * I)
+        print(f"| {name} | {2e-6 * multiplications:,.2f} | {step:.2f} | {show_bytes(moved)} |")
+
+
+def per_token(layer: LayerSize, T: float, M: float, Q: int, R: int) -> dict[str, tuple[float, float]]:
+    """Multiplications and bytes moved of each pass in one layer, a token, in batches of ``M`` in sequences of ``T``."""
+    O, I, OI = float(layer.O), float(layer.I), float(layer.O) * layer.I
+    squares, ends = O * O + I * I, O + I
+    numbers = {
+        "forward": (OI, ends + OI / M),
+        "backward to activations": (OI, ends + OI / M),
+        "backward to weights": (OI, ends + OI / M),
+        "covariances, full": (squares, ends + 2 * squares / M),
+        "covariances, symmetric": (COVARIANCE.multiplications(layer, T), ends + squares / M),
+        "correction, tokens turned": (OI + squares, 3 * ends + squares / M + 2 * OI / T + 4 * OI / M),
+        "correction, gradients turned": (OI + OI * ends / T, ends + squares / M + 6 * OI / T + 4 * OI / M),
+        "gradient of each sequence": (OI, ends + OI / T),
+        "its dot with the queries": (OI * Q / T, OI / T + Q * OI / M),
+        "queries multiplied out": (Q * OI * R / M, Q * (ends * R + OI) / M),
+        "token path": (ends * Q * R, ends + 4 * Q * R + ends * Q * R / M),
+    }
+    return {name: (multiplications, SUM * moved) for name, (multiplications, moved) in numbers.items()}
 
 
 def limits_of(shape, chosen, M, N, Q, R):
@@ -74,7 +95,7 @@ def count_model(args):
     counted = [1, 8, args.queries] if args.queries > 8 else [args.queries]
     rows = {}
     for Q in counted:
-        limits = limits_of(shape, counts.contraction(shape.layers, M, N, Q, args.rank), M, N, Q, args.rank)
+        limits = limits_of(shape, contraction(shape.layers, M, N, Asked(Q, 1, args.rank)), M, N, Q, args.rank)
         rows |= {"covariance": limits["covariance"], "correction": limits["correction"]}
         rows[f"score, {Q} {'query' if Q == 1 else 'queries'}"] = limits["score"]
     print("| pass | counted limit |\n|---|---|")
@@ -86,13 +107,14 @@ def passes(args, folder):
     """The work of each pass on one model and corpus, a plain step over the same batches, and what each adds and costs."""
     model = up.load_model(args.model)
     corpus = up.Corpus.read(args.corpus, model.tokenizer, seq_len=args.seq_len)
-    batches = corpus.plan(args.batch_tokens, corpus.sample(args.tokens, 0))
+    rows = corpus.sample(args.tokens, 0)
+    batches = corpus.plan(args.batch_tokens, rows)
     layers = tracked_layers(model, corpus, "mlp")
     factors = up.fit(model, corpus, Path(folder) / "factors", max_tokens=8192)
     moments = {x.name: factors.moments(x.name) for x in layers}
     M = float(np.mean([corpus.lengths_N[rows].sum() for rows in batches]))
     N = float(np.mean([len(rows) for rows in batches]))
-    chosen = counts.contraction(layers, M, N, args.queries, args.rank)
+    chosen = contraction(layers, M, N, Asked(args.queries, 1, args.rank))
     sizes = {x.name: (x.O, x.I) for x in layers}
     random = {
         name: LowRank(torch.randn(args.queries, O, args.rank), torch.randn(args.queries, args.rank, I))
@@ -101,11 +123,12 @@ def passes(args, folder):
     routes = {name: route(chosen.orders[name], lambda v=v: v, args.queries, model.like) for name, v in random.items()}
 
     def run(consumer, stream=None):
-        sweep(model, layers, corpus, batches, consumer, Labels(0, stream))
+        source = Source.of(corpus, rows, args.batch_tokens, Labels(0, stream))
+        sweep(model, layers, source, rows, consumer)
 
     work = {
-        "covariance": lambda: run(Covariance(torch.float32), COVARIANCE_STREAM),
-        "correction": lambda: run(Correction(torch.float32, moments), CORRECTION_STREAM),
+        "covariance": lambda: run(Covariance({}, torch.float32), COVARIANCE_STREAM),
+        "correction": lambda: run(Correction({}, torch.float32, moments), CORRECTION_STREAM),
         "score": lambda: run(Score(routes, args.queries, False, chosen.hold)),
     }
     limits = limits_of(model_shape(model, layers, corpus), chosen, M, N, args.queries, args.rank)

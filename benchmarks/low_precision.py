@@ -17,21 +17,24 @@ import torch
 from scan import timed
 
 import upriver as up
+from upriver.influence.forecast import divide
+from upriver.influence.scan import plan_routes
 from upriver.influence.score import Score
-from upriver.influence.stages import Job, divide, plan_routes, solve_stage
-from upriver.model.sweep import Labels, sweep, tracked_layers
+from upriver.influence.solve import Job, solve
+from upriver.model.ready import tracked_layers
+from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import Artifact
 from upriver.runtime.config import TraceOptions
-from upriver.runtime.progress import silent
+from upriver.runtime.progress import mute, silent
 
 
-def scan(job: Job, solved: list[Path], batches: list[np.ndarray]) -> np.ndarray:
-    """Scores ``[N, Q]``, by corpus row."""
-    routes, hold = plan_routes(job, solved, batches)
+def scan(job: Job, solved: list[Path], rows: np.ndarray) -> np.ndarray:
+    """Scores ``[N, Q]``, in the order of the rows."""
+    routes, hold = plan_routes(job, solved, list(range(len(job.layers))))
     consumer = Score(routes, len(job.queries), False, hold)
-    sweep(job.model, job.layers, job.data, batches, consumer, Labels())
-    found = consumer.tensors()
-    return found["scores"][torch.argsort(found["rows"])].numpy()
+    source = Source.of(job.data, rows, job.division.batch_tokens)
+    sweep(job.model, job.layers, source, rows, consumer)
+    return consumer.result()["scores"].numpy()
 
 
 def main() -> None:
@@ -58,19 +61,24 @@ def main() -> None:
     ):
         place = args.factors or Path(folder) / "factors"
         factors = up.Factors(place) if args.factors else up.fit(model, corpus, place, max_tokens=args.fit_tokens)
-        opts, rows = TraceOptions(), corpus.sample(args.tokens, 0)
+        queries = queries.bound(model.tokenizer)
+        rows = corpus.sample(args.tokens, 0)
         stage = Artifact.open(Path(folder) / "scores", "bench", {})
         jobs = {}
         for name, m in (("float32", model), ("mixed", mixed), ("bfloat16", rough)):
             layers = tracked_layers(m, corpus, factors.options.layers)
-            split = divide(model, layers, corpus, queries, opts, name)
-            jobs[name] = Job(stage, m, layers, corpus, queries, factors, rows, opts, silent, split)
-        solved, batches = solve_stage(jobs["float32"]), corpus.plan(opts.batch_tokens, rows)
+            opts = TraceOptions(dtype=name, layers=factors.options.layers, seed=0)
+            own = tracked_layers(model, corpus, factors.options.layers)
+            division = divide(model, own, corpus, queries, opts, None, mute)
+            jobs[name] = Job(
+                stage, m, layers, corpus, queries, factors, rows, opts, silent, division, factors.curvature()
+            )
+        solved = solve(jobs["float32"])
         scores, seconds = {}, {name: [] for name in jobs}
         for repeat in range(args.repeats + 1):
             for name, job in jobs.items():
 
-                def work(name: str = name, job: Job = job, part: list = batches if repeat else batches[:1]) -> None:
+                def work(name: str = name, job: Job = job, part: np.ndarray = rows if repeat else rows[:16]) -> None:
                     scores[name] = scan(job, solved, part)
 
                 taken = timed(work)

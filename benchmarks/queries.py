@@ -18,12 +18,12 @@ from scan import timed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from upriver.influence.score import Score, route
-from upriver.influence.stages import evenly
 from upriver.model.load import Model
+from upriver.model.ready import tracked_layers
 from upriver.model.shape import model_shape
-from upriver.model.sweep import Labels, sweep, tracked_layers
-from upriver.runtime import counts
+from upriver.model.sweep import Source, sweep
 from upriver.runtime.config import BATCH_TOKENS
+from upriver.runtime.cost import DENSE_BYTES, Asked, contraction
 from upriver.runtime.system import settle_memory
 from upriver.tensors import LowRank, Scratch
 from upriver.text.batch import Examples
@@ -63,17 +63,18 @@ def scanner(model: Model, data: Tokens, batches: list[np.ndarray], Q: int, room:
     """The scan with ``Q`` queries, what it is counted to cost in plain steps, and how the queries are contracted."""
     layers = tracked_layers(model, data, "mlp")
     M, N = float(np.mean([data.lengths_N[b].sum() for b in batches])), float(np.mean([len(b) for b in batches]))
-    chosen = counts.contraction(layers, M, N, Q, RANK, room, model.like.element_size())
+    chosen = contraction(layers, M, N, Asked(Q, 1, RANK), room, model.like.element_size())
+    source = Source.of(data, np.arange(len(data)), int(M))
     low = {x.name: LowRank(torch.randn(Q, x.O, RANK), torch.randn(Q, RANK, x.I)) for x in layers}
     routes = {name: route(chosen.orders[name], lambda v=v: v, Q, model.like) for name, v in low.items()}
-    hold = evenly(chosen.hold, len(batches))
+    hold = min(chosen.hold, len(batches))
     how = ", ".join(sorted(set(chosen.orders.values()))) + (f", {hold} batches wait" if hold > 1 else "")
     counted = limits_of(model_shape(model, layers, data), chosen._replace(hold=hold), M, N, Q, RANK)["score"]
 
     def run() -> None:
         consumer = Score(routes, Q, False, hold, scratch=scratch)
-        sweep(model, layers, data, batches, consumer, Labels())
-        consumer.tensors()
+        sweep(model, layers, source, source.rows, consumer)
+        consumer.result()
 
     return run, counted, how
 
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 8, 64, 256])
-    parser.add_argument("--room", type=float, default=counts.DENSE_BYTES, help="bytes for queries or batches held")
+    parser.add_argument("--room", type=float, default=DENSE_BYTES, help="bytes for queries or batches held")
     parser.add_argument("--dtype", choices=["float32", "mixed", "bfloat16"], default="float32", help="of the scans")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()

@@ -16,12 +16,15 @@ from pathlib import Path
 import torch
 
 import upriver as up
+from upriver.influence.forecast import divide
+from upriver.influence.scan import plan_routes
 from upriver.influence.score import Score
-from upriver.influence.stages import Job, divide, plan_routes, solve_stage
-from upriver.model.sweep import Labels, sweep, tracked_layers
+from upriver.influence.solve import Job, solve
+from upriver.model.ready import tracked_layers
+from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import Artifact
 from upriver.runtime.config import TraceOptions
-from upriver.runtime.progress import silent
+from upriver.runtime.progress import mute, silent
 
 
 def training_pass(model, corpus, batches):
@@ -41,10 +44,11 @@ def timed(work):
 
 
 def compare(job, batches, repeats):
-    routes, hold = plan_routes(job, solve_stage(job), batches)
+    routes, hold = plan_routes(job, solve(job), list(range(len(job.layers))))
+    source = Source.of(job.data, job.rows, job.division.batch_tokens)
 
     def scan():
-        sweep(job.model, job.layers, job.data, batches, Score(routes, len(job.queries), False, hold), Labels())
+        sweep(job.model, job.layers, source, job.rows, Score(routes, len(job.queries), False, hold))
 
     scan(), training_pass(job.model, job.data, batches[:2])  # warm up
     return [(timed(scan), timed(lambda: training_pass(job.model, job.data, batches))) for _ in range(repeats)]
@@ -65,13 +69,14 @@ def main():
     queries = up.Queries.read(args.queries, model.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         factors = up.fit(model, corpus, Path(folder) / "factors", max_tokens=16_384)
-        opts = TraceOptions()
+        opts = TraceOptions(dtype="float32", layers="mlp", seed=0)
         rows = corpus.sample(args.tokens, 0)
         batches = corpus.plan(opts.batch_tokens, rows)
         stage = Artifact.open(Path(folder) / "scores", "bench", {})
         layers = tracked_layers(model, corpus, "mlp")
-        split = divide(model, layers, corpus, queries, opts, "float32")
-        job = Job(stage, model, layers, corpus, queries, factors, rows, opts, silent, split)
+        queries = queries.bound(model.tokenizer)
+        division = divide(model, layers, corpus, queries, opts, None, mute)
+        job = Job(stage, model, layers, corpus, queries, factors, rows, opts, silent, division, factors.curvature())
         times = compare(job, batches, args.repeats)
     tokens = int(corpus.lengths_N[rows].sum())
     ratio = statistics.median(plain / scan for scan, plain in times)

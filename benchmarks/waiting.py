@@ -24,19 +24,20 @@ def worker(tokens: int) -> None:
 
     import upriver as up
     from upriver.curvature.consumers import Covariance
-    from upriver.model.sweep import sweep, tracked_layers
+    from upriver.model.ready import tracked_layers
+    from upriver.model.sweep import Source, sweep
     from upriver.runtime.system import settle_memory
 
     settle_memory(reuse=True)  # as a pass does where the memory allows
     demo = resources.files("upriver") / "demo"
     model = up.load_model(str(demo / "speech-model"))
     corpus = up.Corpus.read(str(demo / "speeches.jsonl.xz"), model.tokenizer, seq_len=128)
-    batches = corpus.plan(2048, corpus.sample(tokens, 0))
+    source = Source.of(corpus, corpus.sample(tokens, 0), 2048)
 
     def covariances(dtype: str) -> float:
         with model.computing_in(dtype) as computing:
             layers = tracked_layers(computing, corpus, "mlp")
-            return timed(lambda: sweep(computing, layers, corpus, batches, Covariance(torch.float32)))
+            return timed(lambda: sweep(computing, layers, source, source.rows, Covariance({}, torch.float32)))
 
     for line in sys.stdin:
         print(covariances(line.strip()), flush=True)

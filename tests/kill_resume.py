@@ -36,6 +36,7 @@ class Trial:
         values = {
             "model": opts.model, "corpus": str(corpus), "queries": opts.queries, "out": str(folder / "out"), "top": 5,
             "seq_len": SEQ_LEN, "max_tokens": opts.tokens // 2, "batch_tokens": BATCH_TOKENS, "unit_tokens": UNIT_TOKENS,
+            "held_out": 2000,
         }  # fmt: skip
         self.file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
 

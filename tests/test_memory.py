@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -129,10 +129,17 @@ def in_a_process(*args: Any) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the peak of a process")
 @settings(
-    max_examples=int(os.environ.get("EXAMPLES", 5)), deadline=None, derandomize="EXAMPLES" not in os.environ,
+    max_examples=int(os.environ.get("EXAMPLES", 4)), deadline=None, derandomize="EXAMPLES" not in os.environ,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(runs)
+@example(  # took more than its limit: in float64 freed memory was kept although there was no room for it
+    (
+        {"kind": "mlp", "layers": "*", "width": 594, "sequences": 116, "depth": 4},
+        {"dtype": "float64", "batch_tokens": 2048},
+        {"times": 1.1, "rank": 4, "queries": 40, "layer_scores": True},
+    )
+)
 def test_a_run_stays_below_its_limit_or_says_what_would_do(drawn):
     with tempfile.TemporaryDirectory() as place:
         for verb in ("fit", "trace"):

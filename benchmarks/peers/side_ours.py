@@ -12,11 +12,13 @@ from job import Job, load_module
 from meter import Meter
 
 import upriver as up
-from upriver.influence.gradients import Measurements
-from upriver.influence.stages import Job as Trace
-from upriver.influence.stages import divide, scan_stage, solve_stage
+from upriver.influence.forecast import divide
+from upriver.influence.queries import Measurements
+from upriver.influence.scan import Scanned, scan, scan_units
+from upriver.influence.solve import Job as Trace
+from upriver.influence.solve import solve
 from upriver.model.load import Model
-from upriver.model.sweep import tracked_layers
+from upriver.model.ready import tracked_layers
 from upriver.runtime.artifact import Artifact
 from upriver.runtime.config import BATCH_TOKENS, TraceOptions, options
 from upriver.runtime.progress import mute, silent
@@ -71,22 +73,25 @@ class Side:
         with meter("other"):
             trace = self._trace(place, queries, rank, factors, dtype)
             with meter("solve"):
-                solved = solve_stage(trace)
+                solved = solve(trace)
                 give_back()
             stored = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
             with meter("scan"), self.model.computing_in(dtype) as computing:
                 layers = tracked_layers(computing, self.corpus, "mlp")
-                scanned = scan_stage(trace._replace(model=computing, layers=layers), solved, mute)
-        return scanned.scores_NQ[:], stored
+                parts = scan(trace._replace(model=computing, layers=layers), solved, mute)
+        scanned = Scanned(scan_units(trace), parts, queries, None)
+        return np.concatenate([scores_CQ for _, scores_CQ in scanned.chunks()]), stored
 
     def _trace(self, place: Path, queries: int, rank: int | None, factors: up.Factors, dtype: str) -> Trace:
-        given = {"rank": rank or "full", "batch_tokens": self.batch_tokens, "memory": self.job.memory}
+        given = {"rank": rank or "full", "batch_tokens": self.batch_tokens, "memory": self.job.memory, "dtype": dtype}
         opts = options(TraceOptions, given)
         asked = Measurements(Sequences(self.job.queries_QT[:queries], self.job.prompt))
         layers, rows = tracked_layers(self.model, self.corpus, "mlp"), np.arange(len(self.corpus))
-        split = divide(self.model, layers, self.corpus, asked, opts, dtype)
+        division = divide(self.model, layers, self.corpus, asked, opts, None, mute)
         stage = Artifact.open(place, "trace", {})
-        return Trace(stage, self.model, layers, self.corpus, asked, factors, rows, opts, silent, split)
+        return Trace(
+            stage, self.model, layers, self.corpus, asked, factors, rows, opts, silent, division, factors.curvature()
+        )
 
     def reference(self, queries: int) -> np.ndarray:
         """Scores in float32 at full rank, from factors in float32."""

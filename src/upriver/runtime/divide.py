@@ -67,6 +67,10 @@ class Budget(NamedTuple):
         """What a pass may take."""
         return (int((1 - MARGIN) * self.limit) - self.fixed - SLACK) // self.doubled
 
+    def peaks(self, sizes: dict[str, float]) -> dict[str, int]:
+        """The peak of each pass, from what it takes itself."""
+        return {name: int(self.fixed + SLACK + self.doubled * size) for name, size in sizes.items()}
+
     def check(self, what: str, least: float) -> None:
         """Refuse a limit that not even the smallest division of the work keeps.
 
@@ -158,12 +162,11 @@ def divide_fit(shape: Shape, budget: Budget) -> Division:
     ]
     tokens, found = min(ways, key=lambda way: sum(map(len, way[1].values())))
     workers = max(k for k in range(1, budget.cores + 1) if k == 1 or eigen_size(layers, k) <= budget.free)
-    base = budget.fixed + SLACK
-    held = {s.name: base + max(s.held([layers[i] for i in g]) for g in found[s.name]) for s in specs}
-    peak = {s.name: int(held[s.name] + batch(s, tokens)) for s in specs}
-    peak["eigendecomposition"] = base + eigen_size(layers, workers)
-    peak["agreement"] = int(held["correction"] + compared(tokens))
-    return Division(tokens, found, peak, budget.limit, workers)
+    held = {s.name: max(s.held([layers[i] for i in g]) for g in found[s.name]) for s in specs}
+    sizes = {s.name: held[s.name] + batch(s, tokens) for s in specs}
+    sizes["eigendecomposition"] = eigen_size(layers, workers)
+    sizes["agreement"] = held["correction"] + compared(tokens)
+    return Division(tokens, found, budget.peaks(sizes), budget.limit, workers)
 
 
 def scan_held(layers: Layers, asked: Asked, budget: Budget, tokens: int, room: float) -> Contraction:
@@ -224,15 +227,14 @@ def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
     enough = asked.queries if budget.accelerator else min(asked.queries, -(-tokens // asked.tokens))
     solved = _most(min(enough, most // each[0]), free, lambda q: solve(asked, q, tokens))
     rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore(q, tokens))
-    base = budget.fixed + SLACK
     peak = {
-        "queries": base + solve(asked, solved, tokens),
-        "scan": base + batch(tokens) + max(held(room, tokens)([layers[i] for i in g]) for g in scanned),
-        "rescore": base + rescore(rescored, tokens),
+        "queries": solve(asked, solved, tokens),
+        "scan": batch(tokens) + max(held(room, tokens)([layers[i] for i in g]) for g in scanned),
+        "rescore": rescore(rescored, tokens),
     }
     found = {"scan": scanned}
     sizes = solved * each[0], rescored * each[1], int(min(room, 4 * DENSE_BYTES + each[0] * asked.queries))
-    return Division(tokens, found, {name: int(x) for name, x in peak.items()}, budget.limit, 1, *sizes)
+    return Division(tokens, found, budget.peaks(peak), budget.limit, 1, *sizes)
 
 
 def _most(at_most: int, room: float, size: Callable[[int], float]) -> int:
