@@ -22,7 +22,7 @@ import upriver as up
 from upriver.curvature.consumers import Correction, Covariance
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.influence.score import Score, route
-from upriver.model.ready import tracked_layers
+from upriver.model.check import tracked_layers
 from upriver.model.shape import config_only, config_shape, model_shape
 from upriver.model.sweep import Labels, Source, sweep
 from upriver.runtime.config import BATCH_TOKENS

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 import upriver as up
-from upriver.influence.forecast import divide
+from upriver.influence.scan import divide
 from upriver.influence.scan import plan_routes
 from upriver.influence.score import Score
 from upriver.influence.solve import Job, solve
-from upriver.model.ready import tracked_layers
+from upriver.model.check import tracked_layers
 from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import Artifact
 from upriver.runtime.config import TraceOptions

@@ -24,7 +24,7 @@ def worker(tokens: int) -> None:
 
     import upriver as up
     from upriver.curvature.consumers import Covariance
-    from upriver.model.ready import tracked_layers
+    from upriver.model.check import tracked_layers
     from upriver.model.sweep import Source, sweep
     from upriver.runtime.system import settle_memory
 

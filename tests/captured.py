@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from upriver.model.ready import tracked_layers
+from upriver.model.check import tracked_layers
 from upriver.model.sweep import Labels, Source, sweep
 from upriver.tensors import sequence_gradients
 from upriver.text.batch import Batch

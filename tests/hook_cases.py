@@ -22,8 +22,8 @@ from transformers import LlamaForCausalLM
 from cases import case
 from upriver.errors import ModelError
 from upriver.model.capture import frozen
+from upriver.model.check import tracked_layers
 from upriver.model.load import Model
-from upriver.model.ready import tracked_layers
 from upriver.model.sweep import Source, sweep
 
 BATCH_TOKENS, BATCHES = 24, 4

@@ -12,8 +12,8 @@ from upriver.errors import ModelError
 from upriver.influence.queries import gradients as query_gradients
 from upriver.influence.queries import measurements
 from upriver.model.capture import capture
+from upriver.model.check import tracked_layers
 from upriver.model.layers import find_layers
-from upriver.model.ready import tracked_layers
 from upriver.model.sweep import Labels
 from upriver.tensors import sequence_gradients
 

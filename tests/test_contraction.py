@@ -9,8 +9,8 @@ import torch
 import reference
 from cases import CASES, case, close, gradients, measured
 from upriver.influence.score import Score, route
+from upriver.model.check import tracked_layers
 from upriver.model.layers import Layer
-from upriver.model.ready import tracked_layers
 from upriver.model.sweep import Source, sweep
 from upriver.runtime.cost import Asked, contraction, orders
 from upriver.tensors import LowRank

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import architectures
-from upriver.model.convert import converted, in_dtype
 from upriver.model.load import Model
 from upriver.model.losses import Classification, Regression
+from upriver.model.weights import converted, in_dtype
 from upriver.text.batch import Examples
 
 

@@ -34,7 +34,7 @@ from upriver.curvature.blocks import Moments
 from upriver.curvature.fit import Correction
 from upriver.influence.queries import gradients as query_gradients
 from upriver.influence.rescore import output_token_influence, rescore
-from upriver.model.ready import tracked_layers
+from upriver.model.check import tracked_layers
 from upriver.model.sweep import Labels, Source, sweep
 from upriver.text.batch import Batch
 

@@ -12,9 +12,8 @@ from upriver.curvature.fit import fit
 from upriver.errors import ModelError, NumericalError
 from upriver.model import sweep
 from upriver.model.capture import capture
-from upriver.model.check import checked_layers
+from upriver.model.check import checked_layers, tracked_layers
 from upriver.model.layers import Layer, coverage, find_layers
-from upriver.model.ready import tracked_layers
 
 
 def checked(module: nn.Module, spec: str, x_NTI: torch.Tensor, T: int | None = None) -> list[Layer]:

@@ -29,8 +29,8 @@ import upriver as up
 from cases import CASES, Small, Windows
 from text_cases import byte_tokenizer
 from upriver.errors import InputError, MismatchError, ModelError
+from upriver.model.check import check_length, check_loss
 from upriver.model.fingerprint import measured_by
-from upriver.model.ready import check_length, check_loss
 
 # ------------------------------------------------------------------------------------------------- told apart
 

@@ -28,7 +28,7 @@ from upriver.errors import ConfigError
 from upriver.influence.queries import Measurements
 from upriver.model.load import Model
 from upriver.model.losses import Classification, Regression
-from upriver.model.memory import memory_budget
+from upriver.model.planned import memory_budget
 from upriver.runtime import system
 from upriver.runtime.config import parse_memory
 from upriver.runtime.divide import SEQUENCE_BYTES

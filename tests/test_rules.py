@@ -11,10 +11,10 @@ from test_losses import CLOSE, ENDINGS, ending_so
 from upriver.curvature.fit import fit
 from upriver.errors import ModelError
 from upriver.model.capture import frozen
+from upriver.model.check import check_loss, tracked_layers
 from upriver.model.head import LinearHead, Tail, ending
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel, Regression
-from upriver.model.ready import check_loss, tracked_layers
 from upriver.model.sweep import Labels
 
 

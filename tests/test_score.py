@@ -19,7 +19,7 @@ from upriver.influence.queries import gradients as query_gradients
 from upriver.influence.queries import query_chunks, token_gradients
 from upriver.influence.rescore import output_token_influence, rescore, spurious
 from upriver.influence.score import Score, dots, route
-from upriver.model.ready import tracked_layers
+from upriver.model.check import tracked_layers
 from upriver.model.sweep import Source, sweep
 from upriver.pipeline import trace
 from upriver.tensors import LowRank, Scratch

@@ -17,12 +17,12 @@ from torch import nn
 from cases import case, close, gradients
 from in_memory import TokenCorpus
 from test_resume import GIVEN, Count, Died, killed, results, tiny_corpus, tiny_model, tiny_queries
-from upriver.curvature.agreement import Agreement
+from upriver.curvature.consumers import Agreement
 from upriver.curvature.fit import Factors, fit, fit_diagonal
 from upriver.errors import ConfigError
+from upriver.model.check import tracked_layers
 from upriver.model.layers import find_layers
-from upriver.model.memory import division_file, settled
-from upriver.model.ready import tracked_layers
+from upriver.model.planned import division_file, settled
 from upriver.model.shape import module_shape
 from upriver.model.sweep import Source, sweep
 from upriver.pipeline import trace

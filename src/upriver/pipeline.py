@@ -12,21 +12,18 @@ from upriver.curvature.consumers import FIT_PROBES
 from upriver.curvature.factors import Factors
 from upriver.curvature.fit import fit_diagonal
 from upriver.errors import ConfigError, MismatchError, QueryError
-from upriver.influence.forecast import divide, request, scan_probe
 from upriver.influence.judge import judge
-from upriver.influence.manifest import manifest
-from upriver.influence.passages import answers, ranked, top_rows
+from upriver.influence.passages import answers, manifest, ranked, top_rows
 from upriver.influence.queries import Measured
 from upriver.influence.rescore import Pairs, rescore_top
 from upriver.influence.results import write_scores, write_top
-from upriver.influence.scan import Part, Scanned, scan, scan_units
+from upriver.influence.scan import Part, Scanned, divide, request, scan, scan_probe, scan_units
 from upriver.influence.solve import Job, solve
+from upriver.model.check import check_length, tracked_layers
 from upriver.model.fingerprint import measured_by
 from upriver.model.layers import Coverage, coverage
 from upriver.model.load import Model, load_model
-from upriver.model.memory import division_file
-from upriver.model.planned import announce, plan_config, plan_here
-from upriver.model.ready import check_length, tracked_layers
+from upriver.model.planned import announce, division_file, plan_config, plan_here
 from upriver.model.shape import model_shape
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json

@@ -4,10 +4,10 @@ from upriver.curvature.base import Curvature, Damping, Solution
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import UpriverError
 from upriver.influence.queries import Measurements, gradients
+from upriver.model.check import tracked_layers
 from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
 from upriver.model.losses import Classification, LanguageModel, Regression, Task
-from upriver.model.ready import tracked_layers
 from upriver.model.sweep import Labels, Source, sweep
 from upriver.pipeline import trace
 from upriver.show.report import write_report as report

@@ -19,15 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upriver.curvature.agreement import agreement, compare
-from upriver.curvature.consumers import FIT_PROBES, Correction, Covariance
+from upriver.curvature.consumers import FIT_PROBES, Correction, Covariance, agreement, compare
 from upriver.curvature.factors import Factors, decomposed, read_moments
 from upriver.kernels import one_core_each
+from upriver.model.check import check_length, check_loss, tracked_layers
 from upriver.model.layers import Coverage, Layer, coverage
 from upriver.model.load import Model
-from upriver.model.memory import division_file, memory_budget, settled
-from upriver.model.planned import announce, plan_here
-from upriver.model.ready import check_length, check_loss, tracked_layers
+from upriver.model.planned import announce, division_file, memory_budget, plan_here, settled
 from upriver.model.shape import model_shape
 from upriver.model.sweep import Consumer, Labels, Source, sweep
 from upriver.runtime import dist

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from upriver.errors import ConfigError, ModelError
 from upriver.model.capture import frozen
-from upriver.model.convert import converted, in_dtype
 from upriver.model.fingerprint import module_form, task_form, tensor_hash
 from upriver.model.losses import LanguageModel, Task
-from upriver.model.unmap import leave_files
+from upriver.model.weights import converted, in_dtype, leave_files
 from upriver.runtime import dist
 from upriver.runtime.artifact import digest
 from upriver.runtime.config import MIXED, weights_in
