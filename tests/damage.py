@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import traceback
 from collections import Counter
@@ -54,7 +53,9 @@ class Run(NamedTuple):
         return up.Corpus.read(self.corpus, self.model.tokenizer, seq_len=16, cache=place / "cache")
 
     def fit(self, place: Path, name: str, **how: Any) -> Any:
-        return up.fit(self.model, self.read(place), place / name, seed=self.seed, batch_tokens=40, **how)
+        return up.fit(
+            self.model, self.read(place), place / name, seed=self.seed, batch_tokens=40, unit_tokens=60, **how
+        )
 
     def trace(self, place: Path, name: str, **how: Any) -> Any:
         given = {"rank": 4, "top": 2, "batch_tokens": 40, **how}
@@ -123,12 +124,6 @@ READERS: dict[str, list[Reader]] = {  # by the name of the artifact's folder
 
 
 # ---- the undamaged runs
-
-
-def small_units() -> None:
-    """Make units of work small, wherever their size is kept, so that a run in progress holds several."""
-    for module in [m for name, m in sys.modules.items() if name.startswith("upriver") and hasattr(m, "UNIT_TOKENS")]:
-        module.UNIT_TOKENS = 60
 
 
 def killed(work: Callable[[], object], commits: int) -> None:
@@ -319,7 +314,6 @@ def tried(
 
 def campaign(root: Path, cases: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str]]:
     """Returns how often each kind of damage had each outcome, and what was not good."""
-    small_units()
     model = up.load_model(save_model(root / "model"), device="cpu")
     more = [r | {"id": f"{r['id']} {n}"} for n in range(2) for r in RECORDS]
     queries = write_jsonl(root / "queries.jsonl", QUERIES)

@@ -270,8 +270,7 @@ def solved(path: Path, changes: dict[str, Any] | None = None) -> Path:
         "passes": 4.2,
         "lambda_rule": "0.1 x mean lam",
     }
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8")) | {"solver": solver}
-    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    seal(path, solver=solver)
     return path
 
 

@@ -18,6 +18,7 @@ ROOMS = [
     "evaluate",
     "show",
     "pipeline",
+    "flags",
     "public",
     "cli",
     "run",

@@ -10,7 +10,6 @@ import reference
 from cases import Small, Windows, _language, case, close
 from upriver.curvature.fit import fit
 from upriver.errors import ModelError, NumericalError
-from upriver.model import sweep
 from upriver.model.capture import capture
 from upriver.model.check import checked_layers, tracked_layers
 from upriver.model.layers import Layer, coverage, find_layers
@@ -137,14 +136,13 @@ class Sometimes(Small):
         return super().forward(input_ids)
 
 
-def test_a_layer_called_in_some_units_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "UNIT_TOKENS", 1)
+def test_a_layer_called_in_some_units_only(tmp_path):
     c = _language(Sometimes(blocks=2, times=1, bias=True), [f"blocks.{i}.{k}" for i in (0, 1) for k in ("up", "down")])
     block = c.model.module.blocks[1]
     block.register_forward_hook(lambda m, args, out: args[0] if m.skipped else out)
     assert isinstance(c.data, Windows)
     assert c.data.lengths_N.min() <= 3 < c.data.lengths_N.max()
-    options = {"layers": "mlp", "dtype": "float64", "fisher": "empirical", "batch_tokens": 1}
+    options = {"layers": "mlp", "dtype": "float64", "fisher": "empirical", "batch_tokens": 1, "unit_tokens": 1}
     factors = fit(c.model, c.data, tmp_path, **options)
     for name in c.names:
         m, block = factors.moments(name), factors.block(name)

@@ -177,6 +177,7 @@ def test_a_run_without_held_out_energy_shows_none(tmp_path: Path, solution: Any)
     path = write_scores(tmp_path / "scores", queries=1, per_side=2, documents=4)
     queries = [query | {"solution": solution} for query in json.loads((path / "queries.json").read_text())]
     (path / "queries.json").write_text(json.dumps(queries))
+    seal(path)
     report = build_report(read_folder(path))
     assert not any("energy" in f["label"] for g in report["trust"] for f in g["facts"])
 
@@ -189,6 +190,7 @@ def test_columns_of_further_dampings_are_no_queries(tmp_path: Path) -> None:
         for query in plain["queries"]:
             frame[f"{query['id']}@0.01x"] = -2 * frame[query["id"]]
         frame.to_parquet(path / f"{name}.parquet")
+    seal(path)
     assert build_report(read_folder(path)) == plain
     scores = Scores(path)
     assert list(scores.top("blessing", 1)["query"]) == ["blessing"]

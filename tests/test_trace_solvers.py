@@ -65,14 +65,17 @@ def block_matrix(factors: up.Factors, kind: str, name: str) -> Tensor:
     return space.flatten(factors.curvature(kind).matvec(eye, Damping(0.0, False)))
 
 
-JOBS = [("llama", damping) for damping in DAMPINGS] + [("classifier", "1x"), ("regressor", "0.1x")]
+JOBS = [("llama", damping) for damping in DAMPINGS] + [
+    ("classifier", "1x"),
+    ("regressor", "0.1x"),
+]
 
 
 @pytest.mark.parametrize("kind", SOLVERS)
 @pytest.mark.parametrize(("name", "damping"), JOBS)
 def test_every_solver_gives_the_dense_solution_through_a_trace(name, damping, kind, fitted, tmp_path):
     """The slow ones, which take as many steps as the matrix is badly conditioned, at the largest damping."""
-    if (kind in ("lissa", "astra") and damping != "1x") or (kind == "identity" and damping != "0.1x"):
+    if (kind in ("lissa", "astra") and name != "classifier") or (kind == "identity" and damping != "0.1x"):
         pytest.skip("told apart by other jobs")
     factors = fitted(name) if needs_factors(kind) or kind == "cg" else None
     G_PP = block_matrix(fitted(name), kind, name) if kind in BLOCKS else matrix(name)
@@ -98,7 +101,7 @@ def test_refinement_goes_from_ekfac_to_the_exact_solution(fitted, tmp_path):
     lambdas = factors.curvature().lambdas(Damping())
     exact_NQ = dense_scores(name, matrix(name), lambdas)
     off = []
-    for steps in (0, 1, 3, 40):
+    for steps in (0, 1, 3, 300):
         found_NQ, scores = traced(name, "ekfac", tmp_path / str(steps), factors, refine=steps)
         off.append(np.abs(found_NQ - exact_NQ).max() / np.abs(exact_NQ).max())
         assert scores.manifest["solver"]["refine"] == steps

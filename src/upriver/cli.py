@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+import upriver.flags as flags
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, StorageError, UpriverError
 from upriver.model.generate import complete
@@ -26,7 +27,6 @@ from upriver.pipeline import plan_model, trace
 from upriver.runtime.artifact import load_json, refuse_inside, write_json
 from upriver.runtime.config import (
     BATCH_TOKENS,
-    CURVATURES,
     FitOptions,
     RunOptions,
     TraceOptions,
@@ -46,30 +46,6 @@ UsageError: Any = typer.BadParameter.__base__  # typer may bring its own copy of
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 stdout = Console(highlight=False, soft_wrap=True)
 
-ModelArg = Annotated[str, typer.Argument(help="A Hugging Face folder or name, or a .gguf file.", metavar="MODEL")]
-CorpusArg = Annotated[
-    str,
-    typer.Argument(help="JSONL, Parquet, CSV, text file or folder, or a `datasets` folder or name.", metavar="CORPUS"),
-]
-QueriesArg = Annotated[
-    str, typer.Argument(help="JSONL with id, prompt, completion and optionally contrast.", metavar="QUERIES")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        help="Memory limit, such as 8GB: the work is divided to stay below it. Default: 80 % of what is free."
-    ),
-]
-MaxTokens = Annotated[int, typer.Option(help="Tokens to fit on, from random sequences.", min=1)]
-BatchTokens = Annotated[int, typer.Option(help="Tokens of a batch, padding counted.", min=1)]
-Layers = Annotated[str, typer.Option(help="mlp, attention, all, or globs separated by commas.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence; longer documents are cut into windows.", min=2)]
-Rank = Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")]
-Top = Annotated[int, typer.Option(help="Passages per side that are rescored at full rank and shown.", min=1)]
-Dtype = Annotated[str, typer.Option(help="Compute type: float32, bfloat16 or mixed.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the folder.")]
-
 
 @app.callback()
 def _upriver() -> None:
@@ -78,25 +54,25 @@ def _upriver() -> None:
 
 @app.command("fit")
 def fit_command(
-    model: ModelArg,
-    corpus: CorpusArg,
+    model: flags.ModelArg,
+    corpus: flags.CorpusArg,
     out: Annotated[Path, typer.Option(help="Folder for the factors.")],
-    layers: Layers = "mlp",
-    seq_len: SeqLen = 512,
+    layers: flags.Layers = "mlp",
+    seq_len: flags.SeqLen = 512,
     pack: Annotated[bool, typer.Option("--pack", help="Join documents with the end token before cutting.")] = False,
     fisher: Annotated[str, typer.Option(help="sampled or empirical labels.")] = "sampled",
-    max_tokens: MaxTokens = 1_000_000,
+    max_tokens: flags.MaxTokens = 1_000_000,
     until: Annotated[
         float | None,
         typer.Option(help="Stop once scores from the two halves of the sample correlate this well, such as 0.99."),
     ] = None,
-    dtype: Dtype = "float32",
-    batch_tokens: BatchTokens = BATCH_TOKENS,
-    memory: Memory = None,
+    dtype: flags.Dtype = "float32",
+    batch_tokens: flags.BatchTokens = BATCH_TOKENS,
+    memory: flags.Memory = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampled labels and of the choice of sequences.", min=0)] = 0,
-    device: Device = "auto",
+    device: flags.Device = "auto",
     on_bad_record: Annotated[str, typer.Option(help="error, or skip and list.")] = "error",
-    overwrite: Overwrite = False,
+    overwrite: flags.Overwrite = False,
 ) -> None:
     """Fit the EK-FAC factors of MODEL on CORPUS: once per model, for any number of questions."""
     given: dict[str, Any] = {
@@ -113,53 +89,32 @@ def fit_command(
 
 @app.command("trace")
 def trace_command(
-    model: ModelArg,
-    corpus: CorpusArg,
-    queries: QueriesArg,
+    model: flags.ModelArg,
+    corpus: flags.CorpusArg,
+    queries: flags.QueriesArg,
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
-    factors: Annotated[
-        Path | None, typer.Option(help="Folder written by upriver fit; exact, identity, cg and the like do without.")
-    ] = None,
-    curvature: Annotated[str, typer.Option(help=f"One of {', '.join(CURVATURES)}.")] = "ekfac",
-    refine: Annotated[
-        int,
-        typer.Option(help="Steps of conjugate gradients from that solution, on the exact Gauss-Newton matrix.", min=0),
-    ] = 0,
-    refine_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that a matrix-free solver goes over. Default: the fit's sample.", min=1)
-    ] = None,
-    solver_rank: Annotated[int | None, typer.Option(help="Rank of arnoldi and nystrom.", min=1)] = None,
-    solver_steps: Annotated[int | None, typer.Option(help="Steps of cg, lissa and astra at most.", min=1)] = None,
-    checkpoints: Annotated[
-        str | None, typer.Option(help="For tracincp: FOLDER=RATE,.. of models in training and their learning rates.")
-    ] = None,
-    damping: Annotated[
-        str, typer.Option(help="0.1x of the mean eigenvalue, or an absolute number; several with commas.")
-    ] = "0.1x",
-    rank: Rank = "32",
-    top: Top = 100,
-    candidates: Annotated[int | None, typer.Option(help="Score only the best N by TF-IDF, per query.", min=1)] = None,
-    held_out: Annotated[
-        int | None, typer.Option(help="Tokens, unseen by the solver, that judge its solutions; 0: none.", min=0)
-    ] = None,
-    layer_scores: Annotated[bool, typer.Option("--layer-scores", help="Write layers.npy as well.")] = False,
-    complete: Annotated[
-        int | None, typer.Option(help="Let the model answer queries without completion, in N tokens.", min=1)
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Compute type of the scan, as for fit. Default: that of the factors.")
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="As for fit, where there are no factors. Default: those of the factors, or mlp.")
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="As for fit. Default: as the factors were fitted, or 512.", min=2)
-    ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="As for fit. Default: that of the factors.", min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="As for fit. Default: that of the factors.", min=0)] = None,
-    memory: Memory = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
+    factors: flags.FactorsFolder = None,
+    curvature: flags.Curvature = "ekfac",
+    refine: flags.Refine = 0,
+    refine_tokens: flags.RefineTokens = None,
+    solver_rank: flags.SolverRank = None,
+    solver_steps: flags.SolverSteps = None,
+    checkpoints: flags.Checkpoints = None,
+    damping: flags.Damping = "0.1x",
+    rank: flags.Rank = "32",
+    top: flags.Top = 100,
+    candidates: flags.Candidates = None,
+    held_out: flags.HeldOut = None,
+    layer_scores: flags.LayerScores = False,
+    complete: flags.Complete = None,
+    dtype: flags.ScanDtype = None,
+    layers: flags.TraceLayers = None,
+    seq_len: flags.TraceSeqLen = None,
+    batch_tokens: flags.TraceBatchTokens = None,
+    seed: flags.TraceSeed = None,
+    memory: flags.Memory = None,
+    device: flags.Device = "auto",
+    overwrite: flags.Overwrite = False,
 ) -> None:
     """Score every passage of CORPUS by its influence on each answer in QUERIES."""
     given: dict[str, Any] = {
@@ -226,14 +181,14 @@ def plan_command(
     ],
     corpus: Annotated[str, typer.Argument(help="As for fit; or its size, such as 1000000x512.", metavar="CORPUS")],
     queries: Annotated[str, typer.Option(help="A file of queries, or their number; 0 plans the fit alone.")] = "100",
-    layers: Layers = "mlp",
-    seq_len: SeqLen = 512,
-    max_tokens: MaxTokens = 1_000_000,
-    rank: Rank = "32",
-    top: Top = 100,
-    dtype: Dtype = "float32",
-    batch_tokens: BatchTokens = BATCH_TOKENS,
-    memory: Memory = None,
+    layers: flags.Layers = "mlp",
+    seq_len: flags.SeqLen = 512,
+    max_tokens: flags.MaxTokens = 1_000_000,
+    rank: flags.Rank = "32",
+    top: flags.Top = 100,
+    dtype: flags.Dtype = "float32",
+    batch_tokens: flags.BatchTokens = BATCH_TOKENS,
+    memory: flags.Memory = None,
     hardware: Annotated[
         str | None, typer.Option(help="Plan for another machine, such as h100x8. Default: this one, measured.")
     ] = None,
@@ -314,7 +269,7 @@ def _query_size(queries: str, model: Model | Path) -> dict[str, int]:
 @app.command("run")
 def run_command(
     file: Annotated[Path, typer.Argument(help="Run file: the flags of fit and trace as keys.", metavar="RUN.toml")],
-    overwrite: Overwrite = False,
+    overwrite: flags.Overwrite = False,
 ) -> None:
     """fit + trace + report from one file."""
     try:
@@ -329,7 +284,7 @@ def run_command(
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("upriver-demo"),
-    overwrite: Overwrite = False,
+    overwrite: flags.Overwrite = False,
 ) -> None:
     """The whole thing on the embedded model and corpus: State of the Union speeches, and what they taught a small model."""
     with resources.as_file(resources.files("upriver") / "demo") as folder:

@@ -241,7 +241,8 @@ def _run(stage: Artifact, asked: Given) -> None:
         stage.finish(manifest(job, found, kept, cover, judged, str(opts.dtype), times))
         _tidy(stage.path)
 
-    dist.on_first(publish)
+    with asked.model.computing_in(asked.exact):  # what a task notes on the way is not its own
+        dist.on_first(publish)
 
 
 def _first(stage: Artifact, asked: Given, rows: np.ndarray) -> Job:
