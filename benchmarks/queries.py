@@ -18,8 +18,8 @@ from scan import timed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from upriver.influence.score import Score, route
-from upriver.model.load import Model
 from upriver.model.check import tracked_layers
+from upriver.model.load import Model
 from upriver.model.shape import model_shape
 from upriver.model.sweep import Source, sweep
 from upriver.runtime.config import BATCH_TOKENS

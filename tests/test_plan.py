@@ -46,7 +46,8 @@ from upriver.runtime.divide import (
     scan_held,
     still_fits,
 )
-from upriver.runtime.plan import Machine, Rates, Request, describe, hardware, parse_sizes, plan_run, request_for
+from upriver.runtime.hardware import Machine, Rates, hardware
+from upriver.runtime.plan import Request, describe, parse_sizes, plan_run, request_for
 from upriver.runtime.progress import show_bytes, show_flop
 from upriver.runtime.system import available_memory, peak_memory, resident_memory, start_seconds
 from upriver.tensors import rotated_gradients

@@ -191,7 +191,8 @@ def test_columns_of_further_dampings_are_no_queries(tmp_path: Path) -> None:
             frame[f"{query['id']}@0.01x"] = -2 * frame[query["id"]]
         frame.to_parquet(path / f"{name}.parquet")
     seal(path)
-    assert build_report(read_folder(path)) == plain
+    again = build_report(read_folder(path))
+    assert {k: x for k, x in again.items() if k != "manifest"} == {k: x for k, x in plain.items() if k != "manifest"}
     scores = Scores(path)
     assert list(scores.top("blessing", 1)["query"]) == ["blessing"]
     assert "blessing@0.01x" in scores.frame()

@@ -12,13 +12,12 @@ from job import Job, load_module
 from meter import Meter
 
 import upriver as up
-from upriver.influence.scan import divide
 from upriver.influence.queries import Measurements
-from upriver.influence.scan import Scanned, scan, scan_units
+from upriver.influence.scan import Scanned, divide, scan, scan_units
 from upriver.influence.solve import Job as Trace
 from upriver.influence.solve import solve
-from upriver.model.load import Model
 from upriver.model.check import tracked_layers
+from upriver.model.load import Model
 from upriver.runtime.artifact import Artifact
 from upriver.runtime.config import BATCH_TOKENS, TraceOptions, options
 from upriver.runtime.progress import mute, silent

@@ -28,7 +28,8 @@ from upriver.model.shape import model_shape
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
 from upriver.runtime.config import CONVENTIONS, TraceOptions, options
-from upriver.runtime.plan import Plan, Request, hardware, plan_run
+from upriver.runtime.hardware import hardware
+from upriver.runtime.plan import Plan, Request, plan_run
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.system import give_back, work_ended
 from upriver.show.report import is_report

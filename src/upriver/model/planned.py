@@ -25,7 +25,8 @@ from upriver.runtime.artifact import read_json, write_json
 from upriver.runtime.config import parse_memory, weights_in
 from upriver.runtime.cost import Shape
 from upriver.runtime.divide import SEQUENCE_BYTES, Budget, Division, still_fits
-from upriver.runtime.plan import LIBRARIES, Machine, Plan, Rates, Request, describe, plan_run
+from upriver.runtime.hardware import Machine, Rates
+from upriver.runtime.plan import LIBRARIES, Plan, Request, describe, plan_run
 from upriver.runtime.progress import Say, mute, show_bytes
 from upriver.runtime.system import (
     DEFAULT_SHARE,
