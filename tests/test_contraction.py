@@ -99,7 +99,7 @@ def test_bytes_that_stay_through_a_scan():
     assert held(200, room=0).held == 2 * 200 * up
     assert held(200, room=0, at_hand=True).held == 200 * (2 * up + up + down)
     assert held(200, room=2 * 200 * up + 3 * waiting)[1:] == (3, 2 * 200 * up + 3 * waiting)
-    assert held(100, room=100 * whole).held == 100 * whole
+    assert held(100, room=100 * whole).held <= 100 * whole
     assert held(200, R=None).held == 200 * whole
     assert held(1).held == up + down
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from upriver.curvature.base import Curvature
 from upriver.curvature.choose import needs_factors, solver
 from upriver.curvature.consumers import FIT_PROBES
 from upriver.curvature.factors import Factors
@@ -21,13 +22,14 @@ from upriver.influence.scan import Part, Scanned, divide, request, scan, scan_pr
 from upriver.influence.solve import Job, solve
 from upriver.model.check import check_length, tracked_layers
 from upriver.model.fingerprint import measured_by
-from upriver.model.layers import Coverage, coverage
+from upriver.model.layers import Coverage, Layer, coverage
 from upriver.model.load import Model, load_model
 from upriver.model.planned import announce, division_file, plan_config, plan_here
 from upriver.model.shape import model_shape
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
 from upriver.runtime.config import CONVENTIONS, TraceOptions, options
+from upriver.runtime.divide import Division
 from upriver.runtime.hardware import hardware
 from upriver.runtime.plan import Plan, Request, plan_run
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
@@ -39,6 +41,7 @@ from upriver.text.candidates import candidates
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
+PRODUCT_TOKENS, MOST_ROOM = 1024, 1 << 30  # of a batch in which products are fastest; bytes that its vectors take
 Checkpoint = tuple[str | Path | Model, float]  # a model as it was in training, and its learning rate there
 
 
@@ -205,7 +208,8 @@ def _run(stage: Artifact, asked: Given) -> None:
     job = _first(stage, asked, rows)
     cover = asked.factors.manifest["coverage"] if asked.factors else _coverage(job)
     say(f"layers: {Coverage.of(cover).line()}")
-    wanted_of = request(data, rows, asked.queries, opts, job.layers)
+    seen = int(np.asarray(data.lengths_N)[asked.sample].sum(dtype=np.int64))
+    wanted_of = request(data, rows, asked.queries, opts, job.layers, seen)
     probes = {"scan": scan_probe(wanted_of.asked)}
     announce(say, lambda: plan_here(job.model, job.layers, data, wanted_of, probes, job.division))
     parts: list[Part] = []
@@ -251,7 +255,7 @@ def _first(stage: Artifact, asked: Given, rows: np.ndarray) -> Job:
     with asked.model.computing_in(asked.exact) as exact:
         layers = tracked_layers(exact, asked.data, str(asked.opts.layers))
         division = divide(exact, layers, asked.data, asked.queries, asked.opts, stage.path, asked.say)
-        chosen = _solver(exact, layers, asked)
+        chosen = _solver(exact, layers, asked, division)
         return Job(
             stage,
             exact,
@@ -267,12 +271,15 @@ def _first(stage: Artifact, asked: Given, rows: np.ndarray) -> Job:
         )
 
 
-def _solver(model: Model, layers: list, asked: Given) -> Any:
+def _solver(model: Model, layers: list[Layer], asked: Given, division: Division) -> Curvature:
+    """The solver that was asked for; one that goes over all layers at once has half of the room that is left for its products."""
     opts = asked.opts
     kind = "identity" if opts.curvature == "tracincp" else opts.curvature
     how = {"refine": opts.refine, "rank": opts.solver_rank, "steps": opts.solver_steps, "seed": opts.seed}
     given = {name: value for name, value in how.items() if value is not None}
-    return solver(kind, model, layers, asked.data, asked.sample, asked.factors, batch_tokens=opts.batch_tokens, **given)
+    given |= {"batch_tokens": min(PRODUCT_TOKENS, opts.batch_tokens)}
+    given |= {"memory_bytes": min(MOST_ROOM, division.room("queries") // 2)}
+    return solver(kind, model, layers, asked.data, asked.sample, asked.factors, **given)
 
 
 def _jobs(first: Job, asked: Given) -> Iterator[Job]:
@@ -288,7 +295,7 @@ def _jobs(first: Job, asked: Given) -> Iterator[Job]:
                     f"checkpoint {number + 1} has other layers than the model; give one of the same architecture"
                 )
             part = f"checkpoint-{number}" if asked.checkpoints else ""
-            chosen = _solver(exact, layers, asked)
+            chosen = _solver(exact, layers, asked, first.division)
             yield first._replace(model=exact, layers=layers, curvature=chosen, weight=weight, part=part)
 
 

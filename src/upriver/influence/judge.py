@@ -11,14 +11,18 @@ from torch import Tensor
 
 from upriver.curvature import energy
 from upriver.errors import ModelError
-from upriver.influence.queries import dense, query_chunks, token_gradients
+from upriver.influence.queries import dense, token_gradients
 from upriver.influence.solve import Job, full, told
 from upriver.runtime.artifact import Tensors, read_tensors
+from upriver.runtime.cost import SUM
 from upriver.runtime.plan import held_out_tokens
 from upriver.runtime.progress import Say
 from upriver.runtime.units import each
 
 NAMES = energy.Judged._fields[0][:-2], energy.Judged._fields[1][:-2], energy.Judged._fields[2][:-2]
+SETS = 4  # of gradients at full rank: queries and their solutions, and both laid flat
+BATCH_TOKENS = 1024  # in which forward mode is fastest
+LEAST_ROOM, MOST_ROOM = 256 << 20, 1 << 30  # bytes for what goes through a batch along each of the vectors
 SALT = 0x9E3779B9  # so that other sequences are drawn than by the seed alone
 
 
@@ -38,7 +42,13 @@ def judge(job: Job, seen: np.ndarray, say: Say) -> list[dict[str, Any]]:
         if job.opts.held_out != 0:
             say("held-out energy: not measured, since the solver went over every sequence of the corpus")
         return entries
-    chunks = query_chunks(job.layers, job.queries, None, job.division.rescore_bytes // 2)
+    room = job.division.room("rescore")
+    each_bytes = SETS * SUM * sum(x.O * x.I for x in job.layers)
+    at_once = min(len(job.queries), room // 2 // each_bytes)
+    if at_once < 1 or room < LEAST_ROOM:
+        say("held-out energy: not measured, for want of memory; give more with --memory")
+        return entries
+    chunks = [list(range(i, min(i + at_once, len(job.queries)))) for i in range(0, len(job.queries), at_once)]
     stage = job.open("judged", bytes=job.division.rescore_bytes, rows=len(rows))
     tokens = int(np.asarray(job.data.lengths_N)[rows].sum())
     with job.progress("judge", tokens * len(chunks)) as advance:
@@ -47,9 +57,9 @@ def judge(job: Job, seen: np.ndarray, say: Say) -> list[dict[str, Any]]:
             chunk = chunks[unit]
             found = token_gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens)
             q, v = dict(dense(found, job.layers, chunk, job.model.like)), full(job, chunk)
-            along = energy.held_out(
-                job.model, job.layers, job.data, rows, [v, q], job.division.batch_tokens, advance=advance
-            )
+            how = {"memory_bytes": min(room - at_once * each_bytes, MOST_ROOM), "advance": advance}
+            batch_tokens = min(BATCH_TOKENS, job.division.batch_tokens)
+            along = energy.held_out(job.model, job.layers, job.data, rows, [v, q], batch_tokens, **how)
             lambdas = job.curvature.lambdas(job.dampings[0])
             pairs = {
                 "solution": energy.judge(q, v, along[0], lambdas),

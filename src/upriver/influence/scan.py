@@ -29,7 +29,7 @@ from upriver.runtime.artifact import Tensors, opened, read_tensor
 from upriver.runtime.config import TraceOptions
 from upriver.runtime.cost import HANDED, SUM, Asked, contraction, orders
 from upriver.runtime.divide import LAYER_SCORES_BYTES, SCORES_BYTES, Budget, Division, divide_trace, scan_held
-from upriver.runtime.plan import Request, request_for
+from upriver.runtime.plan import Request, held_out_tokens, request_for
 from upriver.runtime.progress import Say
 from upriver.runtime.units import each, remaining
 from upriver.tensors import LowRank, Scratch, on_cpu
@@ -197,12 +197,17 @@ def divide(
     return settled(folder, made, model.device, say) if folder else made
 
 
-def request(data: Sequences, rows: np.ndarray, queries: Measured, opts: TraceOptions, layers: list[Layer]) -> Request:
-    """What is planned of the trace."""
+def request(
+    data: Sequences, rows: np.ndarray, queries: Measured, opts: TraceOptions, layers: list[Layer], fitted: int
+) -> Request:
+    """What is planned of the trace; ``fitted``: tokens that the factors were fitted on, or a solver goes over."""
+    held_out = min(
+        held_out_tokens(opts.held_out, len(queries)), max(0, int(data.lengths_N.sum(dtype=np.int64)) - fitted)
+    )
     return request_for(
         np.asarray(data.lengths_N)[rows], fit=False, queries=len(queries), columns=len(queries) * len(opts.dampings),
-        rank=rank_within(layers, opts), top=opts.top, scan_dtype=str(opts.dtype), refine=opts.refine,
-        refine_tokens=opts.refine_tokens or 0, held_out=opts.held_out, layer_scores=opts.layer_scores,
+        rank=rank_within(layers, opts), top=opts.top, fit_tokens=fitted, scan_dtype=str(opts.dtype), refine=opts.refine,
+        refine_tokens=opts.refine_tokens or 0, held_out=held_out, layer_scores=opts.layer_scores,
         query_tokens=max(1, round(float(np.mean(queries.lengths)))), batch_tokens=opts.batch_tokens,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from upriver.curvature.base import Curvature, Damping, Grads, Moments, compress
 from upriver.curvature.blocks import BlockCurvature
 from upriver.curvature.factors import Factors
-from upriver.errors import NumericalError
+from upriver.errors import ConfigError, NumericalError
 from upriver.influence.queries import Measured, dense, query_chunks, token_gradients
 from upriver.kernels import side_by_side
 from upriver.model.layers import Layer
@@ -29,7 +29,7 @@ from upriver.runtime.artifact import Artifact, Tensors, opened, read_tensor
 from upriver.runtime.config import TraceOptions
 from upriver.runtime.cost import SUM
 from upriver.runtime.divide import Division
-from upriver.runtime.progress import Progress
+from upriver.runtime.progress import Progress, show_bytes
 from upriver.runtime.units import each
 from upriver.tensors import LowRank
 from upriver.text.batch import Sequences
@@ -163,8 +163,13 @@ def _compressed(job: Job, solutions: list[Path], chunk: list[int]) -> Tensors:
 
 def solutions(job: Job, number: int = 0) -> list[Path]:
     """The files of the full-rank solutions of a solver that goes over all layers at once; its own words are beside them."""
-    parameters = sum(x.O * x.I for x in job.layers)
-    at_once = max(1, job.division.rescore_bytes // (VECTORS * SUM * parameters))
+    each_bytes, room = VECTORS * SUM * sum(x.O * x.I for x in job.layers), job.division.room("queries")
+    if room // 2 < each_bytes:
+        raise ConfigError(
+            f"the memory is too small for the solver {job.opts.curvature!r}: got {show_bytes(job.division.limit)}; it takes "
+            f"{show_bytes(2 * each_bytes - room)} more: give more with --memory, or track fewer layers with --layers"
+        )
+    at_once = min(len(job.queries), room // 2 // each_bytes)
     chunks = [list(range(i, min(i + at_once, len(job.queries)))) for i in range(0, len(job.queries), at_once)]
 
     def compute(chunk: list[int]) -> Tensors:

@@ -110,6 +110,10 @@ class Division(NamedTuple):
     rescore_bytes: int = 0  # the same at full rank
     scan_room: int = 0  # queries as they are laid out, and batches that wait for them
 
+    def room(self, name: str) -> int:
+        """Bytes that a pass leaves under the limit."""
+        return max(0, int((1 - MARGIN) * self.limit) - self.peak[name])
+
 
 def batch_size(shape: Shape, tokens: int, dtype: str, work: float = 0) -> int:
     """Activations of a batch, and the larger of what comes after them: the head's chunks of logits, or the backward pass.

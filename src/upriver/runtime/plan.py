@@ -306,7 +306,8 @@ def _trace_passes(r: Request, shape: Shape, machine: Machine, division: Division
     rows = min(Q * (pairs - SAMPLE) + SAMPLE, max(pairs, r.sequences)) if pairs > SAMPLE else pairs
     each = 2.0 * Q * sum(solving(x, t, None) + pairs * T * x.O * (x.I + 1) for x in layers)
     add("rescore", exact, 1, rows * T + Q * t, (rows * T + Q * t) * model, each, "rescore")
-    if judged := min(held_out_tokens(r.held_out, Q), max(0.0, everything - r.fitted)):
+    left = max(0.0, everything - r.fitted)
+    if judged := min(held_out_tokens(None, Q), left) if r.held_out is None else float(r.held_out):
         add("judge", exact, 1, judged, 2 * 2 * Q * judged * FORWARD_MODE * shape.forward(T), 0.0, "rescore")
     return found
 
