@@ -58,7 +58,7 @@ def demo(folder: Path) -> Numbers:
     model = up.load_model(DEMO / "speech-model")
     corpus = up.Corpus.read(folder / "speeches.jsonl", model.tokenizer, seq_len=128)
     queries = up.Queries.read(DEMO / "queries.jsonl").bound(model.tokenizer)
-    found = run(model, corpus, queries, folder, {"max_tokens": 8_000}, {"ekfac": {"top": 3}})
+    found = run(model, corpus, queries, folder, {"max_tokens": 8_000}, {"ekfac": {"top": 3, "held_out": 0}})
     lams = [name for name in found if name.startswith("lam")]
     return {name: x[::4, ::4] if name in lams else x for name, x in found.items() if name not in lams[1:-1]}
 

@@ -1,9 +1,14 @@
 """The house: imports point upwards only, one hook, one importer of torch.distributed, and files of readable size."""
 
 import ast
+import lzma
+import sys
+import threading
 from pathlib import Path
 
 import pytest
+
+import upriver as up
 
 SOURCE = Path(__file__).parent.parent / "src" / "upriver"
 ROOMS = [
@@ -95,3 +100,68 @@ def test_no_pickle_and_no_side_effects_of_printing():
         assert not {"pickle", "dill", "joblib"} & set(imports(tree)), path.name
         calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
         assert not calls, f"{path.name} prints"
+
+
+# ---- how far a reader has to go; `pytest tests/test_house.py -s -k house_is` prints what was counted
+
+MAIN_PATH = [
+    "pipeline", "model/capture", "model/sweep", "curvature/fit", "curvature/blocks", "influence/solve", "influence/scan",
+]  # fmt: skip
+DEMO = SOURCE / "demo"
+
+
+def run_through(work) -> tuple[set[str], set[tuple[str, str]]]:
+    """The files and the named functions of ours that ``work`` goes through."""
+    seen: set[tuple[str, str]] = set()
+
+    def note(frame, event, argument) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(SOURCE)) and "<" not in code.co_name:
+            seen.add((code.co_filename, code.co_qualname))
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return {file for file, _ in seen}, seen
+
+
+def own_imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("upriver"):
+            packages = node.module in ("upriver", "upriver.runtime", "upriver.model", "upriver.curvature")
+            found |= {f"{node.module}.{x.name}" for x in node.names} if packages else {node.module}
+    return found
+
+
+def test_the_house_is_no_larger_than_it_was_counted(tmp_path):
+    """Bounds are what was reached, a little above; what was asked of the house is in brackets."""
+    with lzma.open(DEMO / "speeches.jsonl.xz", "rt") as speeches:
+        (tmp_path / "corpus.jsonl").write_text("".join(line for _, line in zip(range(2), speeches, strict=False)))
+    model = up.load_model(DEMO / "speech-model")
+    corpus = up.Corpus.read(tmp_path / "corpus.jsonl", model.tokenizer, seq_len=128)
+    queries = up.Queries.read(DEMO / "queries.jsonl", model.tokenizer)
+    fit_files, fit_functions = run_through(lambda: up.fit(model, corpus, tmp_path / "factors", max_tokens=4000))
+    factors = up.Factors(tmp_path / "factors")
+    trace_files, trace_functions = run_through(
+        lambda: up.trace(model, corpus, queries, factors, tmp_path / "scores", top=3, held_out=0)
+    )
+    main = sum((SOURCE / f"{name}.py").read_text().count("\n") for name in MAIN_PATH)
+    lines = sum(path.read_text().count("\n") for path in FILES)
+    counted = {
+        "files of the main path (6)": (len(MAIN_PATH), 7),
+        "lines of the main path (1,300)": (main, 1_560),
+        "files run in a fit (17)": (len(fit_files), 33),
+        "functions run in a fit (156)": (len(fit_functions), 280),
+        "files run in a trace (23)": (len(trace_files), 42),
+        "functions run in a trace (200)": (len(trace_functions), 330),
+        "own imports of a module, tenths (32)": (10 * sum(len(own_imports(p)) for p in FILES) // len(FILES), 60),
+        "lines of Python (9,500)": (lines, 12_700),
+    }
+    for name, (found, bound) in counted.items():
+        print(f"{name:40} {found:7,}   at most {bound:,}")
+    assert all(found <= bound for found, bound in counted.values())
