@@ -28,7 +28,7 @@ from upriver.model.planned import announce, division_file, plan_config, plan_her
 from upriver.model.shape import model_shape
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
-from upriver.runtime.config import CONVENTIONS, TraceOptions, options
+from upriver.runtime.config import CONVENTIONS, PLAIN_GRADIENTS, TraceOptions, options
 from upriver.runtime.divide import Division
 from upriver.runtime.hardware import hardware
 from upriver.runtime.plan import Plan, Request, plan_run
@@ -175,7 +175,7 @@ def _settled(
             f"checkpoints go with the curvature tracincp, and it with them: got curvature {kind!r} and {len(checkpoints)} "
             "checkpoints; give --curvature tracincp --checkpoints FOLDER=RATE,FOLDER=RATE"
         )
-    if kind in ("identity", "tracincp") and (len(opts.dampings) > 1 or opts.refine):
+    if kind in PLAIN_GRADIENTS and (len(opts.dampings) > 1 or opts.refine):
         raise ConfigError(
             f"curvature {kind!r} inverts nothing: got --damping {opts.damping} and --refine {opts.refine}"
         )
@@ -206,6 +206,10 @@ def _run(stage: Artifact, asked: Given) -> None:
         say(f"diagonal: measured once, on the {fitted:,} tokens that the factors were fitted on")
         fit_diagonal(asked.model, data, asked.factors, opts.memory, asked.progress)
     job = _first(stage, asked, rows)
+    if len(set(job.columns)) < len(job.columns):
+        raise QueryError(
+            f"a question is named as the column of another one's damping: got {', '.join(job.columns)}; name it without '@'"
+        )
     cover = asked.factors.manifest["coverage"] if asked.factors else _coverage(job)
     say(f"layers: {Coverage.of(cover).line()}")
     seen = int(np.asarray(data.lengths_N)[asked.sample].sum(dtype=np.int64))

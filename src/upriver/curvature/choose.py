@@ -67,6 +67,8 @@ def solver(
         raise ConfigError(f"the curvature {kind!r} needs fitted factors: got none; give --factors")
     if refine and kind not in BLOCKS:
         raise ConfigError(f"only {', '.join(BLOCKS)} can be refined: got {kind!r}; leave out --refine")
+    if kind in BLOCKS and not refine:
+        return blocks(kind, layers, factors)
     product = Products(
         model, layers, data, rows, kind=matrix, batch_tokens=batch_tokens, memory_bytes=memory_bytes, advance=advance
     )
@@ -83,10 +85,8 @@ def solver(
         "astra": lambda: Neumann(product, start, tolerance=tolerance or 1e-3, **drawn),
         "cg": lambda: ConjugateGradient(product, start, tolerance or 1e-5, drawn["steps"]),
     }
-    if kind in table:
-        return table[kind]()
     # the identity is not in the units of the matrix: refining it is starting from nothing
-    return ConjugateGradient(product, start, tolerance or 1e-5, refine) if refine else blocks(kind, layers, factors)
+    return table[kind]() if kind in table else ConjugateGradient(product, start, tolerance or 1e-5, refine)
 
 
 def blocks(kind: str, layers: list[Layer], factors: Factors | None) -> BlockCurvature:

@@ -26,7 +26,7 @@ from upriver.kernels import side_by_side
 from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.runtime.artifact import Artifact, Tensors, opened, read_tensor
-from upriver.runtime.config import TraceOptions
+from upriver.runtime.config import PLAIN_GRADIENTS, TraceOptions
 from upriver.runtime.cost import SUM
 from upriver.runtime.divide import Division
 from upriver.runtime.progress import Progress, show_bytes
@@ -57,7 +57,7 @@ class Job(NamedTuple):
 
     @property
     def dampings(self) -> list[Damping]:
-        undamped = self.opts.curvature in ("identity", "tracincp")
+        undamped = self.opts.curvature in PLAIN_GRADIENTS
         return [Damping(0.0, False)] if undamped else [Damping.parse(text) for text in self.opts.dampings]
 
     @property
@@ -69,7 +69,7 @@ class Job(NamedTuple):
     @property
     def n_train(self) -> int | None:
         """What turns a raw score into nats: the sequences that the factors were fitted for; None for gradient dot products."""
-        if self.opts.curvature in ("identity", "tracincp"):
+        if self.opts.curvature in PLAIN_GRADIENTS:
             return None
         return self.factors.manifest["n_train"] if self.factors else len(self.data)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from upriver.runtime.config import POSITIVE
+from upriver.runtime.config import PLAIN_GRADIENTS, POSITIVE
 from upriver.show.folder import Folder, Json, metadata_of
 from upriver.show.passages import concentration, matches, near_duplicates, query_words, sentences
 from upriver.show.trust import short_name, trust
@@ -66,7 +66,7 @@ def sign(folder: Folder) -> str:
 def unit(folder: Folder) -> str:
     """Say what a score is a number of."""
     n_train = folder.n_train
-    if folder.manifest.get("curvature") == "identity":
+    if folder.manifest.get("curvature") in PLAIN_GRADIENTS:
         return "Scores are dot products of gradients, without the curvature: they rank passages, and are in no unit."
     if not n_train:
         return "Scores are raw influences: the number of training sequences, which turns them into nats, is not known."

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from upriver.errors import InputError, StorageError
 from upriver.runtime.artifact import TraceManifest, check, read_head, read_json, unreadable
+from upriver.runtime.config import PLAIN_GRADIENTS
 
 Json = dict[str, Any]
 AGAIN, GIVE = "run `upriver trace` again with --overwrite", "give the folder that `upriver trace` wrote"
@@ -30,7 +31,7 @@ class Folder(NamedTuple):
     @property
     def n_train(self) -> int | None:
         """The number of training sequences that turns a raw score into nats; None for gradient dot products."""
-        return None if self.manifest.get("curvature") == "identity" else self.manifest.get("n_train")
+        return None if self.manifest.get("curvature") in PLAIN_GRADIENTS else self.manifest.get("n_train")
 
     def documents(self, query_id: str) -> pd.DataFrame:
         """``document, sequences`` and the sum of one query for every document; empty when there are none."""

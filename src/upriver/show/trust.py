@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from upriver.runtime.config import PLAIN_GRADIENTS
 from upriver.show.folder import Json
 
 GOOD, FAIR = 0.95, 0.8  # correlations: above the first fine, below the second a warning
@@ -197,7 +198,7 @@ def _corpus(manifest: Json) -> Iterator[Json]:
             yield _fact(key.capitalize(), f"{corpus[key]:,}")
     if manifest.get("scored_sequences"):
         yield _fact("Scored sequences", f"{manifest['scored_sequences']:,}")
-    if manifest.get("n_train") and manifest.get("curvature") != "identity":
+    if manifest.get("n_train") and manifest.get("curvature") not in PLAIN_GRADIENTS:
         yield _fact("N in the nats", f"{manifest['n_train']:,}", "raw score / N = nats per added copy")
     if corpus.get("seq_len"):
         packed = "documents joined end to end" if corpus.get("pack") else "documents never mixed in a window"
