@@ -65,13 +65,13 @@ class Side:
 
     def trace(self, case: Case, queries: Path) -> dict[str, float]:
         return self.run("trace", "scores", TRACE, case.model, case.corpus, queries, "--factors", self.folder / "factors",
-                        "--top", 10, *self.flags)  # fmt: skip
+                        "--top", 2, *self.flags)  # fmt: skip
 
 
-def compare(old: Side, new: Side, run: Any, repeats: int) -> dict[str, tuple[float, float]]:
-    """Medians of the old side and the new one by name; the first of each side warms its caches up and is not counted."""
+def compare(old: Side, new: Side, run: Any, repeats: int, warm: bool) -> dict[str, tuple[float, float]]:
+    """Medians of the old side and the new one by name; ``warm``: the first of each side fills its caches and is not counted."""
     found: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
-    for turn in range(repeats + 1):
+    for turn in range(1 - warm, repeats + 1):
         for side, rows in zip((old, new), found, strict=True):
             row = run(side)
             if turn:
@@ -98,7 +98,7 @@ def main() -> None:
             asked = questions(case, count, folder / "job" / f"queries-{count}.jsonl")
             runs[f"{count} questions"] = lambda side, case=case, asked=asked: side.trace(case, asked)
         for name, run in runs.items():
-            rows = compare(*sides, run, args.repeats)
+            rows = compare(*sides, run, args.repeats, name == "fit")
             cells = {key: f"{old:.2f} to {new:.2f} ({new / max(old, 1e-9):.2f})" for key, (old, new) in rows.items()}
             memory = "{:.2f} to {:.2f} GB ({:.2f})".format(
                 *(x / 1e9 for x in rows["memory"]), rows["memory"][1] / rows["memory"][0]

@@ -8,6 +8,9 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
+# what the command ``upriver`` sets before it loads anything (src/upriver/run.py)
+THREADS = {"OPENBLAS_THREAD_TIMEOUT": "4", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "30000"}
+
 
 class Ran(NamedTuple):
     """``seconds`` from start to end, and the ``peak`` resident memory in bytes."""
@@ -25,7 +28,7 @@ def upriver(*args: object, env: Mapping[str, str] | None = None, quiet: bool = F
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         said = log if quiet else None
         start = time.perf_counter()
-        process = subprocess.Popen(command, env=os.environ | dict(env or {}), stdout=said, stderr=said)
+        process = subprocess.Popen(command, env=THREADS | os.environ | dict(env or {}), stdout=said, stderr=said)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         if status:

@@ -39,6 +39,7 @@ ALIGNED = 16  # numbers of 4 bytes in 64
 SHORT, SMALL = 16, 1 << 21  # the shortest side, and the multiplications, of a product that oneDNN is given
 PACKED_BYTES = 128 << 20  # of a second factor, which oneDNN copies: a chunk of logits, of which the plan has two
 BROAD, BLOCK = 384, 128  # columns from which oneDNN forms second moments faster than BLAS, and of its blocks at least
+SYRK = 1024  # columns from which SciPy's BLAS pays in spite of its own threads
 BLOCKS, COLUMNS = 8, 384  # parts of a symmetric product at most (9/16 of the full one), columns of one at least
 SIDES = 2  # pieces of work that share the cores
 
@@ -88,8 +89,8 @@ def _faster(dtype: torch.dtype, bias: bool) -> bool:
 def add_second_moment(total_II: Tensor, x_MI: Tensor) -> None:
     """Add ``sum_m x_m x_m^T`` to the lower triangle of ``total_II``, in its dtype.
 
-    Half the multiplications of the full product: by BLAS ``syrk`` on the CPU; by block rows elsewhere, where oneDNN is faster,
-    and for half precision, whose products (each summed in float32 by the library, then rounded once) are faster by more than
+    Half the multiplications of the full product: by BLAS ``syrk`` for wide ones on the CPU; by block rows elsewhere, where oneDNN
+    is faster, where the threads of two libraries would wait for each other (narrow ones), and for half precision, whose products (each summed in float32 by the library, then rounded once) are faster by more than
     the conversion costs.
     """
     same, I = x_MI.dtype == total_II.dtype, x_MI.shape[1]
@@ -100,7 +101,7 @@ def add_second_moment(total_II: Tensor, x_MI: Tensor) -> None:
         step = max(BLOCK, -(-I // BLOCKS))
         for i in range(0, I, step):
             total_II[i : i + step, : i + step] += matmul(x_IM[i : i + step], x_IM[: i + step].T)
-    elif same and total_II.device.type == "cpu":
+    elif same and total_II.device.type == "cpu" and I >= SYRK:
         # column-major, as BLAS sees it, both are transposed: the upper triangle there is the lower one here
         total, x = total_II.numpy().T, x_MI.contiguous().numpy().T
         syrk: Any = get_blas_funcs("syrk", (total,))

@@ -212,6 +212,11 @@ def _run(stage: Artifact, asked: Given) -> None:
         )
     cover = asked.factors.manifest["coverage"] if asked.factors else _coverage(job)
     say(f"layers: {Coverage.of(cover).line()}")
+    if asked.factors and asked.factors.manifest["key"]["corpus"] != data.fingerprint:
+        n_train = asked.factors.manifest["n_train"]
+        say(
+            f"note: the factors were fitted on another corpus; nats are those of a copy among its {n_train:,} sequences"
+        )
     seen = int(np.asarray(data.lengths_N)[asked.sample].sum(dtype=np.int64))
     wanted_of = request(data, rows, asked.queries, opts, job.layers, seen)
     probes = {"scan": scan_probe(wanted_of.asked)}

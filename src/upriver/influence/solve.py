@@ -29,7 +29,7 @@ from upriver.runtime.artifact import Artifact, Tensors, opened, read_tensor
 from upriver.runtime.config import PLAIN_GRADIENTS, TraceOptions
 from upriver.runtime.cost import SUM
 from upriver.runtime.divide import Division
-from upriver.runtime.progress import Progress, show_bytes
+from upriver.runtime.progress import Progress, show_bytes, silent
 from upriver.runtime.units import each
 from upriver.tensors import LowRank
 from upriver.text.batch import Sequences
@@ -181,7 +181,8 @@ def solutions(job: Job, number: int = 0) -> list[Path]:
         return out | {STATS: torch.tensor(list(told.encode()))}
 
     stage = job.open(f"solution/{number}", queries=at_once)
-    with job.progress("solving", len(job.queries)) as advance:
+    done = all(stage.has(unit) for unit in range(len(chunks)))  # they are asked for again by every later stage
+    with (silent if done else job.progress)("solving", len(job.queries)) as advance:
         return each(stage, len(chunks), _noted(compute, chunks, advance))
 
 
@@ -196,7 +197,7 @@ def told(job: Job) -> list[dict[str, Any]]:
             count = file.get_slice(f"v:{job.layers[0].name}").get_shape()[0]
         for i in range(count):
             of_one = {name: x[i] if isinstance(x, list) and len(x) == count else x for name, x in said.items()}
-            out.append(of_one | {"steps": said.get("steps", said.get("iterations"))})
+            out.append(of_one | {"products": said.get("products", 0) / count})
     return out
 
 
