@@ -90,8 +90,8 @@ def add_second_moment(total_II: Tensor, x_MI: Tensor) -> None:
     """Add ``sum_m x_m x_m^T`` to the lower triangle of ``total_II``, in its dtype.
 
     Half the multiplications of the full product: by BLAS ``syrk`` for wide ones on the CPU; by block rows elsewhere, where oneDNN
-    is faster, where the threads of two libraries would wait for each other (narrow ones), and for half precision, whose products (each summed in float32 by the library, then rounded once) are faster by more than
-    the conversion costs.
+    is faster, where the threads of two libraries would wait for each other (narrow ones), and for half precision, whose
+    products (each summed in float32 by the library, then rounded once) are faster by more than the conversion costs.
     """
     same, I = x_MI.dtype == total_II.dtype, x_MI.shape[1]
     if not x_MI.numel():
