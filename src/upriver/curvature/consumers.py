@@ -126,7 +126,7 @@ FIT_PROBES: dict[str, Probe] = {
 }
 
 
-PROBES, SHARE = 64, 16  # sequences that are looked at, and at most one for so many that were fitted on, but 16 at least
+PROBES, SHARE = 64, 16  # sequences that are looked at, and at most one for so many that were fitted on, but 8 at least
 
 
 class Agreement:
@@ -169,7 +169,7 @@ def compare(
     for x in group:
         lam_2OI = read_tensor(sums, f"lam:{x.name}") / n_2[:, None, None]
         denominators[x.name] = lam_2OI.add_(torch.tensor([Damping().of(lam) for lam in lam_2OI])[:, None, None])
-    count = max(2 * COMPARED, min(PROBES, fitted // SHARE))
+    count = max(COMPARED, min(PROBES, fitted // SHARE))
     rows = np.random.default_rng(0).permutation(len(data))[:count]
     source = Source.of(data, rows, COMPARED * int(np.max(np.asarray(data.lengths_N)[rows])))
     consumer = Agreement(moments, denominators)
