@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 import upriver as up
-from upriver.influence.scan import divide, plan_routes
+from upriver.influence.forecast import divide
+from upriver.influence.scan import plan_routes
 from upriver.influence.score import Score
 from upriver.influence.solve import Job, solve
 from upriver.model.check import tracked_layers

@@ -5,6 +5,7 @@ import tempfile
 
 _CACHE = tempfile.TemporaryDirectory(prefix="upriver-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # as the command line sets it
 os.environ["UPRIVER_CACHE"] = _CACHE.name
 
 from functools import cache  # noqa: E402 - the environment comes first: libraries read it when they are imported

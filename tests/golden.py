@@ -7,6 +7,7 @@ All numbers are made through the public interface, so they stand while the insid
 """
 
 import lzma
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 
 import upriver as up
+
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # as the command line sets it, before anything is loaded
 
 KEPT = Path(__file__).parent / "fixtures" / "golden.npz"
 DEMO = Path(up.__file__).parent / "demo"

@@ -23,8 +23,8 @@ from in_memory import TokenCorpus, TokenQueries
 from upriver.curvature.consumers import FIT_PROBES
 from upriver.curvature.fit import fit
 from upriver.errors import ConfigError, ModelError
+from upriver.influence.forecast import divide, plan_model, scan_probe
 from upriver.influence.queries import weighted_measurement
-from upriver.influence.scan import divide, scan_probe
 from upriver.kernels import add_second_moment
 from upriver.model.capture import capture
 from upriver.model.check import tracked_layers
@@ -32,7 +32,6 @@ from upriver.model.layers import find_layers, probe
 from upriver.model.load import Model
 from upriver.model.planned import Blank, memory_budget, plan_here
 from upriver.model.shape import config_only, config_shape, model_shape, module_shape, observe
-from upriver.pipeline import plan_model
 from upriver.runtime import cost
 from upriver.runtime.config import TraceOptions, parse_memory
 from upriver.runtime.cost import CORRECTION, COVARIANCE, Asked, Block, LayerSize, Shape, groups

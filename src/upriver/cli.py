@@ -19,11 +19,12 @@ from rich.console import Console
 import upriver.flags as flags
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, StorageError, UpriverError
+from upriver.influence.forecast import plan_model
 from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
 from upriver.model.planned import Blank
 from upriver.model.shape import config_only
-from upriver.pipeline import plan_model, trace
+from upriver.pipeline import trace
 from upriver.runtime.artifact import load_json, refuse_inside, write_json
 from upriver.runtime.config import (
     BATCH_TOKENS,

@@ -7,6 +7,7 @@ Axes: M rows of a matrix, I columns of the first factor, K of the second; N sequ
 B heads of some sequences, W tokens that a block of R rows of attention sees.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ ALIGNED = 16  # numbers of 4 bytes in 64
 SHORT, SMALL = 16, 1 << 21  # the shortest side, and the multiplications, of a product that oneDNN is given
 PACKED_BYTES = 128 << 20  # of a second factor, which oneDNN copies: a chunk of logits, of which the plan has two
 BROAD, BLOCK = 384, 128  # columns from which oneDNN forms second moments faster than BLAS, and of its blocks at least
-SYRK = 1024  # columns from which SciPy's BLAS pays in spite of its own threads
+# columns from which SciPy's BLAS pays: where nobody told its idle threads to sleep (run.py), they hold up those of torch
+SYRK = 1 if "OPENBLAS_THREAD_TIMEOUT" in os.environ else 1024
 BLOCKS, COLUMNS = 8, 384  # parts of a symmetric product at most (9/16 of the full one), columns of one at least
 SIDES = 2  # pieces of work that share the cores
 

@@ -9,29 +9,26 @@ import numpy as np
 
 from upriver.curvature.base import Curvature
 from upriver.curvature.choose import needs_factors, solver
-from upriver.curvature.consumers import FIT_PROBES
 from upriver.curvature.factors import Factors
 from upriver.curvature.fit import fit_diagonal
 from upriver.errors import ConfigError, MismatchError, QueryError
+from upriver.influence.forecast import divide, request, scan_probe
 from upriver.influence.judge import judge
 from upriver.influence.passages import answers, manifest, ranked, top_rows
 from upriver.influence.queries import Measured
 from upriver.influence.rescore import Pairs, rescore_top
 from upriver.influence.results import write_scores, write_top
-from upriver.influence.scan import Part, Scanned, divide, request, scan, scan_probe, scan_units
+from upriver.influence.scan import Part, Scanned, scan, scan_units
 from upriver.influence.solve import Job, solve
 from upriver.model.check import check_length, tracked_layers
 from upriver.model.fingerprint import measured_by
 from upriver.model.layers import Coverage, Layer, coverage
 from upriver.model.load import Model, load_model
-from upriver.model.planned import announce, division_file, plan_config, plan_here
-from upriver.model.shape import model_shape
+from upriver.model.planned import announce, division_file, plan_here
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
 from upriver.runtime.config import CONVENTIONS, PLAIN_GRADIENTS, TraceOptions, options
 from upriver.runtime.divide import Division
-from upriver.runtime.hardware import hardware
-from upriver.runtime.plan import Plan, Request, plan_run
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.system import give_back, work_ended
 from upriver.show.report import is_report
@@ -137,30 +134,6 @@ def trace(
             _run(stage, asked)
             work_ended()
     return Scores(out)
-
-
-def plan_model(
-    model: Model | Path, data: Sequences, spec: str, request: Request, hardware_name: str | None, left: int = 0
-) -> Plan:
-    """What ``upriver plan`` shows: any model, also one of which there is only a configuration, on any machine.
-
-    Args:
-        model: a loaded model, or the path of a configuration (:func:`upriver.model.shape.config_only`).
-        hardware_name: an entry of the table of machines, such as ``h100x8``; None: this machine, measured.
-        left: bytes in use here that will not be in a run's own process.
-
-    Raises:
-        ConfigError: no such hardware, or the run cannot be kept within the memory.
-        ModelError: the configuration cannot be used, or there is no such layer.
-    """
-    machine = hardware(hardware_name) if hardware_name else None
-    if isinstance(model, Path):
-        return plan_config(model, spec, request, machine)
-    layers = tracked_layers(model, data, spec)
-    if machine is None:
-        probes = FIT_PROBES | ({"scan": scan_probe(request.asked)} if request.queries else {})
-        return plan_here(model, layers, data, request, probes, left=left)
-    return plan_run(request, model_shape(model, layers, data, [request.dtype, request.scan]), machine)
 
 
 def _settled(

@@ -17,23 +17,15 @@ import numpy as np
 import torch
 
 from upriver.errors import NumericalError
-from upriver.influence.queries import Measured, weighted_measurement
 from upriver.influence.score import Route, Score, route
-from upriver.influence.solve import Job, rank_within, read_solved
-from upriver.model.layers import Layer
-from upriver.model.load import Model
-from upriver.model.planned import Probe, memory_budget, settled
-from upriver.model.shape import batch_shape, model_shape
-from upriver.model.sweep import Consumer, Source, sweep
-from upriver.runtime.artifact import Tensors, opened, read_tensor
-from upriver.runtime.config import TraceOptions
-from upriver.runtime.cost import HANDED, SUM, Asked, contraction, orders
-from upriver.runtime.divide import LAYER_SCORES_BYTES, SCORES_BYTES, Budget, Division, divide_trace, scan_held
-from upriver.runtime.plan import Request, held_out_tokens, request_for
+from upriver.influence.solve import Job, read_solved
+from upriver.model.sweep import Source, sweep
+from upriver.runtime.artifact import Tensors, read_tensor
+from upriver.runtime.cost import HANDED, SUM, Asked
+from upriver.runtime.divide import LAYER_SCORES_BYTES, SCORES_BYTES, Budget, scan_held
 from upriver.runtime.progress import Say
 from upriver.runtime.units import each, remaining
-from upriver.tensors import LowRank, Scratch, on_cpu
-from upriver.text.batch import Sequences
+from upriver.tensors import Scratch, on_cpu
 from upriver.text.candidates import Best
 
 SAMPLE = 64  # random sequences that are rescored with the top, to tell the error of the low rank
@@ -162,71 +154,3 @@ def _finite(found: Tensors) -> Tensors:
             f"{bad} of {len(found['scores'])} sequences got a score that is NaN or infinite; use --dtype float32"
         )
     return found
-
-
-def unit_rows(path: Path) -> int:
-    with opened(path) as file:
-        return file.get_slice("scores").get_shape()[0]
-
-
-def divide(
-    model: Model,
-    layers: list[Layer],
-    data: Sequences,
-    queries: Measured,
-    opts: TraceOptions,
-    folder: Path | None,
-    say: Say,
-) -> Division:
-    """How a trace divides its work so that it stays within the memory.
-
-    Args:
-        folder: of the trace, which may have begun with a division; None: a new one.
-
-    Raises:
-        ConfigError: the memory is too small.
-    """
-    dtype = str(opts.dtype)
-    shape, longest = model_shape(model, layers, data, [dtype]), int(np.argmax(queries.lengths))
-    if queries.lengths[longest] > np.max(data.lengths_N):  # which keeps more than any sequence
-        asked = batch_shape(model, layers, queries.batch([longest]), lambda b: weighted_measurement(model, b))
-        shape = shape._replace(activation=max(shape.activation, asked.activation))
-    columns = len(queries) * len(opts.dampings)
-    wanted = Asked(columns, int(np.max(queries.lengths)), rank_within(layers, opts), opts.layer_scores)
-    made = divide_trace(shape, wanted, memory_budget(model, data, opts.batch_tokens, opts.memory, dtype))
-    return settled(folder, made, model.device, say) if folder else made
-
-
-def request(
-    data: Sequences, rows: np.ndarray, queries: Measured, opts: TraceOptions, layers: list[Layer], fitted: int
-) -> Request:
-    """What is planned of the trace; ``fitted``: tokens that the factors were fitted on, or a solver goes over."""
-    held_out = min(
-        held_out_tokens(opts.held_out, len(queries)), max(0, int(data.lengths_N.sum(dtype=np.int64)) - fitted)
-    )
-    return request_for(
-        np.asarray(data.lengths_N)[rows], fit=False, queries=len(queries), columns=len(queries) * len(opts.dampings),
-        rank=rank_within(layers, opts), top=opts.top, fit_tokens=fitted, scan_dtype=str(opts.dtype), refine=opts.refine,
-        refine_tokens=opts.refine_tokens or 0, held_out=held_out, layer_scores=opts.layer_scores,
-        query_tokens=max(1, round(float(np.mean(queries.lengths)))), batch_tokens=opts.batch_tokens,
-    )  # fmt: skip
-
-
-def scan_probe(asked: Asked) -> Probe:
-    """The scan with queries of zeros, which take as long as any; those that are multiplied out are so for one batch."""
-
-    def probe(model: Model, layers: list[Layer], source: Source, rows: np.ndarray) -> tuple[Consumer, float]:
-        like, Q, R = model.like, asked.queries, asked.rank
-        M, N = float(source.tokens(rows)), float(len(rows))
-        chosen = contraction(layers, M, N, asked, number=like.element_size(), at_hand=not on_cpu(like)).orders
-        zeros = {
-            x.name: like.new_zeros(Q, x.O, x.I)
-            if R is None
-            else LowRank(like.new_zeros(Q, x.O, R), like.new_zeros(Q, R, x.I))
-            for x in layers
-        }
-        routes = {x.name: route(chosen[x.name], partial(zeros.__getitem__, x.name), Q, like) for x in layers}
-        work = sum(getattr(orders(x.O, x.I, M, N, Q, R or 1), chosen[x.name]) for x in layers)
-        return Score(routes, Q, False), 2.0 * work
-
-    return probe

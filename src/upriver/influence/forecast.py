@@ -1,0 +1,112 @@
+"""What a trace is planned by: its scan, run over one batch; how it divides its work; and what ``upriver plan`` shows."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from upriver.curvature.consumers import FIT_PROBES
+from upriver.influence.queries import Measured, weighted_measurement
+from upriver.influence.score import Score, route
+from upriver.influence.solve import rank_within
+from upriver.model.check import tracked_layers
+from upriver.model.layers import Layer
+from upriver.model.load import Model
+from upriver.model.planned import Probe, memory_budget, plan_config, plan_here, settled
+from upriver.model.shape import batch_shape, model_shape
+from upriver.model.sweep import Consumer, Source
+from upriver.runtime.config import TraceOptions
+from upriver.runtime.cost import Asked, contraction, orders
+from upriver.runtime.divide import Division, divide_trace
+from upriver.runtime.hardware import hardware
+from upriver.runtime.plan import Plan, Request, held_out_tokens, plan_run, request_for
+from upriver.runtime.progress import Say
+from upriver.tensors import LowRank, on_cpu
+from upriver.text.batch import Sequences
+
+
+def divide(
+    model: Model,
+    layers: list[Layer],
+    data: Sequences,
+    queries: Measured,
+    opts: TraceOptions,
+    folder: Path | None,
+    say: Say,
+) -> Division:
+    """How a trace divides its work so that it stays within the memory.
+
+    Args:
+        folder: of the trace, which may have begun with a division; None: a new one.
+
+    Raises:
+        ConfigError: the memory is too small.
+    """
+    dtype = str(opts.dtype)
+    shape, longest = model_shape(model, layers, data, [dtype]), int(np.argmax(queries.lengths))
+    if queries.lengths[longest] > np.max(data.lengths_N):  # which keeps more than any sequence
+        asked = batch_shape(model, layers, queries.batch([longest]), lambda b: weighted_measurement(model, b))
+        shape = shape._replace(activation=max(shape.activation, asked.activation))
+    columns = len(queries) * len(opts.dampings)
+    wanted = Asked(columns, int(np.max(queries.lengths)), rank_within(layers, opts), opts.layer_scores)
+    made = divide_trace(shape, wanted, memory_budget(model, data, opts.batch_tokens, opts.memory, dtype))
+    return settled(folder, made, model.device, say) if folder else made
+
+
+def request(
+    data: Sequences, rows: np.ndarray, queries: Measured, opts: TraceOptions, layers: list[Layer], fitted: int
+) -> Request:
+    """What is planned of the trace; ``fitted``: tokens that the factors were fitted on, or a solver goes over."""
+    held_out = min(
+        held_out_tokens(opts.held_out, len(queries)), max(0, int(data.lengths_N.sum(dtype=np.int64)) - fitted)
+    )
+    return request_for(
+        np.asarray(data.lengths_N)[rows], fit=False, queries=len(queries), columns=len(queries) * len(opts.dampings),
+        rank=rank_within(layers, opts), top=opts.top, fit_tokens=fitted, scan_dtype=str(opts.dtype), refine=opts.refine,
+        refine_tokens=opts.refine_tokens or 0, held_out=held_out, layer_scores=opts.layer_scores,
+        query_tokens=max(1, round(float(np.mean(queries.lengths)))), batch_tokens=opts.batch_tokens,
+    )  # fmt: skip
+
+
+def scan_probe(asked: Asked) -> Probe:
+    """The scan with queries of zeros, which take as long as any; those that are multiplied out are so for one batch."""
+
+    def probe(model: Model, layers: list[Layer], source: Source, rows: np.ndarray) -> tuple[Consumer, float]:
+        like, Q, R = model.like, asked.queries, asked.rank
+        M, N = float(source.tokens(rows)), float(len(rows))
+        chosen = contraction(layers, M, N, asked, number=like.element_size(), at_hand=not on_cpu(like)).orders
+        zeros = {
+            x.name: like.new_zeros(Q, x.O, x.I)
+            if R is None
+            else LowRank(like.new_zeros(Q, x.O, R), like.new_zeros(Q, R, x.I))
+            for x in layers
+        }
+        routes = {x.name: route(chosen[x.name], partial(zeros.__getitem__, x.name), Q, like) for x in layers}
+        work = sum(getattr(orders(x.O, x.I, M, N, Q, R or 1), chosen[x.name]) for x in layers)
+        return Score(routes, Q, False), 2.0 * work
+
+    return probe
+
+
+def plan_model(
+    model: Model | Path, data: Sequences, spec: str, request: Request, hardware_name: str | None, left: int = 0
+) -> Plan:
+    """What ``upriver plan`` shows: any model, also one of which there is only a configuration, on any machine.
+
+    Args:
+        model: a loaded model, or the path of a configuration (:func:`upriver.model.shape.config_only`).
+        hardware_name: an entry of the table of machines, such as ``h100x8``; None: this machine, measured.
+        left: bytes in use here that will not be in a run's own process.
+
+    Raises:
+        ConfigError: no such hardware, or the run cannot be kept within the memory.
+        ModelError: the configuration cannot be used, or there is no such layer.
+    """
+    machine = hardware(hardware_name) if hardware_name else None
+    if isinstance(model, Path):
+        return plan_config(model, spec, request, machine)
+    layers = tracked_layers(model, data, spec)
+    if machine is None:
+        probes = FIT_PROBES | ({"scan": scan_probe(request.asked)} if request.queries else {})
+        return plan_here(model, layers, data, request, probes, left=left)
+    return plan_run(request, model_shape(model, layers, data, [request.dtype, request.scan]), machine)
