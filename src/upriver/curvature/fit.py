@@ -287,6 +287,8 @@ def _eigenvalues(work: Work, times: Times) -> dict[str, Any]:
             sums = _summed(work, CORRECTION, group, make, units=len(work.units))
         with times("agreement"):
             pairs.append(compare(work.model, group, work.data, len(work.rows), moments, sums))
+            moments.clear()
+            give_back()
         files |= dict.fromkeys((x.name for x in group), sums)
     dist.on_first(lambda: _write_lam(work.top.path / "correction" / "lam.safetensors", files))
     return agreement(pairs)

@@ -138,6 +138,8 @@ def _rate(
         flop = source.tokens(rows) * each + work
         seconds = timed(partial(sweep, model, layers, source, rows, consumer), model.device, 2)
         known[name, str(model.like.dtype), len(rows)] = flop / seconds
+        del consumer
+        give_back()
     return known[name, str(model.like.dtype), len(rows)]
 
 

@@ -94,6 +94,7 @@ def total(stage: Artifact, count: int, add: Callable[[int, Tensors], None], devi
             _running.clear()
             if _stopping.is_set():
                 _end()
+        sums.clear()  # what still knows of them, in a cycle that is not collected yet, must not hold them
     dist.barrier()
     if dist.world() == 1:
         return path
