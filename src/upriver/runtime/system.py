@@ -1,7 +1,6 @@
 """This process and what is left to it: memory, disk and time, as the system tells."""
 
 import ctypes
-import gc
 import os
 import shutil
 import sys
@@ -72,11 +71,7 @@ def settle_memory(reuse: bool = False) -> None:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library keeps it: what was freed by one phase must not add to the next.
-
-    Objects in cycles are collected first: a pass and its hooks know each other.
-    """
-    gc.collect()
+    """Return freed memory to the system, where the C library keeps it: what was freed by one phase must not add to the next."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
