@@ -228,7 +228,7 @@ def test_a_division_that_no_longer_fits_is_made_anew(tmp_path):
     layers = tuple(LayerSize(f"l{i}", 1024, 1024, f"l{i}", i) for i in range(4))
     blocks = tuple(Block(2.0**20, 64.0) for _ in layers)
     shape = Shape(layers, blocks, 0.0, 1e4, 0.5, False, 4 << 20, 50_000.0, 1024, 1000)
-    big, small = (divide_fit(shape, Budget(limit, 10**8, 400, 100)) for limit in (10**9, 45 * 10**7))
+    big, small = (divide_fit(shape, Budget(limit, 10**8, 400, 100)) for limit in (10**9, 46 * 10**7))
     more = divide_fit(shape, Budget(10**9, 2 * 10**8, 400, 100))  # is there before it starts
     said, cpu = [], torch.device("cpu")
     assert settled(tmp_path, big, cpu, said.append) == big

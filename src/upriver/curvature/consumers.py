@@ -155,7 +155,13 @@ class Agreement:
 
 
 def compare(
-    model: Model, group: list[Layer], data: Sequences, fitted: int, moments: dict[str, Moments], sums: Path
+    model: Model,
+    group: list[Layer],
+    data: Sequences,
+    fitted: int,
+    moments: dict[str, Moments],
+    sums: Path,
+    batch_tokens: int,
 ) -> Tensor | None:
     """Scores of a few random sequences on each other in a group of layers, ``[2, L, P]``; None when a half is empty.
 
@@ -171,7 +177,7 @@ def compare(
         denominators[x.name] = lam_2OI.add_(torch.tensor([Damping().of(lam) for lam in lam_2OI])[:, None, None])
     count = max(COMPARED, min(PROBES, fitted // SHARE))
     rows = np.random.default_rng(0).permutation(len(data))[:count]
-    source = Source.of(data, rows, COMPARED * int(np.max(np.asarray(data.lengths_N)[rows])))
+    source = Source.of(data, rows, max(batch_tokens, 2 * int(np.max(data.lengths_N))))  # two are a pair
     consumer = Agreement(moments, denominators)
     sweep(model, group, source, rows, consumer)
     return torch.cat(consumer.parts, 2)

@@ -286,7 +286,8 @@ def _eigenvalues(work: Work, times: Times) -> dict[str, Any]:
             make = lambda sums, m=moments: Correction(sums, work.dtype, m)  # noqa: E731
             sums = _summed(work, CORRECTION, group, make, units=len(work.units))
         with times("agreement"):
-            pairs.append(compare(work.model, group, work.data, len(work.rows), moments, sums))
+            fitted, batch_tokens = len(work.rows), work.division.batch_tokens
+            pairs.append(compare(work.model, group, work.data, fitted, moments, sums, batch_tokens))
             moments.clear()
             give_back()
         files |= dict.fromkeys((x.name for x in group), sums)

@@ -147,7 +147,7 @@ def divide_fit(shape: Shape, budget: Budget) -> Division:
 
     def compared(tokens: int) -> int:
         """A batch of which a few sequences are scored on each other."""
-        return batch_size(shape, tokens, budget.dtype, 3 * COMPARED * SUM * largest(layers))
+        return batch_size(shape, max(tokens, 2 * budget.longest), budget.dtype, 3 * COMPARED * SUM * largest(layers))
 
     def beside(spec: Spec, tokens: int) -> int:
         return max(batch(spec, tokens), compared(tokens) if spec is CORRECTION else 0)
