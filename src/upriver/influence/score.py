@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upriver.kernels import aligned, matmul, side_by_side
+from upriver.kernels import SIDES, aligned, matmul, side_by_side
 from upriver.model.layers import Layer
-from upriver.runtime.cost import REBUILD_BYTES, SCORED_BYTES, SIDES, Order
+from upriver.runtime.cost import REBUILD_BYTES, SCORED_BYTES, Order
 from upriver.tensors import LowRank, Scratch, accumulator_dtype, on_cpu, sequence_gradients
 from upriver.text.batch import Batch
 

@@ -14,7 +14,7 @@ Order = Literal["tokens", "dense", "rebuilt"]
 SUM = 4  # bytes of a number in a sum, a basis or a full-rank query, whatever the compute type
 ITEM = {"float32": 4, "bfloat16": 2, "float64": 8, MIXED: 4}
 HANDED = ITEM | {MIXED: 2}  # of a number of what layers saw, and of queries that meet it
-SIDES = 2  # layers whose queries are solved side by side
+
 GRADIENT_BYTES = 4 << 20  # gradients of single sequences held at once: what stays in the caches of a core
 SCORED_BYTES = 256 << 20  # gradients of sequences, or products of their tokens, that meet the queries at once
 REBUILD_BYTES = 64 << 20  # rows of multiplied-out queries held at once in one layer, with those of gradients

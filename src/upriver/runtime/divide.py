@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from upriver.errors import ConfigError
+from upriver.kernels import SIDES
 from upriver.runtime.cost import (
     COMPARED,
     CORRECTION,
@@ -16,7 +17,6 @@ from upriver.runtime.cost import (
     ITEM,
     REBUILD_BYTES,
     SCORED_BYTES,
-    SIDES,
     SUM,
     Asked,
     Contraction,

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -76,11 +75,6 @@ def give_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-
-
-def free_space(folder: Path) -> int:
-    """Bytes free on the disk of ``folder``."""
-    return shutil.disk_usage(folder).free
 
 
 def start_seconds() -> float:
