@@ -17,9 +17,10 @@ import torch
 
 import upriver as up
 from upriver.influence.forecast import divide
+from upriver.influence.job import Job
 from upriver.influence.scan import plan_routes
 from upriver.influence.score import Score
-from upriver.influence.solve import Job, solve
+from upriver.influence.solve import solve
 from upriver.model.check import tracked_layers
 from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import Artifact

@@ -23,7 +23,8 @@ def one_thread():
 def fitted(tmp_path_factory):
     """``fitted(name, **options)``: the factors of a tiny case with the diagonal, in float64, made once."""
     from cases import case
-    from upriver.curvature.fit import Factors, fit, fit_diagonal
+    from upriver.curvature.diagonal import fit_diagonal
+    from upriver.curvature.fit import Factors, fit
 
     @cache
     def make(name: str, **options) -> Factors:

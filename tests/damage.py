@@ -33,7 +33,7 @@ import torch
 import upriver as up
 from cli_cases import QUERIES, RECORDS, save_model
 from text_cases import write_jsonl
-from upriver.curvature.fit import fit_diagonal
+from upriver.curvature.diagonal import fit_diagonal
 from upriver.errors import UpriverError
 from upriver.runtime.artifact import write_json
 

@@ -30,7 +30,7 @@ import upriver as up
 from cases import case, close
 from hook_cases import ROUNDS, fit_and_trace, in_processes
 from upriver.curvature.blocks import Moments
-from upriver.curvature.fit import Correction
+from upriver.curvature.consumers import Correction
 from upriver.influence.queries import gradients as query_gradients
 from upriver.influence.rescore import output_token_influence, rescore
 from upriver.model.check import tracked_layers

@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import upriver
 from hook_cases import in_processes
 from in_memory import TokenCorpus, TokenQueries
-from upriver.curvature.fit import Factors, fit, fit_diagonal
+from upriver.curvature.diagonal import fit_diagonal
+from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, MismatchError, StorageError
 from upriver.model.load import Model
 from upriver.pipeline import trace

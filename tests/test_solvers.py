@@ -20,9 +20,10 @@ from upriver.curvature.base import Damping
 from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
 from upriver.curvature.choose import SOLVERS as SOLVERS_BY_NAME
 from upriver.curvature.choose import needs_factors, solver
+from upriver.curvature.diagonal import fit_diagonal
 from upriver.curvature.energy import energy as energy_of
 from upriver.curvature.energy import held_out, judge
-from upriver.curvature.fit import fit, fit_diagonal
+from upriver.curvature.fit import fit
 from upriver.curvature.iterative import ConjugateGradient, Neumann
 from upriver.curvature.products import Products, Space, Tracked
 from upriver.curvature.spectral import Spectral

@@ -18,7 +18,8 @@ from cases import case, close, gradients
 from in_memory import TokenCorpus
 from test_resume import GIVEN, Count, Died, killed, results, tiny_corpus, tiny_model, tiny_queries
 from upriver.curvature.consumers import Agreement
-from upriver.curvature.fit import Factors, fit, fit_diagonal
+from upriver.curvature.diagonal import fit_diagonal
+from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError
 from upriver.model.check import tracked_layers
 from upriver.model.layers import find_layers

@@ -13,9 +13,9 @@ from meter import Meter
 
 import upriver as up
 from upriver.influence.forecast import divide
+from upriver.influence.job import Job as Trace
 from upriver.influence.queries import Measurements
 from upriver.influence.scan import Scanned, scan, scan_units
-from upriver.influence.solve import Job as Trace
 from upriver.influence.solve import solve
 from upriver.model.check import tracked_layers
 from upriver.model.load import Model

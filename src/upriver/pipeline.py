@@ -1,34 +1,31 @@
 """The main path: solve the queries, stream the corpus past them, look again at the top, write it down."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from upriver.curvature.base import Curvature
-from upriver.curvature.choose import needs_factors, solver
+from upriver.curvature.diagonal import fit_diagonal
 from upriver.curvature.factors import Factors
-from upriver.curvature.fit import fit_diagonal
-from upriver.errors import ConfigError, MismatchError, QueryError
+from upriver.errors import ConfigError, QueryError
 from upriver.influence.forecast import divide, request, scan_probe
+from upriver.influence.job import Checkpoint, Given, Job, chosen_solver, jobs, loaded, settled_options
 from upriver.influence.judge import judge
 from upriver.influence.passages import answers, manifest, ranked, top_rows
 from upriver.influence.queries import Measured
 from upriver.influence.rescore import Pairs, rescore_top
 from upriver.influence.results import write_scores, write_top
 from upriver.influence.scan import Part, Scanned, scan, scan_units
-from upriver.influence.solve import Job, solve
+from upriver.influence.solve import solve
 from upriver.model.check import check_length, tracked_layers
 from upriver.model.fingerprint import measured_by
-from upriver.model.layers import Coverage, Layer, coverage
-from upriver.model.load import Model, load_model
+from upriver.model.layers import Coverage, coverage
+from upriver.model.load import Model
 from upriver.model.planned import announce, division_file, plan_here
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
-from upriver.runtime.config import CONVENTIONS, PLAIN_GRADIENTS, TraceOptions, options
-from upriver.runtime.divide import Division
+from upriver.runtime.config import CONVENTIONS, TraceOptions, options
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.system import give_back, work_ended
 from upriver.show.report import is_report
@@ -37,37 +34,6 @@ from upriver.text.batch import Sequences
 from upriver.text.candidates import candidates
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
-
-PRODUCT_TOKENS, MOST_ROOM = 1024, 1 << 30  # of a batch in which products are fastest; bytes that its vectors take
-Checkpoint = tuple[str | Path | Model, float]  # a model as it was in training, and its learning rate there
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a trace was given, once it has been checked."""
-
-    model: Model
-    data: Sequences
-    queries: Measured
-    factors: Factors | None
-    opts: TraceOptions  # with what is not named taken from the factors
-    checkpoints: Sequence[Checkpoint]
-    progress: Progress
-    say: Say
-
-    @property
-    def exact(self) -> str:
-        """The type in which queries are solved and the top is looked at again."""
-        fitted = self.factors.options.dtype if self.factors else self.opts.dtype
-        return "float64" if "float64" in (fitted, self.opts.dtype) else "float32"
-
-    @property
-    def sample(self) -> np.ndarray:
-        """The sequences that a matrix-free solver goes over: those of the fit, or some of as many tokens as are asked for."""
-        fitted = (
-            self.factors.manifest["fit"]["tokens"] if self.factors else int(self.data.lengths_N.sum(dtype=np.int64))
-        )
-        return self.data.sample(self.opts.refine_tokens or fitted, self.opts.seed or 0)
 
 
 def trace(
@@ -107,7 +73,7 @@ def trace(
         raise ConfigError("the trace has no folder for its results: got out=None; give one, such as out='scores'")
     if isinstance(queries, Queries):
         queries = queries.bound(model.tokenizer, model.longest)
-    opts = _settled(options(TraceOptions, given), model, factors, checkpoints)
+    opts = settled_options(options(TraceOptions, given), model, factors, checkpoints)
     asked, out = Given(model, corpus, queries, factors, opts, checkpoints, progress, say), Path(out)
     if factors:
         factors.check(model)
@@ -118,7 +84,7 @@ def trace(
         "queries": queries.fingerprint,
         "factors": factors
         and digest([factors.manifest["key"], factors.manifest["fit"]["tokens"]]),  # ``until`` may end early
-        "checkpoints": [[_loaded(which, model).fingerprint, weight] for which, weight in checkpoints],
+        "checkpoints": [[loaded(which, model).fingerprint, weight] for which, weight in checkpoints],
         "kernel": model.attention,
         "options": opts.key(),
         "measurement": measured_by(model.task),
@@ -134,41 +100,6 @@ def trace(
             _run(stage, asked)
             work_ended()
     return Scores(out)
-
-
-def _settled(
-    opts: TraceOptions, model: Model, factors: Factors | None, checkpoints: Sequence[Checkpoint]
-) -> TraceOptions:
-    """The options with what they do not name, and nothing among them that would be passed over."""
-    kind = opts.curvature
-    if factors is None and (needs_factors(kind) or (opts.refine and kind == "ekfac")):
-        raise ConfigError(f"curvature {kind!r} needs factors: got none; make them with upriver fit, and give --factors")
-    if (kind == "tracincp") != bool(checkpoints):
-        raise ConfigError(
-            f"checkpoints go with the curvature tracincp, and it with them: got curvature {kind!r} and {len(checkpoints)} "
-            "checkpoints; give --curvature tracincp --checkpoints FOLDER=RATE,FOLDER=RATE"
-        )
-    if kind in PLAIN_GRADIENTS and (len(opts.dampings) > 1 or opts.refine):
-        raise ConfigError(
-            f"curvature {kind!r} inverts nothing: got --damping {opts.damping} and --refine {opts.refine}"
-        )
-    told = factors.options if factors else None
-    if told and opts.layers not in (None, told.layers):
-        raise MismatchError(
-            f"the factors were fitted for other layers: got --layers {opts.layers!r} now, {told.layers!r} then; leave it out"
-        )
-    own = str(model.dtype).removeprefix("torch.")
-    missing = {
-        "layers": opts.layers or (told.layers if told else "mlp"),
-        "dtype": opts.dtype or (told.dtype if told else own),
-        "seed": opts.seed if opts.seed is not None else (told.seed if told else 0),
-    }
-    return opts.model_copy(update=missing)
-
-
-def _loaded(which: str | Path | Model, like: Model) -> Model:
-    """A checkpoint: as it was given, or read from its folder."""
-    return which if isinstance(which, Model) else load_model(which, device=str(like.device))
 
 
 def _run(stage: Artifact, asked: Given) -> None:
@@ -195,7 +126,7 @@ def _run(stage: Artifact, asked: Given) -> None:
     probes = {"scan": scan_probe(wanted_of.asked)}
     announce(say, lambda: plan_here(job.model, job.layers, data, wanted_of, probes, job.division))
     parts: list[Part] = []
-    for each_job in _jobs(job, asked):
+    for each_job in jobs(job, asked):
         with times("queries"):
             solved = solve(each_job)
             give_back()
@@ -210,7 +141,7 @@ def _run(stage: Artifact, asked: Given) -> None:
     wanted = [np.union1d(rows_q, sample) for rows_q in ends]
     looked: list[list[Pairs]] = []
     judged: list[dict[str, Any]] = []
-    for each_job in _jobs(job, asked):
+    for each_job in jobs(job, asked):
         with times("rescore"):
             looked.append(rescore_top(each_job, wanted))
         with times("judging"):
@@ -234,51 +165,13 @@ def _run(stage: Artifact, asked: Given) -> None:
 
 def _first(stage: Artifact, asked: Given, rows: np.ndarray) -> Job:
     """The work on the model itself, divided so that it stays within the memory."""
+    data, queries, opts = asked.data, asked.queries, asked.opts
     with asked.model.computing_in(asked.exact) as exact:
-        layers = tracked_layers(exact, asked.data, str(asked.opts.layers))
-        division = divide(exact, layers, asked.data, asked.queries, asked.opts, stage.path, asked.say)
-        chosen = _solver(exact, layers, asked, division)
-        return Job(
-            stage,
-            exact,
-            layers,
-            asked.data,
-            asked.queries,
-            asked.factors,
-            rows,
-            asked.opts,
-            asked.progress,
-            division,
-            chosen,
-        )
-
-
-def _solver(model: Model, layers: list[Layer], asked: Given, division: Division) -> Curvature:
-    """The solver that was asked for; one that goes over all layers at once has half of the room that is left for its products."""
-    opts = asked.opts
-    kind = "identity" if opts.curvature == "tracincp" else opts.curvature
-    how = {"refine": opts.refine, "rank": opts.solver_rank, "steps": opts.solver_steps, "seed": opts.seed}
-    given = {name: value for name, value in how.items() if value is not None}
-    given |= {"batch_tokens": min(PRODUCT_TOKENS, opts.batch_tokens)}
-    given |= {"memory_bytes": min(MOST_ROOM, division.room("queries") // 2)}
-    return solver(kind, model, layers, asked.data, asked.sample, asked.factors, **given)
-
-
-def _jobs(first: Job, asked: Given) -> Iterator[Job]:
-    """The work on the model, or on each checkpoint, whose scores add up."""
-    for number, (which, weight) in enumerate(asked.checkpoints or [(asked.model, 1.0)]):
-        with _loaded(which, asked.model).computing_in(asked.exact) as exact:
-            if exact is first.model:
-                yield first
-                continue
-            layers = tracked_layers(exact, asked.data, str(asked.opts.layers))
-            if [x[2:] for x in layers] != [x[2:] for x in first.layers]:
-                raise ConfigError(
-                    f"checkpoint {number + 1} has other layers than the model; give one of the same architecture"
-                )
-            part = f"checkpoint-{number}" if asked.checkpoints else ""
-            chosen = _solver(exact, layers, asked, first.division)
-            yield first._replace(model=exact, layers=layers, curvature=chosen, weight=weight, part=part)
+        layers = tracked_layers(exact, data, str(opts.layers))
+        division = divide(exact, layers, data, queries, opts, stage.path, asked.say)
+        chosen = chosen_solver(exact, layers, asked, division)
+        given = (exact, layers, data, queries, asked.factors, rows, opts, asked.progress, division, chosen)
+        return Job(stage, *given)
 
 
 def _coverage(job: Job) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
 from upriver.errors import ConfigError, InputError, MismatchError, NumericalError
 from upriver.model.layers import Layer
 from upriver.model.load import Model
-from upriver.runtime.artifact import FitManifest, Tensors, opened, read_head, read_json
+from upriver.runtime.artifact import FitManifest, Tensors, opened, read_head, read_json, read_tensor, write_stream
 from upriver.runtime.config import CONVENTIONS, CURVATURES, FitOptions
 from upriver.runtime.cost import LayerSize, Sized
 from upriver.tensors import eigh
@@ -195,3 +195,17 @@ class Factors:
     def _read(self, stage: str, name: str) -> Tensor:
         with opened(self.path / stage / "lam.safetensors", ADVICE) as file:
             return file.get_tensor(name)
+
+
+def write_lam(path: Path, files: dict[str, Path]) -> None:
+    """Write ``lam`` of every layer, the mean over sequences of both halves, from the file with the sums of each layer."""
+    forms = {}
+    for name, file in files.items():
+        with opened(file) as held:
+            sums = held.get_slice(f"lam:{name}")
+            forms[name] = (sums.get_dtype(), sums.get_shape()[1:])
+
+    def lam(name: str) -> Tensor:
+        return read_tensor(files[name], f"lam:{name}").sum(0) / read_tensor(files[name], "sequences").sum()
+
+    write_stream(path, forms, lam)

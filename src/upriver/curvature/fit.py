@@ -10,17 +10,17 @@ FACTORS/correction/layers-A-B/    sums of squared rotated gradients; likewise
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from upriver.curvature.consumers import FIT_PROBES, Correction, Covariance, agreement, compare
-from upriver.curvature.factors import Factors, decomposed, read_moments
+from upriver.curvature.factors import Factors, decomposed, read_moments, write_lam
+from upriver.curvature.rounds import convergence, doublings, rounds
 from upriver.kernels import one_core_each
 from upriver.model.check import check_length, check_loss, tracked_layers
 from upriver.model.layers import Coverage, Layer, coverage
@@ -29,9 +29,9 @@ from upriver.model.planned import announce, division_file, memory_budget, plan_h
 from upriver.model.shape import model_shape
 from upriver.model.sweep import Consumer, Labels, Source, sweep
 from upriver.runtime import dist
-from upriver.runtime.artifact import Artifact, Tensors, discard, locked, opened, read_json, read_tensor, write_stream
+from upriver.runtime.artifact import Artifact, Tensors, discard, locked, read_tensor
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
-from upriver.runtime.cost import CORRECTION, COVARIANCE, DIAGONAL, Spec
+from upriver.runtime.cost import CORRECTION, COVARIANCE, Spec
 from upriver.runtime.divide import Division, divide_fit
 from upriver.runtime.plan import request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
@@ -115,15 +115,15 @@ def fit(
             say(f"factors: {out} is complete and was made from the same inputs; used as it is")
             said, cover = stage.manifest["fit"], Coverage.of(stage.manifest["coverage"])
             say(f"layers: {cover.line()}")
-            say(_convergence(said["halves"], said["tokens"] if opts.until else None))
+            say(convergence(said["halves"], said["tokens"] if opts.until else None))
         else:
             with model.computing_in(opts.dtype) as computing:
-                _run(_work(stage, computing, data, opts, progress, say), opts, say)
+                _run(prepared(stage, computing, data, opts, progress, say), opts, say)
             work_ended()
     return Factors(out)
 
 
-def _work(top: Artifact, model: Model, data: Sequences, opts: FitOptions, progress: Progress, say: Say) -> Work:
+def prepared(top: Artifact, model: Model, data: Sequences, opts: FitOptions, progress: Progress, say: Say) -> Work:
     layers = tracked_layers(model, data, opts.layers)
     check_loss(model, data, opts.fisher == "sampled")
     shape, budget = model_shape(model, layers, data), memory_budget(model, data, opts.batch_tokens, opts.memory)
@@ -138,14 +138,6 @@ def _work(top: Artifact, model: Model, data: Sequences, opts: FitOptions, progre
     return Work(top, model, data, layers, [u for s in sources for u in s.units(unit)], labels, division, progress)
 
 
-def doublings(tokens: int, first: int) -> list[int]:
-    """The sizes of a sample that begins with ``first`` tokens and doubles up to ``tokens``."""
-    sizes = [first]
-    while sizes[-1] < tokens:
-        sizes.append(2 * sizes[-1])
-    return [*sizes[:-1], tokens]
-
-
 def _run(work: Work, opts: FitOptions, say: Say) -> None:
     started, times, stage = time.perf_counter(), Times(), work.top
     cover = coverage(work.model.module, work.layers)
@@ -158,10 +150,11 @@ def _run(work: Work, opts: FitOptions, say: Say) -> None:
     request = request_for(work.data.lengths_N, fit_tokens=work.tokens, memory=None, **asked)
     announce(say, lambda: plan_here(work.model, work.layers, work.data, request, FIT_PROBES, work.division))
     clamped, halves, part = 0.0, {}, work
-    for part in _rounds(work, opts):
+    for count in rounds(work.top.path, work.units, work.data, opts):
+        part = work._replace(units=work.units[:count])
         clamped = _bases(part, times, keep=opts.until is not None)
         halves = dist.broadcast(_eigenvalues(part, times))
-        say(_convergence(halves, part.tokens if opts.until else None))
+        say(convergence(halves, part.tokens if opts.until else None))
         if opts.until is not None and (halves["mean"] or -1.0) >= opts.until:
             break
     else:
@@ -187,25 +180,6 @@ def _run(work: Work, opts: FitOptions, say: Say) -> None:
     dist.on_first(finish)
 
 
-def _rounds(work: Work, opts: FitOptions) -> Iterator[Work]:
-    """The sample in each round, from the one that an earlier run had come to: all of it, or more and more."""
-    counts = [len(work.units)]
-    if opts.until is not None:
-        ends_U = np.cumsum([work.data.lengths_N[rows].sum(dtype=np.int64) for rows in work.units])
-        sizes = doublings(int(ends_U[-1]), opts.unit_tokens)
-        counts = sorted({int(np.searchsorted(ends_U, size, side="right")) or 1 for size in sizes} | set(counts))
-    begun = 0
-    for path in (work.top.path / "covariance").glob("layers-*/sum-*-of-*"):
-        rank, _, world = path.stem.removeprefix("sum-").partition("-of-")
-        begun = max(begun, (int(read_tensor(path, "units")) - 1) * int(world) + int(rank) + 1)
-    if (eigen := work.top.path / "eigen" / "key.json").exists():
-        begun = max(begun, read_json(eigen).get("units", 0))
-    dist.barrier()  # all have read it before one goes on
-    for count in counts:
-        if count >= min(begun, counts[-1]):
-            yield work._replace(units=work.units[:count])
-
-
 def _tidy(folder: Path) -> None:
     """Remove the sums of finished passes: all that counts of them is in ``eigen`` and ``lam``."""
     discard(folder / "covariance")
@@ -214,16 +188,7 @@ def _tidy(folder: Path) -> None:
     division_file(folder).unlink(missing_ok=True)
 
 
-def _convergence(halves: dict[str, Any], tokens: int | None) -> str:
-    """How well the halves of the sample agree, and after how many tokens where that was looked for."""
-    mean, worst = (
-        "not known (too few sequences)" if x is None else f"{x:.3f}" for x in (halves["mean"], halves["worst"])
-    )
-    after = f" (after {tokens:,} tokens)" if tokens else ""
-    return f"convergence: {halves['what']}: {mean}, worst layer {worst}{after}"
-
-
-def _summed(work: Work, spec: Spec, group: list[Layer], make: Callable[[Tensors], Consumer], **key: Any) -> Path:
+def summed(work: Work, spec: Spec, group: list[Layer], make: Callable[[Tensors], Consumer], **key: Any) -> Path:
     """One pass over the units for a group of layers, committed unit by unit; the file of the sums."""
     at = work.layers.index(group[0])
     stage = work.open(f"{spec.name}/layers-{at}-{at + len(group) - 1}", **key)
@@ -250,7 +215,7 @@ def _bases(work: Work, times: Times, keep: bool) -> float:
         if all(stage.has(work.layers.index(x)) for x in group):
             continue
         with times("covariance"):
-            sums = _summed(work, COVARIANCE, group, lambda sums: Covariance(sums, work.dtype))
+            sums = summed(work, COVARIANCE, group, lambda sums: Covariance(sums, work.dtype))
             give_back()
         with times("eigendecomposition"):
             _decompose(stage, work, group, sums)
@@ -284,51 +249,12 @@ def _eigenvalues(work: Work, times: Times) -> dict[str, Any]:
         moments = read_moments(work.top.path, work.layers, group, work.model.like)
         with times("correction"):
             make = lambda sums, m=moments: Correction(sums, work.dtype, m)  # noqa: E731
-            sums = _summed(work, CORRECTION, group, make, units=len(work.units))
+            sums = summed(work, CORRECTION, group, make, units=len(work.units))
         with times("agreement"):
             fitted, batch_tokens = len(work.rows), work.division.batch_tokens
             pairs.append(compare(work.model, group, work.data, fitted, moments, sums, batch_tokens))
             moments.clear()
             give_back()
         files |= dict.fromkeys((x.name for x in group), sums)
-    dist.on_first(lambda: _write_lam(work.top.path / "correction" / "lam.safetensors", files))
+    dist.on_first(lambda: write_lam(work.top.path / "correction" / "lam.safetensors", files))
     return agreement(pairs)
-
-
-def _write_lam(path: Path, files: dict[str, Path]) -> None:
-    """The mean over sequences of all halves, from the sums of each layer."""
-    forms = {}
-    for name, file in files.items():
-        with opened(file) as held:
-            sums = held.get_slice(f"lam:{name}")
-            forms[name] = (sums.get_dtype(), sums.get_shape()[1:])
-
-    def lam(name: str) -> Tensor:
-        return read_tensor(files[name], f"lam:{name}").sum(0) / read_tensor(files[name], "sequences").sum()
-
-    write_stream(path, forms, lam)
-
-
-def fit_diagonal(
-    model: Model, data: Sequences, factors: Factors, memory: str | None = None, progress: Progress = silent
-) -> None:
-    """Measure the diagonal of the Fisher in the weights' own basis, on the sample that the factors were fitted on."""
-    factors.check(model, data)
-    folder = factors.path / "diagonal"
-    if not (folder / "lam.safetensors").exists():
-        opts = factors.options.model_copy(update={"memory": memory, "until": None})
-        opts = opts.model_copy(update={"max_tokens": factors.manifest["fit"]["tokens"]})  # that ``until`` came to
-        with locked(factors.path), model.computing_in(opts.dtype) as computing:
-            factors.check_unchanged()
-            top = Artifact(factors.path, factors.manifest["key"])
-            work = _work(top, computing, data, opts, progress, mute)
-            files: dict[str, Path] = {}
-            for group in work.groups(CORRECTION):  # which hold at least as much
-                sums = _summed(work, DIAGONAL, group, lambda sums: Correction(sums, work.dtype, None))
-                files |= dict.fromkeys((x.name for x in group), sums)
-            dist.on_first(lambda: _write_lam(folder / "lam.safetensors", files))
-    if dist.rank() == 0:
-        for sums in folder.glob("layers-*"):
-            discard(sums)
-        division_file(factors.path).unlink(missing_ok=True)
-    dist.barrier()

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from upriver.curvature.consumers import FIT_PROBES
+from upriver.influence.job import rank_within
 from upriver.influence.queries import Measured, weighted_measurement
 from upriver.influence.score import Score, route
-from upriver.influence.solve import rank_within
 from upriver.model.check import tracked_layers
 from upriver.model.layers import Layer
 from upriver.model.load import Model

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from upriver.curvature import energy
 from upriver.errors import ModelError
+from upriver.influence.job import Job
 from upriver.influence.queries import dense, token_gradients
-from upriver.influence.solve import Job, full, told
+from upriver.influence.solve import full, told
 from upriver.runtime.artifact import Tensors, read_tensors
 from upriver.runtime.cost import SUM
 from upriver.runtime.plan import held_out_tokens

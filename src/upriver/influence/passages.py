@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from upriver.influence.job import Job
 from upriver.influence.queries import Measured, measurements
 from upriver.influence.rescore import Pairs, Rescored, spurious
 from upriver.influence.results import Sides, TopRow, sides
 from upriver.influence.scan import Scanned
-from upriver.influence.solve import Job
 from upriver.model.capture import frozen
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel

@@ -15,9 +15,10 @@ from torch.func import jvp
 from upriver.curvature.base import Grads
 from upriver.curvature.products import Tracked
 from upriver.errors import ModelError
+from upriver.influence.job import Job
 from upriver.influence.queries import query_chunks
 from upriver.influence.score import by_dense
-from upriver.influence.solve import Job, full
+from upriver.influence.solve import full
 from upriver.model.layers import Layer
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from upriver.errors import NumericalError
+from upriver.influence.job import Job
 from upriver.influence.score import Route, Score, route
-from upriver.influence.solve import Job, read_solved
+from upriver.influence.solve import read_solved
 from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import Tensors, read_tensor
 from upriver.runtime.cost import HANDED, SUM, Asked

@@ -11,90 +11,26 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from upriver.curvature.base import Curvature, Damping, Grads, Moments, compress
-from upriver.curvature.blocks import BlockCurvature
-from upriver.curvature.factors import Factors
+from upriver.curvature.base import Damping, Grads, compress
 from upriver.errors import ConfigError, NumericalError
-from upriver.influence.queries import Measured, dense, query_chunks, token_gradients
+from upriver.influence.job import Job
+from upriver.influence.queries import dense, query_chunks, token_gradients
 from upriver.kernels import side_by_side
 from upriver.model.layers import Layer
-from upriver.model.load import Model
-from upriver.runtime.artifact import Artifact, Tensors, opened, read_tensor
-from upriver.runtime.config import PLAIN_GRADIENTS, TraceOptions
+from upriver.runtime.artifact import Tensors, opened, read_tensor
 from upriver.runtime.cost import SUM
-from upriver.runtime.divide import Division
-from upriver.runtime.progress import Progress, show_bytes, silent
+from upriver.runtime.progress import show_bytes, silent
 from upriver.runtime.units import each
 from upriver.tensors import LowRank
-from upriver.text.batch import Sequences
 
 VECTORS = 8  # that an iterative solver holds for each query: solution, residual, direction, products
 STATS = "stats"  # in a file of solutions: what the solver says of them, as JSON in bytes
-
-
-class Job(NamedTuple):
-    """What one trace works on, decided before it starts."""
-
-    stage: Artifact
-    model: Model
-    layers: list[Layer]
-    data: Sequences
-    queries: Measured
-    factors: Factors | None
-    rows: np.ndarray  # the sequences that are scored
-    opts: TraceOptions
-    progress: Progress
-    division: Division
-    curvature: Curvature
-    weight: float = 1.0  # of what is solved: a checkpoint's learning rate
-    part: str = ""  # of the folder: a checkpoint
-
-    @property
-    def dampings(self) -> list[Damping]:
-        undamped = self.opts.curvature in PLAIN_GRADIENTS
-        return [Damping(0.0, False)] if undamped else [Damping.parse(text) for text in self.opts.dampings]
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns of the results: a query each, and again for every further damping, as ``ID@0.01x``."""
-        further = self.opts.dampings[1:] if len(self.dampings) > 1 else []
-        return [*self.queries.ids, *(f"{name}@{text}" for text in further for name in self.queries.ids)]
-
-    @property
-    def n_train(self) -> int | None:
-        """What turns a raw score into nats: the sequences that the factors were fitted for; None for gradient dot products."""
-        if self.opts.curvature in PLAIN_GRADIENTS:
-            return None
-        return self.factors.manifest["n_train"] if self.factors else len(self.data)
-
-    @property
-    def rank(self) -> int | None:
-        return rank_within(self.layers, self.opts)
-
-    @property
-    def by_layer(self) -> BlockCurvature | None:
-        """The curvature, where each layer is solved by itself, and so cheaply that it is done again for the second look."""
-        return self.curvature if isinstance(self.curvature, BlockCurvature) else None
-
-    def open(self, name: str, **how: Any) -> Artifact:
-        """Open an inner stage; one that was begun with another division of the work is begun again."""
-        path, kind = self.stage.path / name.split("/")[0] / self.part, name.split("/")[0]
-        return Artifact.open(path / name.partition("/")[2], kind, self.stage.key | {"split": how}, overwrite=True)
-
-    def metric(self, name: str) -> Moments | None:
-        """The second moments in which a layer's solutions are compressed; None where nothing was fitted."""
-        return self.factors.moments(name).to(self.model.like) if self.factors else None
-
-
-def rank_within(layers: list[Layer], opts: TraceOptions) -> int | None:
-    """The rank asked for, or the highest that a layer can have; None: full."""
-    return None if opts.rank == "full" else min(opts.rank, max(min(x.O, x.I) for x in layers))
 
 
 def solve(job: Job) -> list[Path]:

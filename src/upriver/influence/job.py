@@ -1,0 +1,176 @@
+"""What a trace works on: what it was given, with what is not named taken from the factors, and its work, once it is divided."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from upriver.curvature.base import Curvature, Damping, Moments
+from upriver.curvature.blocks import BlockCurvature
+from upriver.curvature.choose import needs_factors, solver
+from upriver.curvature.factors import Factors
+from upriver.errors import ConfigError, MismatchError
+from upriver.influence.queries import Measured
+from upriver.model.check import tracked_layers
+from upriver.model.layers import Layer
+from upriver.model.load import Model, load_model
+from upriver.runtime.artifact import Artifact
+from upriver.runtime.config import PLAIN_GRADIENTS, TraceOptions
+from upriver.runtime.divide import Division
+from upriver.runtime.progress import Progress, Say
+from upriver.text.batch import Sequences
+
+PRODUCT_TOKENS, MOST_ROOM = 1024, 1 << 30  # of a batch in which products are fastest; bytes that its vectors take
+Checkpoint = tuple[str | Path | Model, float]  # a model as it was in training, and its learning rate there
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a trace was given, once it has been checked."""
+
+    model: Model
+    data: Sequences
+    queries: Measured
+    factors: Factors | None
+    opts: TraceOptions  # with what is not named taken from the factors
+    checkpoints: Sequence[Checkpoint]
+    progress: Progress
+    say: Say
+
+    @property
+    def exact(self) -> str:
+        """The type in which queries are solved and the top is looked at again."""
+        fitted = self.factors.options.dtype if self.factors else self.opts.dtype
+        return "float64" if "float64" in (fitted, self.opts.dtype) else "float32"
+
+    @property
+    def sample(self) -> np.ndarray:
+        """The sequences that a matrix-free solver goes over: those of the fit, or some of as many tokens as are asked for."""
+        fitted = (
+            self.factors.manifest["fit"]["tokens"] if self.factors else int(self.data.lengths_N.sum(dtype=np.int64))
+        )
+        return self.data.sample(self.opts.refine_tokens or fitted, self.opts.seed or 0)
+
+
+class Job(NamedTuple):
+    """What one trace works on, decided before it starts."""
+
+    stage: Artifact
+    model: Model
+    layers: list[Layer]
+    data: Sequences
+    queries: Measured
+    factors: Factors | None
+    rows: np.ndarray  # the sequences that are scored
+    opts: TraceOptions
+    progress: Progress
+    division: Division
+    curvature: Curvature
+    weight: float = 1.0  # of what is solved: a checkpoint's learning rate
+    part: str = ""  # of the folder: a checkpoint
+
+    @property
+    def dampings(self) -> list[Damping]:
+        undamped = self.opts.curvature in PLAIN_GRADIENTS
+        return [Damping(0.0, False)] if undamped else [Damping.parse(text) for text in self.opts.dampings]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the results: a query each, and again for every further damping, as ``ID@0.01x``."""
+        further = self.opts.dampings[1:] if len(self.dampings) > 1 else []
+        return [*self.queries.ids, *(f"{name}@{text}" for text in further for name in self.queries.ids)]
+
+    @property
+    def n_train(self) -> int | None:
+        """What turns a raw score into nats: the sequences that the factors were fitted for; None for gradient dot products."""
+        if self.opts.curvature in PLAIN_GRADIENTS:
+            return None
+        return self.factors.manifest["n_train"] if self.factors else len(self.data)
+
+    @property
+    def rank(self) -> int | None:
+        return rank_within(self.layers, self.opts)
+
+    @property
+    def by_layer(self) -> BlockCurvature | None:
+        """The curvature, where each layer is solved by itself, and so cheaply that it is done again for the second look."""
+        return self.curvature if isinstance(self.curvature, BlockCurvature) else None
+
+    def open(self, name: str, **how: Any) -> Artifact:
+        """Open an inner stage; one that was begun with another division of the work is begun again."""
+        path, kind = self.stage.path / name.split("/")[0] / self.part, name.split("/")[0]
+        return Artifact.open(path / name.partition("/")[2], kind, self.stage.key | {"split": how}, overwrite=True)
+
+    def metric(self, name: str) -> Moments | None:
+        """The second moments in which a layer's solutions are compressed; None where nothing was fitted."""
+        return self.factors.moments(name).to(self.model.like) if self.factors else None
+
+
+def rank_within(layers: list[Layer], opts: TraceOptions) -> int | None:
+    """The rank asked for, or the highest that a layer can have; None: full."""
+    return None if opts.rank == "full" else min(opts.rank, max(min(x.O, x.I) for x in layers))
+
+
+def settled_options(
+    opts: TraceOptions, model: Model, factors: Factors | None, checkpoints: Sequence[Checkpoint]
+) -> TraceOptions:
+    """The options with what they do not name, and nothing among them that would be passed over."""
+    kind = opts.curvature
+    if factors is None and (needs_factors(kind) or (opts.refine and kind == "ekfac")):
+        raise ConfigError(f"curvature {kind!r} needs factors: got none; make them with upriver fit, and give --factors")
+    if (kind == "tracincp") != bool(checkpoints):
+        raise ConfigError(
+            f"checkpoints go with the curvature tracincp, and it with them: got curvature {kind!r} and {len(checkpoints)} "
+            "checkpoints; give --curvature tracincp --checkpoints FOLDER=RATE,FOLDER=RATE"
+        )
+    if kind in PLAIN_GRADIENTS and (len(opts.dampings) > 1 or opts.refine):
+        raise ConfigError(
+            f"curvature {kind!r} inverts nothing: got --damping {opts.damping} and --refine {opts.refine}"
+        )
+    told = factors.options if factors else None
+    if told and opts.layers not in (None, told.layers):
+        raise MismatchError(
+            f"the factors were fitted for other layers: got --layers {opts.layers!r} now, {told.layers!r} then; leave it out"
+        )
+    own = str(model.dtype).removeprefix("torch.")
+    missing = {
+        "layers": opts.layers or (told.layers if told else "mlp"),
+        "dtype": opts.dtype or (told.dtype if told else own),
+        "seed": opts.seed if opts.seed is not None else (told.seed if told else 0),
+    }
+    return opts.model_copy(update=missing)
+
+
+def loaded(which: str | Path | Model, like: Model) -> Model:
+    """A checkpoint: as it was given, or read from its folder."""
+    return which if isinstance(which, Model) else load_model(which, device=str(like.device))
+
+
+def chosen_solver(model: Model, layers: list[Layer], asked: Given, division: Division) -> Curvature:
+    """The solver that was asked for; one that goes over all layers at once has half of the room that is left for its products."""
+    opts = asked.opts
+    kind = "identity" if opts.curvature == "tracincp" else opts.curvature
+    how = {"refine": opts.refine, "rank": opts.solver_rank, "steps": opts.solver_steps, "seed": opts.seed}
+    given = {name: value for name, value in how.items() if value is not None}
+    given |= {"batch_tokens": min(PRODUCT_TOKENS, opts.batch_tokens)}
+    given |= {"memory_bytes": min(MOST_ROOM, division.room("queries") // 2)}
+    return solver(kind, model, layers, asked.data, asked.sample, asked.factors, **given)
+
+
+def jobs(first: Job, asked: Given) -> Iterator[Job]:
+    """The work on the model, or on each checkpoint, whose scores add up."""
+    for number, (which, weight) in enumerate(asked.checkpoints or [(asked.model, 1.0)]):
+        with loaded(which, asked.model).computing_in(asked.exact) as exact:
+            if exact is first.model:
+                yield first
+                continue
+            layers = tracked_layers(exact, asked.data, str(asked.opts.layers))
+            if [x[2:] for x in layers] != [x[2:] for x in first.layers]:
+                raise ConfigError(
+                    f"checkpoint {number + 1} has other layers than the model; give one of the same architecture"
+                )
+            part = f"checkpoint-{number}" if asked.checkpoints else ""
+            chosen = chosen_solver(exact, layers, asked, first.division)
+            yield first._replace(model=exact, layers=layers, curvature=chosen, weight=weight, part=part)
