@@ -24,6 +24,7 @@ from upriver.curvature.consumers import FIT_PROBES
 from upriver.curvature.fit import fit
 from upriver.errors import ConfigError, ModelError
 from upriver.influence.forecast import divide, plan_model, scan_probe
+from upriver.influence.job import Given
 from upriver.influence.queries import weighted_measurement
 from upriver.kernels import add_second_moment
 from upriver.model.capture import capture
@@ -47,7 +48,7 @@ from upriver.runtime.divide import (
 )
 from upriver.runtime.hardware import Machine, Rates, hardware
 from upriver.runtime.plan import Request, describe, parse_sizes, plan_run, request_for
-from upriver.runtime.progress import show_bytes, show_flop
+from upriver.runtime.progress import show_bytes, show_flop, silent
 from upriver.runtime.system import available_memory, peak_memory, resident_memory, start_seconds
 from upriver.tensors import rotated_gradients
 
@@ -209,6 +210,9 @@ jobs = st.builds(
     cores=st.integers(1, 8),
     sequences=st.integers(0, 300),
     copy=st.integers(0, 10**8),
+    exact=st.sampled_from(["float32", "bfloat16"]),
+    widened=st.integers(0, 10**8),
+    accelerator=st.booleans(),
 )
 
 
@@ -244,10 +248,11 @@ def test_a_fit_keeps_its_limit_or_says_what_would_do(shape, job):
 def test_a_trace_keeps_its_limit_or_says_what_would_do(shape, job, asked):
     split, job = kept(lambda job: divide_trace(shape, asked, job), job)
     assert max(split.peak.values()) <= job.limit
-    assert [i for group in split.groups["scan"] for i in group] == list(range(len(shape.layers)))
     for group in split.groups["scan"]:
         some = [shape.layers[i] for i in group]
         assert scan_held(some, asked, job, split.batch_tokens, split.scan_room).held <= job.free
+    for name in ("queries", "scan", "rescore"):
+        assert [i for group in split.groups[name] for i in group] == list(range(len(shape.layers)))
     assert job.longest <= split.batch_tokens
 
 
@@ -441,7 +446,7 @@ def test_a_run_is_planned_as_it_has_divided_its_work():
     assert (plan.fit, plan.limit, plan.trace) == (division, 3 * 10**9, None)
     assert {p.name: p.peak for p in plan.passes} == division.peak
     opts = TraceOptions(batch_tokens=30, memory="3GB", dtype="float64")
-    traced = divide(c.model, layers, c.data, c.queries, opts, None, print)
+    traced = divide(Given(c.model, c.data, c.queries, None, opts, (), silent, print), layers, None)
     plan = planned("neox", traced, fit=False, queries=3, scan_dtype="float64")
     assert (plan.fit, plan.trace) == (None, traced)
     assert {p.name: p.peak for p in plan.passes if p.name in TRACE} == traced.peak
@@ -499,7 +504,7 @@ def test_queries_longer_than_every_passage_are_counted_by_what_they_keep_themsel
         model.module, layers, 400, lambda: weighted_measurement(model, queries.batch([1])).requires_grad_()
     ).held
     opts = TraceOptions(batch_tokens=16, memory="3GB", dtype="float32")
-    split = divide(model, layers, corpus, queries, opts, None, print)
+    split = divide(Given(model, corpus, queries, None, opts, (), silent, print), layers, None)
     assert split.peak["queries"] - memory_budget(model, corpus, 16, "3GB").fixed - SLACK > 0.9 * kept
     assert kept > 10 * 400 * model_shape(model, layers, corpus).activation
 

@@ -10,7 +10,7 @@ from upriver.curvature.diagonal import fit_diagonal
 from upriver.curvature.factors import Factors
 from upriver.errors import ConfigError, QueryError
 from upriver.influence.forecast import divide, request, scan_probe
-from upriver.influence.job import Checkpoint, Given, Job, chosen_solver, jobs, loaded, settled_options
+from upriver.influence.job import Checkpoint, Given, Job, exactly, jobs, loaded, settled_options
 from upriver.influence.judge import judge
 from upriver.influence.passages import answers, manifest, ranked, top_rows
 from upriver.influence.queries import Measured
@@ -21,7 +21,7 @@ from upriver.influence.solve import solve
 from upriver.model.check import check_length, tracked_layers
 from upriver.model.fingerprint import measured_by
 from upriver.model.layers import Coverage, coverage
-from upriver.model.load import Model
+from upriver.model.model import Model
 from upriver.model.planned import announce, division_file, plan_here
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
@@ -97,7 +97,8 @@ def trace(
             say(f"scores: {out} is complete and was made from the same inputs; used as it is")
             say(f"layers: {Coverage.of(stage.manifest['coverage']).line()}")
         else:
-            _run(stage, asked)
+            with model.task_kept():
+                _run(stage, asked)
             work_ended()
     return Scores(out)
 
@@ -124,17 +125,16 @@ def _run(stage: Artifact, asked: Given) -> None:
     seen = int(np.asarray(data.lengths_N)[asked.sample].sum(dtype=np.int64))
     wanted_of = request(data, rows, asked.queries, opts, job.layers, seen)
     probes = {"scan": scan_probe(wanted_of.asked)}
-    announce(say, lambda: plan_here(job.model, job.layers, data, wanted_of, probes, job.division))
+    announce(say, lambda: plan_here(asked.model, job.layers, data, wanted_of, probes, job.division))
     parts: list[Part] = []
     for each_job in jobs(job, asked):
-        with times("queries"):
-            solved = solve(each_job)
+        with times("queries"), exactly(each_job, asked) as solving:
+            solved = solve(solving)
             give_back()
         with times("scan"), each_job.model.computing_in(str(opts.dtype)) as computing:
-            scanning = each_job
-            if computing is not each_job.model:
-                scanning = each_job._replace(model=computing, layers=tracked_layers(computing, data, str(opts.layers)))
-            parts += scan(scanning, solved, say)
+            own = computing.module is each_job.model.module
+            layers = each_job.layers if own else tracked_layers(computing, data, str(opts.layers))
+            parts += scan(each_job._replace(model=computing, layers=layers), solved, say)
             give_back()
     scanned = Scanned(scan_units(job), parts, len(job.columns), len(job.layers) if opts.layer_scores else None)
     ends, sample = scanned.extremes(opts.top, len(asked.queries)), scanned.random_rows(int(opts.seed or 0))
@@ -142,11 +142,12 @@ def _run(stage: Artifact, asked: Given) -> None:
     looked: list[list[Pairs]] = []
     judged: list[dict[str, Any]] = []
     for each_job in jobs(job, asked):
-        with times("rescore"):
-            looked.append(rescore_top(each_job, wanted))
-        with times("judging"):
-            judged = judge(each_job, asked.sample, say) if not asked.checkpoints else [{"converged": True}] * len(ends)
-    pairs = [Pairs(some[0].queries, [p.paths[0] for p in some]) for some in zip(*looked, strict=True)]
+        with exactly(each_job, asked) as looking:
+            with times("rescore"):
+                looked.append(rescore_top(looking, wanted))
+            with times("judging"):
+                judged = [{"converged": True}] * len(ends) if asked.checkpoints else judge(looking, asked.sample, say)
+    pairs = [Pairs(some[0].queries, [part for p in some for part in p.parts]) for some in zip(*looked, strict=True)]
 
     def publish() -> None:
         """Write the results; the manifest last."""
@@ -159,19 +160,16 @@ def _run(stage: Artifact, asked: Given) -> None:
         stage.finish(manifest(job, found, kept, cover, judged, str(opts.dtype), times))
         _tidy(stage.path)
 
-    with asked.model.computing_in(asked.exact):  # what a task notes on the way is not its own
+    with exactly(job, asked) as job:
         dist.on_first(publish)
 
 
 def _first(stage: Artifact, asked: Given, rows: np.ndarray) -> Job:
     """The work on the model itself, divided so that it stays within the memory."""
-    data, queries, opts = asked.data, asked.queries, asked.opts
-    with asked.model.computing_in(asked.exact) as exact:
-        layers = tracked_layers(exact, data, str(opts.layers))
-        division = divide(exact, layers, data, queries, opts, stage.path, asked.say)
-        chosen = chosen_solver(exact, layers, asked, division)
-        given = (exact, layers, data, queries, asked.factors, rows, opts, asked.progress, division, chosen)
-        return Job(stage, *given)
+    layers = tracked_layers(asked.model, asked.data, str(asked.opts.layers))
+    division = divide(asked, layers, stage.path)
+    given = (asked.model, layers, asked.data, asked.queries, asked.factors, rows, asked.opts, asked.progress)
+    return Job(stage, *given, division)
 
 
 def _coverage(job: Job) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from upriver.curvature.products import Kind, Products
 from upriver.curvature.spectral import Spectral
 from upriver.errors import ConfigError
 from upriver.model.layers import Layer
-from upriver.model.load import Model
+from upriver.model.model import Model
 from upriver.text.batch import Sequences
 
 BLOCKS = ("ekfac", "kfac", "diagonal", "identity")

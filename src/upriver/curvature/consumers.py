@@ -16,7 +16,7 @@ from upriver.curvature.base import Damping
 from upriver.curvature.blocks import Moments
 from upriver.kernels import add_second_moment, aligned
 from upriver.model.layers import Layer
-from upriver.model.load import Model
+from upriver.model.model import Model
 from upriver.model.planned import Probe
 from upriver.model.sweep import Consumer, Source, sweep
 from upriver.runtime.artifact import Tensors, read_tensor

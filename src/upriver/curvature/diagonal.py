@@ -5,7 +5,7 @@ from pathlib import Path
 from upriver.curvature.consumers import Correction
 from upriver.curvature.factors import Factors, write_lam
 from upriver.curvature.fit import prepared, summed
-from upriver.model.load import Model
+from upriver.model.model import Model
 from upriver.model.planned import division_file
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, discard, locked

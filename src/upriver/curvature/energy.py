@@ -17,7 +17,7 @@ from torch.func import jvp, vmap
 from upriver.curvature.base import Grads
 from upriver.curvature.products import Tracked
 from upriver.model.layers import Layer
-from upriver.model.load import Model
+from upriver.model.model import Model
 from upriver.text.batch import Sequences
 
 

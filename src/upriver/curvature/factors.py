@@ -17,7 +17,7 @@ from torch import Tensor
 from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
 from upriver.errors import ConfigError, InputError, MismatchError, NumericalError
 from upriver.model.layers import Layer
-from upriver.model.load import Model
+from upriver.model.model import Model
 from upriver.runtime.artifact import FitManifest, Tensors, opened, read_head, read_json, read_tensor, write_stream
 from upriver.runtime.config import CONVENTIONS, CURVATURES, FitOptions
 from upriver.runtime.cost import LayerSize, Sized

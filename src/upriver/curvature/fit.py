@@ -24,7 +24,7 @@ from upriver.curvature.rounds import convergence, doublings, rounds
 from upriver.kernels import one_core_each
 from upriver.model.check import check_length, check_loss, tracked_layers
 from upriver.model.layers import Coverage, Layer, coverage
-from upriver.model.load import Model
+from upriver.model.model import Model
 from upriver.model.planned import announce, division_file, memory_budget, plan_here, settled
 from upriver.model.shape import model_shape
 from upriver.model.sweep import Consumer, Labels, Source, sweep

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from upriver.curvature.base import Grads
 from upriver.model.capture import frozen
 from upriver.model.layers import Layer, weight_gradient_as_stored
-from upriver.model.load import Model
+from upriver.model.model import Model
 from upriver.text.batch import Batch, Sequences
 
 Kind = Literal["gauss-newton", "hessian"]

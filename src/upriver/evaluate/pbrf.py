@@ -21,8 +21,8 @@ from upriver.curvature.products import Tracked
 from upriver.errors import ConfigError
 from upriver.influence.queries import Measured, measurements
 from upriver.model.layers import Layer
-from upriver.model.load import Model
 from upriver.model.losses import Task
+from upriver.model.model import Model
 from upriver.text.batch import Batch, Sequences
 
 NEWTON_STEPS, HALVINGS = 50, 30

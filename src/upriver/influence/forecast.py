@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
+from upriver.curvature.choose import BLOCKS
 from upriver.curvature.consumers import FIT_PROBES
-from upriver.influence.job import rank_within
+from upriver.errors import ConfigError
+from upriver.influence.job import Given, rank_within
 from upriver.influence.queries import Measured, weighted_measurement
 from upriver.influence.score import Score, route
 from upriver.model.check import tracked_layers
 from upriver.model.layers import Layer
-from upriver.model.load import Model
+from upriver.model.model import Model
 from upriver.model.planned import Probe, memory_budget, plan_config, plan_here, settled
 from upriver.model.shape import batch_shape, model_shape
 from upriver.model.sweep import Consumer, Source
@@ -20,21 +22,15 @@ from upriver.runtime.cost import Asked, contraction, orders
 from upriver.runtime.divide import Division, divide_trace
 from upriver.runtime.hardware import hardware
 from upriver.runtime.plan import Plan, Request, held_out_tokens, plan_run, request_for
-from upriver.runtime.progress import Say
 from upriver.tensors import LowRank, on_cpu
 from upriver.text.batch import Sequences
 
 
-def divide(
-    model: Model,
-    layers: list[Layer],
-    data: Sequences,
-    queries: Measured,
-    opts: TraceOptions,
-    folder: Path | None,
-    say: Say,
-) -> Division:
-    """How a trace divides its work so that it stays within the memory.
+def divide(asked: Given, layers: list[Layer], folder: Path | None) -> Division:
+    """How a trace divides its work so that it stays within the memory, and in which type it looks again at the top.
+
+    Where the model does not fit in float32, its queries and the second look are left in the type of the scan, which only
+    solvers that go layer by layer can do with.
 
     Args:
         folder: of the trace, which may have begun with a division; None: a new one.
@@ -42,15 +38,27 @@ def divide(
     Raises:
         ConfigError: the memory is too small.
     """
-    dtype = str(opts.dtype)
-    shape, longest = model_shape(model, layers, data, [dtype]), int(np.argmax(queries.lengths))
+    model, data, queries, opts, scan = asked.model, asked.data, asked.queries, asked.opts, str(asked.opts.dtype)
+    shape, longest = model_shape(model, layers, data, [scan]), int(np.argmax(queries.lengths))
     if queries.lengths[longest] > np.max(data.lengths_N):  # which keeps more than any sequence
-        asked = batch_shape(model, layers, queries.batch([longest]), lambda b: weighted_measurement(model, b))
-        shape = shape._replace(activation=max(shape.activation, asked.activation))
+        long = batch_shape(model, layers, queries.batch([longest]), lambda b: weighted_measurement(model, b))
+        shape = shape._replace(activation=max(shape.activation, long.activation))
     columns = len(queries) * len(opts.dampings)
     wanted = Asked(columns, int(np.max(queries.lengths)), rank_within(layers, opts), opts.layer_scores)
-    made = divide_trace(shape, wanted, memory_budget(model, data, opts.batch_tokens, opts.memory, dtype))
-    return settled(folder, made, model.device, say) if folder else made
+    by_layer = opts.curvature in (*BLOCKS, "tracincp") and not opts.refine
+    rougher = [scan] if scan == "bfloat16" and asked.exact == "float32" and by_layer else []
+    for exact in (asked.exact, *rougher):
+        budget = memory_budget(model, data, opts.batch_tokens, opts.memory, scan, exact)
+        try:
+            made = divide_trace(shape, wanted, budget)
+            break
+        except ConfigError:
+            if exact == [asked.exact, *rougher][-1]:
+                raise
+    found = settled(folder, made, model.device, asked.say) if folder else made
+    if found.exact != asked.exact:
+        asked.say(f"memory: the model does not fit in {asked.exact}: questions and the top are in {found.exact} too")
+    return found
 
 
 def request(

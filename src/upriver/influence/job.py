@@ -1,11 +1,13 @@
 """What a trace works on: what it was given, with what is not named taken from the factors, and its work, once it is divided."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from upriver.curvature.base import Curvature, Damping, Moments
 from upriver.curvature.blocks import BlockCurvature
@@ -38,10 +40,11 @@ class Given:
     checkpoints: Sequence[Checkpoint]
     progress: Progress
     say: Say
+    solvers: dict[str, Curvature] = field(default_factory=dict)  # by part, each made when it is first needed
 
     @property
     def exact(self) -> str:
-        """The type in which queries are solved and the top is looked at again."""
+        """The type in which queries are solved and the top is looked at again, where the model fits in it."""
         fitted = self.factors.options.dtype if self.factors else self.opts.dtype
         return "float64" if "float64" in (fitted, self.opts.dtype) else "float32"
 
@@ -67,7 +70,7 @@ class Job(NamedTuple):
     opts: TraceOptions
     progress: Progress
     division: Division
-    curvature: Curvature
+    curvature: Curvature | None = None  # of the model in its exact type
     weight: float = 1.0  # of what is solved: a checkpoint's learning rate
     part: str = ""  # of the folder: a checkpoint
 
@@ -102,6 +105,10 @@ class Job(NamedTuple):
         """Open an inner stage; one that was begun with another division of the work is begun again."""
         path, kind = self.stage.path / name.split("/")[0] / self.part, name.split("/")[0]
         return Artifact.open(path / name.partition("/")[2], kind, self.stage.key | {"split": how}, overwrite=True)
+
+    def groups(self, name: str) -> list[list[Layer]]:
+        """The layers that go through a pass together, each time that it is made."""
+        return [[self.layers[i] for i in group] for group in self.division.groups[name]]
 
     def metric(self, name: str) -> Moments | None:
         """The second moments in which a layer's solutions are compressed; None where nothing was fitted."""
@@ -145,7 +152,9 @@ def settled_options(
 
 def loaded(which: str | Path | Model, like: Model) -> Model:
     """A checkpoint: as it was given, or read from its folder."""
-    return which if isinstance(which, Model) else load_model(which, device=str(like.device))
+    if isinstance(which, Model):
+        return which
+    return load_model(which, str(like.dtype).removeprefix("torch."), str(like.device))
 
 
 def chosen_solver(model: Model, layers: list[Layer], asked: Given, division: Division) -> Curvature:
@@ -162,15 +171,25 @@ def chosen_solver(model: Model, layers: list[Layer], asked: Given, division: Div
 def jobs(first: Job, asked: Given) -> Iterator[Job]:
     """The work on the model, or on each checkpoint, whose scores add up."""
     for number, (which, weight) in enumerate(asked.checkpoints or [(asked.model, 1.0)]):
-        with loaded(which, asked.model).computing_in(asked.exact) as exact:
-            if exact is first.model:
-                yield first
-                continue
-            layers = tracked_layers(exact, asked.data, str(asked.opts.layers))
-            if [x[2:] for x in layers] != [x[2:] for x in first.layers]:
-                raise ConfigError(
-                    f"checkpoint {number + 1} has other layers than the model; give one of the same architecture"
-                )
-            part = f"checkpoint-{number}" if asked.checkpoints else ""
-            chosen = chosen_solver(exact, layers, asked, first.division)
-            yield first._replace(model=exact, layers=layers, curvature=chosen, weight=weight, part=part)
+        model, layers = loaded(which, asked.model), first.layers
+        if model is not asked.model:
+            layers = tracked_layers(model, asked.data, str(asked.opts.layers))
+        if [x[2:] for x in layers] != [x[2:] for x in first.layers]:
+            raise ConfigError(
+                f"checkpoint {number + 1} has other layers than the model; give one of the same architecture"
+            )
+        part = f"checkpoint-{number}" if asked.checkpoints else ""
+        yield first._replace(model=model, layers=layers, weight=weight, part=part)
+
+
+@contextmanager
+def exactly(job: Job, asked: Given) -> Iterator[Job]:
+    """A job in the type of queries and of the second look, with its solver; what layers saw is summed in float32 at least."""
+    dtype = job.division.exact
+    with job.model.computing_in(dtype, handed=torch.float32 if dtype == "bfloat16" else None) as model:
+        own = model.module is job.model.module
+        layers = job.layers if own else tracked_layers(model, asked.data, str(asked.opts.layers))
+        chosen = asked.solvers.get(job.part) or chosen_solver(model, layers, asked, job.division)
+        if own:
+            asked.solvers[job.part] = chosen
+        yield job._replace(model=model, layers=layers, curvature=chosen)

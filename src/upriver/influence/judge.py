@@ -43,6 +43,9 @@ def judge(job: Job, seen: np.ndarray, say: Say) -> list[dict[str, Any]]:
         if job.opts.held_out != 0:
             say("held-out energy: not measured, since the solver went over every sequence of the corpus")
         return entries
+    if job.division.exact == "bfloat16":
+        say("held-out energy: not measured, since the model does not fit in float32")
+        return entries
     room = job.division.room("rescore")
     each_bytes = SETS * SUM * sum(x.O * x.I for x in job.layers)
     at_once = min(len(job.queries), room // 2 // each_bytes)
@@ -61,6 +64,7 @@ def judge(job: Job, seen: np.ndarray, say: Say) -> list[dict[str, Any]]:
             how = {"memory_bytes": min(room - at_once * each_bytes, MOST_ROOM), "advance": advance}
             batch_tokens = min(BATCH_TOKENS, job.division.batch_tokens)
             along = energy.held_out(job.model, job.layers, job.data, rows, [v, q], batch_tokens, **how)
+            assert job.curvature is not None
             lambdas = job.curvature.lambdas(job.dampings[0])
             pairs = {
                 "solution": energy.judge(q, v, along[0], lambdas),

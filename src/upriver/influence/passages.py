@@ -15,8 +15,8 @@ from upriver.influence.rescore import Pairs, Rescored, spurious
 from upriver.influence.results import Sides, TopRow, sides
 from upriver.influence.scan import Scanned
 from upriver.model.capture import frozen
-from upriver.model.load import Model
 from upriver.model.losses import LanguageModel
+from upriver.model.model import Model
 from upriver.runtime.config import CONVENTIONS, MEASURED, POSITIVE
 from upriver.text.batch import Sequences
 from upriver.text.candidates import tfidf_ranks
@@ -199,6 +199,7 @@ def manifest(
             "parameters": coverage["total"],
             "dtype": fitted.dtype if fitted else str(model.dtype).removeprefix("torch."),
             "scan_dtype": scan_dtype,
+            "exact_dtype": job.division.exact,
             **model.info | {"attention": model.attention, "positions": model.positions},
         },
         "tokenizer": {"fingerprint": tokenizer_fingerprint(model.tokenizer)} if model.tokenizer else None,

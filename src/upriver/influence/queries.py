@@ -15,7 +15,7 @@ from upriver.curvature.blocks import TokenGradient
 from upriver.errors import ModelError, QueryError
 from upriver.model.capture import frozen
 from upriver.model.layers import Layer
-from upriver.model.load import Model
+from upriver.model.model import Model
 from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import digest
 from upriver.runtime.config import BATCH_TOKENS

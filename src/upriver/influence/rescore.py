@@ -20,8 +20,8 @@ from upriver.influence.queries import query_chunks
 from upriver.influence.score import by_dense
 from upriver.influence.solve import full
 from upriver.model.layers import Layer
-from upriver.model.load import Model
 from upriver.model.losses import LanguageModel
+from upriver.model.model import Model
 from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import Tensors, read_tensors
 from upriver.runtime.units import each
@@ -101,43 +101,57 @@ def rescore(
 
 
 class Pairs(NamedTuple):
-    """Some queries whose pairs have been rescored, and the files that hold them: one for each checkpoint, which add up."""
+    """Some queries whose pairs have been rescored, and the files that hold them, each with the layers that it is of.
+
+    Token scores add up over groups of layers, and over checkpoints, as those of layers do.
+    """
 
     queries: list[int]
-    paths: list[Path]
+    parts: list[tuple[Path, slice]]
 
     def read(self) -> Rescored:
-        parts = [read_tensors(path) for path in self.paths]
-        rows_P, queries_P = parts[0]["rows_P"].numpy(), parts[0]["queries_P"].numpy()
-        tokens_PT, layers_PL = (torch.stack([part[x] for part in parts]).sum(0) for x in ("tokens_PT", "layers_PL"))
-        return Rescored(rows_P, queries_P, tokens_PT, layers_PL)
+        tokens_PT, layers_PL, L = torch.zeros(1), torch.zeros(1), max(at.stop for _, at in self.parts)
+        for number, (path, at) in enumerate(self.parts):
+            part = read_tensors(path)
+            if not number:
+                tokens_PT = torch.zeros_like(part["tokens_PT"])
+                layers_PL = torch.zeros(len(part["layers_PL"]), L)
+            tokens_PT += part["tokens_PT"]
+            layers_PL[:, at] += part["layers_PL"]
+        return Rescored(part["rows_P"].numpy(), part["queries_P"].numpy(), tokens_PT, layers_PL)
 
 
 def rescore_top(job: Job, wanted: list[np.ndarray]) -> list[Pairs]:
-    """Full-rank scores of each query's wanted rows, in the model's dtype; a chunk of queries at a time."""
+    """Full-rank scores of each query's wanted rows, in the model's dtype: a chunk of queries and a group of layers at a time."""
     how = {"bytes": job.division.rescore_bytes, "batch_tokens": job.division.batch_tokens}
-    stage, chunks = job.open("rescored", **how), _chunks(job, wanted)
-    with job.progress("rescore", sum(len(rows) for rows in wanted)) as advance:
+    chunks, found = _chunks(job, wanted), []
+    for group, layers in zip(job.division.groups["rescore"], job.groups("rescore"), strict=True):
+        whole = len(layers) == len(job.layers)
+        name = "rescore" if whole else f"rescore, layers {group[0] + 1} to {group[-1] + 1}"
+        stage = job.open("rescored" if whole else f"rescored/layers-{group[0]}-{group[-1]}", **how)
+        with job.progress(name, sum(len(rows) for rows in wanted)) as advance:
 
-        def compute(unit: int) -> Tensors:
-            chunk = chunks[unit]
-            pairs: dict[int, list[int]] = {}
-            for slot, q in enumerate(chunk):
-                for row in wanted[q]:
-                    pairs.setdefault(int(row), []).append(slot)
-            found = rescore(job.model, job.layers, job.data, full(job, chunk), pairs, job.division.batch_tokens)
-            found = found._replace(queries_P=np.array(chunk)[found.queries_P])
-            advance(sum(len(wanted[q]) for q in chunk))
-            return {name: torch.as_tensor(x) for name, x in found._asdict().items()}
+            def compute(unit: int) -> Tensors:
+                chunk = chunks[unit]
+                pairs: dict[int, list[int]] = {}
+                for slot, q in enumerate(chunk):
+                    for row in wanted[q]:
+                        pairs.setdefault(int(row), []).append(slot)
+                solved = full(job, chunk, layers=layers)  # noqa: B023
+                scored = rescore(job.model, layers, job.data, solved, pairs, job.division.batch_tokens)  # noqa: B023
+                scored = scored._replace(queries_P=np.array(chunk)[scored.queries_P])
+                advance(sum(len(wanted[q]) for q in chunk))
+                return {name: torch.as_tensor(x) for name, x in scored._asdict().items()}
 
-        files = each(stage, len(chunks), compute)
-    return [Pairs(queries, [path]) for queries, path in zip(chunks, files, strict=True)]
+            found.append((each(stage, len(chunks), compute), slice(group[0], group[-1] + 1)))
+    return [Pairs(queries, [(files[i], at) for files, at in found]) for i, queries in enumerate(chunks)]
 
 
 def _chunks(job: Job, wanted: list[np.ndarray]) -> list[list[int]]:
     """Chunks of queries that fit in memory at full rank and whose sequences make about one unit of work."""
     chunks: list[list[int]] = []
-    for whole in query_chunks(job.layers, job.queries, None, job.division.rescore_bytes):
+    largest = max(job.groups("rescore"), key=lambda group: sum(x.O * x.I for x in group))
+    for whole in query_chunks(largest, job.queries, None, job.division.rescore_bytes):
         tokens = job.opts.unit_tokens + 1
         for q in whole:
             cost = int(job.data.lengths_N[wanted[q]].sum())

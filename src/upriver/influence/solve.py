@@ -64,26 +64,30 @@ def _noted(
 
 
 def _by_layer(job: Job, damping: Damping, chunk: list[int]) -> Tensors:
-    if job.rank is None:
-        return {f"v:{name}": v for name, v in full(job, chunk, damping).items()}
-    found, like, rank = (
-        token_gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens),
-        job.model.like,
-        job.rank,
-    )
-    curvature = job.by_layer
+    """Some queries, solved by as many layers together as fit in the memory; on the device is what is being worked on."""
+    out: Tensors = {}
+    for layers in job.groups("queries"):
+        if job.rank is None:
+            out |= {f"v:{name}": v.cpu() for name, v in full(job, chunk, damping, layers).items()}
+        else:
+            out |= _low_rank(job, damping, chunk, layers)
+    return out
+
+
+def _low_rank(job: Job, damping: Damping, chunk: list[int], layers: list[Layer]) -> Tensors:
+    found = token_gradients(job.model, layers, job.queries, chunk, job.division.batch_tokens)
+    curvature, like, rank = job.by_layer, job.model.like, job.rank
     assert curvature is not None
+    assert rank is not None
 
     def solve_one(x: Layer) -> Tensors:
         block = curvature.block(x.name).to(like)
         metric = block.basis or job.metric(x.name)
         low = block.solve_low_rank(found.pop(x, chunk, like), damping, min(rank, x.O, x.I), metric)
-        return {f"U:{x.name}": _finite(x.name, low.U_QOR) * job.weight, f"V:{x.name}": _finite(x.name, low.V_QRI)}
+        U_QOR, V_QRI = _finite(x.name, low.U_QOR) * job.weight, _finite(x.name, low.V_QRI)
+        return {f"U:{x.name}": U_QOR.cpu(), f"V:{x.name}": V_QRI.cpu()}
 
-    out: Tensors = {}
-    for solved in side_by_side(solve_one, job.layers, like.device):
-        out |= solved
-    return out
+    return {name: x for solved in side_by_side(solve_one, layers, like.device) for name, x in solved.items()}
 
 
 def _compressed(job: Job, solutions: list[Path], chunk: list[int]) -> Tensors:
@@ -111,6 +115,7 @@ def solutions(job: Job, number: int = 0) -> list[Path]:
     def compute(chunk: list[int]) -> Tensors:
         found = token_gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens)
         q = dict(dense(found, job.layers, chunk, job.model.like))
+        assert job.curvature is not None
         solution = job.curvature.solve(q, job.dampings[number])
         told = json.dumps({"converged": solution.converged, **solution.stats})
         out = {f"v:{name}": _finite(name, v_QOI) for name, v_QOI in solution.value.items()}
@@ -137,15 +142,16 @@ def told(job: Job) -> list[dict[str, Any]]:
     return out
 
 
-def full(job: Job, chunk: list[int], damping: Damping | None = None) -> Grads:
-    """Solutions of consecutive queries, ``[len(chunk), O, I]`` for every layer, by the first damping or a given one."""
+def full(job: Job, chunk: list[int], damping: Damping | None = None, layers: list[Layer] | None = None) -> Grads:
+    """Solutions of consecutive queries in some layers (None: all), ``[Q, O, I]`` each, by the first damping or another."""
+    layers = job.layers if layers is None else layers
     if job.by_layer is None:
         files = solutions(job)
-        found = {x.name: read_solved(files, x.name, slice(chunk[0], chunk[-1] + 1)) for x in job.layers}
+        found = {x.name: read_solved(files, x.name, slice(chunk[0], chunk[-1] + 1)) for x in layers}
         return {name: x.to(job.model.like) for name, x in found.items() if isinstance(x, Tensor)}
-    tokens, like = token_gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens), job.model.like
+    tokens, like = token_gradients(job.model, layers, job.queries, chunk, job.division.batch_tokens), job.model.like
     out: Grads = {}
-    for x in job.layers:
+    for x in layers:
         block = job.by_layer.block(x.name).to(like)
         v_QOI = block.solve_tokens(tokens.pop(x, chunk, like), damping or job.dampings[0])
         out[x.name] = _finite(x.name, v_QOI).mul_(job.weight)

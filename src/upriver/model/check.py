@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from upriver.errors import ModelError
 from upriver.model.capture import capture, frozen
 from upriver.model.layers import Layer, find_layers, probe, weight_gradient_as_stored
-from upriver.model.load import Model, check_causal
 from upriver.model.losses import LanguageModel
+from upriver.model.model import Model, check_causal
 from upriver.model.sweep import Labels
 from upriver.runtime import dist
 from upriver.text.batch import Sequences

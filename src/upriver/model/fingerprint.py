@@ -23,6 +23,12 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]+", re.IGNORECASE)  # of a function that a 
 # Told by name, as versions differ; a class of tasks that `type` makes is said to be of the module abc.
 LIBRARIES = {"upriver", "torch", "transformers", "numpy", *sys.stdlib_module_names} - {"abc"}
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+NOT_TOLD = (
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+)  # of a configuration: not what a model is, but how it is held
+NARROWER = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
 MEASUREMENT = ("measurement",)  # asks of a model and makes no other of it
 
 
@@ -41,12 +47,12 @@ def measured_by(task: Task) -> list[str]:
 
 
 def module_form(module: nn.Module) -> Any:
-    """The architecture of a module: its configuration without the version of transformers, or what it shows and how it is set;
+    """The architecture of a module: its configuration without version and type, or what it shows and how it is set;
     and the source of classes that are no installed package's."""
     config, kinds = getattr(module, "config", None), {kind for m in module.modules() for kind in type(m).__mro__}
     own = sorted((content(kind) for kind in kinds if not _installed(kind)), key=digest)
     if isinstance(config, PretrainedConfig):
-        known = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
+        known = {k: v for k, v in config.to_diff_dict().items() if k not in NOT_TOLD}
         return [known, own] if own else known
     public = {
         f"{n}.{k}": x for n, m in module.named_modules() for k, x in vars(m).items() if k[0] != "_" and k != "training"
@@ -56,13 +62,26 @@ def module_form(module: nn.Module) -> Any:
 
 
 def tensor_hash(x: Tensor) -> str:
-    """A hash of dtype, shape and content; no copy is made of what is dense and on the CPU."""
-    return _hash(x, x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    """A hash of shape and numbers, the same in every floating-point type that holds these numbers as they are.
+
+    No copy is made of what is dense, on the CPU, and in the narrowest such type.
+    """
+    flat = x.detach().cpu().contiguous().view(-1)
+    flat = flat.float() if flat.dtype == torch.float16 else flat
+    while flat.dtype in NARROWER and _fits(flat, NARROWER[flat.dtype]):
+        flat = flat.to(NARROWER[flat.dtype])
+    found = hashlib.blake2b(f"{flat.dtype}{tuple(x.shape)}".encode(), digest_size=16)
+    found.update(flat.view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
-def _hash(array: Any, held: Any) -> str:
+def _fits(flat: Tensor, narrow: torch.dtype) -> bool:
+    return all(torch.equal(part.to(narrow).to(part.dtype), part) for part in flat.split(1 << 18))
+
+
+def _array_hash(array: Any) -> str:
     found = hashlib.blake2b(f"{array.dtype}{tuple(array.shape)}".encode(), digest_size=16)
-    found.update(held)
+    found.update(array.tobytes())
     return found.hexdigest()
 
 
@@ -76,7 +95,7 @@ def content(value: Any, around: tuple[int, ...] = ()) -> Any:
         case Tensor():
             return tensor_hash(value)
         case np.ndarray() | np.generic():
-            return inner(value.tolist()) if value.dtype.hasobject else _hash(value, value.tobytes())
+            return inner(value.tolist()) if value.dtype.hasobject else _array_hash(value)
         case dict():
             return sorted(([inner(k), inner(v)] for k, v in value.items()), key=digest)
         case list() | tuple():

@@ -7,7 +7,7 @@ import torch
 
 from upriver.errors import QueryError
 from upriver.model.capture import frozen
-from upriver.model.load import Model
+from upriver.model.model import Model
 from upriver.text.queries import Queries
 
 

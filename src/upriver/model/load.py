@@ -1,145 +1,25 @@
 """Load a causal language model of ``transformers`` with its tokenizer, and refuse what would give wrong numbers."""
 
 import contextlib
-import dataclasses
-import re
+import math
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from upriver.errors import ConfigError, ModelError
-from upriver.model.capture import frozen
-from upriver.model.fingerprint import module_form, task_form, tensor_hash
-from upriver.model.losses import LanguageModel, Task
-from upriver.model.weights import converted, in_dtype, leave_files
-from upriver.runtime import dist
-from upriver.runtime.artifact import digest
-from upriver.runtime.config import MIXED, weights_in
+from upriver.model.fingerprint import tensor_hash
+from upriver.model.model import Model, check_causal, checksums, dtype_named
+from upriver.model.weights import Checkpoint, leave_files, loses, stored_dtype, weights_of
 from upriver.text.tokenise import largest_token, require_offsets
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-CHECKED = 1 << 18  # numbers of a weight that are summed at once, in float64
 PLACES = "give a folder written by save_pretrained, a .gguf file"
 MOST = 240  # characters of what another library says, in a sentence
-SWITCHING = re.compile("longrope|dynamic")  # rotary frequencies that follow the length of what is given together
-
-_CAUSAL: WeakSet[nn.Module] = WeakSet()  # found to be so, in this process
-
-
-@dataclass
-class Model:
-    """A module, what it is for, and (for a language model) its tokenizer.
-
-    Any ``torch.nn.Module`` will do: ``Model(module, task=Classification())``.
-    """
-
-    module: nn.Module
-    tokenizer: Any = None
-    task: Task = field(default_factory=LanguageModel)
-    name: str = "module"
-    info: dict[str, Any] = field(default_factory=dict)  # attention kernel, vocabulary, ... as loaded
-    handed: torch.dtype | None = None  # dtype of what passes hand on of the layers; None: that of the weights
-    _hashed: tuple[list[tuple], list[str]] | None = field(default=None, init=False, repr=False, compare=False)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
-
-    @property
-    def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.module.parameters())
-
-    @property
-    def like(self) -> Tensor:
-        """An empty tensor in the device and dtype of what passes give of the layers."""
-        return torch.empty(0, dtype=self.handed or self.dtype, device=self.device)
-
-    @property
-    def attention(self) -> str:
-        """The kernel of the module's attention as it is set now."""
-        config = getattr(self.module, "config", None)
-        return getattr(config, "_attn_implementation", None) or self.info.get("attention") or "the model's own"
-
-    @property
-    def positions(self) -> int | None:
-        """How many tokens the module takes; None where nothing says."""
-        config = text_config(self.module)
-        return getattr(config, "max_position_embeddings", None) or self.info.get("positions")
-
-    @property
-    def rotary_limit(self) -> int | None:
-        """Tokens beyond which rotary frequencies depend on the longest sequence of a batch, as in Phi-3-128k; None: never."""
-        config = text_config(self.module)
-        told = (getattr(config, name, None) for name in ("rope_parameters", "rope_scaling"))
-        given = next((x for x in told if x and isinstance(x, dict)), {})
-        own, limits = getattr(config, "original_max_position_embeddings", None), []
-        for rope in (given, *given.values()):  # one for all layers, or one for each kind
-            if isinstance(rope, dict) and SWITCHING.search(str(rope.get("rope_type", rope.get("type")))):
-                limits.append(rope.get("original_max_position_embeddings", own))
-        return min(filter(None, limits), default=None)
-
-    @property
-    def longest(self) -> int | None:
-        """Tokens of the longest sequence whose scores do not depend on its batch; None: any."""
-        return min(filter(None, (self.positions, self.rotary_limit)), default=None)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of every weight and buffer with its name, of the architecture, and of a task's loss.
-
-        Raises:
-            ModelError: the weights are divided over processes.
-        """
-        lasting = self.module.state_dict().keys()  # without what a forward pass may note for itself
-        state = dict(self.module.named_parameters()) | {n: x for n, x in self.module.named_buffers() if n in lasting}
-        if any(map(dist.sharded, state.values())):
-            raise ModelError(
-                "the model's weights are divided over processes, as by FSDP; give every process the whole model: "
-                "fit and trace divide the corpus among them"
-            )
-        sums = list(map(_checksum, state.values()))  # training on changes them
-        if self._hashed is None or self._hashed[0] != sums:
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                self._hashed = sums, list(pool.map(tensor_hash, state.values()))
-        form = [digest(module_form(self.module)), *task_form(self.task)]
-        return digest([*form, *zip(state, self._hashed[1], strict=True)])
-
-    @contextlib.contextmanager
-    def computing_in(self, dtype: str) -> Iterator["Model"]:
-        """This model with its weights in ``dtype``; a copy that lives as long as the block where that differs.
-
-        ``mixed``: the model in float32, and what its layers saw handed on in bfloat16.
-        """
-        wanted, handed = dtype_named(weights_in(dtype)), torch.bfloat16 if dtype == MIXED else None
-        module = self.module if in_dtype(self.module, wanted) else converted(self.module, wanted)
-        if self.module in _CAUSAL:
-            _CAUSAL.add(module)
-        same, noted = module is self.module and handed == self.handed, dict(vars(self.task))
-        try:
-            yield self if same else dataclasses.replace(self, module=module, handed=handed)
-        finally:  # what a task notes on the way would make another task of it
-            vars(self.task).clear()
-            vars(self.task).update(noted)
-
-
-def dtype_named(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ConfigError(f"unknown dtype: got {name!r}; one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def pick_device(name: str) -> torch.device:
@@ -158,12 +38,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", attention: str = "sdpa") -> Model:
+def load_model(path: str | Path, dtype: str | None = None, device: str = "auto", attention: str = "sdpa") -> Model:
     """A causal language model and its tokenizer, from a folder, a GGUF file, or a name on the Hugging Face hub.
 
     Args:
         path: a folder that ``save_pretrained`` wrote, a ``.gguf`` file or a folder with one, or a hub name.
-        dtype: of the weights in memory: float32 or bfloat16 (float64 for tests).
+        dtype: of the weights in memory: float32 or bfloat16 (float64 for tests); None: float32 on the CPU, on a GPU the type that
+            they are stored in (bfloat16 for float16 and where the files do not tell).
         device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
         attention: the kernel asked for; ``Model.attention`` is what the model really uses.
 
@@ -171,16 +52,22 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
         ConfigError: no such device here, or no such dtype.
         ModelError: no model there, weights missing or NaN, no fast tokenizer, or a vocabulary that does not fit.
     """
-    on, wanted = pick_device(device), dtype_named(dtype)
+    on = pick_device(device)
     place, options = _locate(str(path))
     with _quiet():
         tokenizer = _load_tokenizer(place, options)
-        module = _load_module(place, options, wanted, attention)
-    module = module.to(on).eval()
-    leave_files(module)
-    _check(module, tokenizer, str(path))
+        stored = None if options else stored_dtype(_folder(place))
+        wanted = dtype_named(dtype or _default_dtype(stored, on))
+        first = stored if stored and loses(wanted, stored) else wanted
+        module = _load_module(place, options, first, attention)
+    module = module.eval()
+    hashes = leave_files(module, wanted, on)
+    held = weights_of(module)
+    known = [hashes.get(id(x)) or tensor_hash(x) for x in held.values()] if hashes else []
+    source = Checkpoint(partial(_again, place, attention, stored), stored) if stored else None
+    model = Model(module, tokenizer, name=str(path), source=source, _hashed=(checksums(module), known))
+    _check(model, str(path))
     check_causal(module)
-    model = Model(module, tokenizer, name=str(path))
     model.info |= {
         "attention": model.attention,
         "vocabulary": int(module.get_input_embeddings().weight.shape[0]),
@@ -188,6 +75,27 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
         "architecture": type(module).__name__,
     }
     return model
+
+
+def _default_dtype(stored: torch.dtype | None, device: torch.device) -> str:
+    if device.type == "cpu":
+        return "float32"
+    return "bfloat16" if stored in (None, torch.float16) else str(stored).removeprefix("torch.")
+
+
+def _again(place: str, attention: str, dtype: torch.dtype) -> nn.Module:
+    with _quiet():
+        return _load_module(place, {}, dtype, attention)  # type: ignore[no-any-return]
+
+
+def _folder(place: str) -> Path:
+    """Where the files of a model are: of a name on the hub, what is kept of it here."""
+    from transformers.utils import cached_file
+
+    if Path(place).is_dir():
+        return Path(place)
+    found = cached_file(place, "config.json", _raise_exceptions_for_missing_entries=False)
+    return Path(found).parent if found else Path(place)
 
 
 def _locate(path: str) -> tuple[str, dict[str, Any]]:
@@ -281,65 +189,17 @@ def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attent
     return module
 
 
-def _check(module: Any, tokenizer: Any, place: str) -> None:
+def _check(model: Model, place: str) -> None:
     """Refuse weights that are no numbers, and a vocabulary that is not the tokenizer's."""
-    for name, p in module.named_parameters():
-        if not torch.isfinite(p).all():
+    for name, (_, _, held) in zip(weights_of(model.module), model._hashed[0], strict=True):
+        if not math.isfinite(held):
             raise ModelError(f"the weights hold NaN or infinity: {name!r} of {place!r}; get a sound copy of the model")
-    rows, highest = module.get_input_embeddings().weight.shape[0], largest_token(tokenizer)
+    rows, highest = model.module.get_input_embeddings().weight.shape[0], largest_token(model.tokenizer)
     if highest >= rows:
         raise ModelError(
             f"the vocabulary does not fit the tokenizer: the model embeds {rows:,} tokens, "
             f"the tokenizer numbers up to {highest:,}; use the tokenizer that the model was trained with"
         )
-
-
-def check_causal(module: Any, T: int = 8) -> None:
-    """Change the last token: in a causal model nothing before it may move, and padding on the right is then harmless.
-
-    A module is looked at once; one that does not show its input embeddings is taken at its word.
-
-    Raises:
-        ModelError: it is not causal, or predicts NaN or infinity.
-    """
-    find = getattr(module, "get_input_embeddings", None)
-    embeddings = None if find is None or module in _CAUSAL else find()
-    if embeddings is None:
-        return
-    rows, T = embeddings.weight.shape[0], min(T, getattr(text_config(module), "max_position_embeddings", None) or T)
-    tokens = torch.arange(T, device=embeddings.weight.device)[None] % rows
-    other = tokens.clone()
-    other[0, -1] = (other[0, -1] + 1) % rows
-    with frozen(module), torch.no_grad():
-        first, second = (module(input_ids=t, use_cache=False).logits[0, :-1].float() for t in (tokens, other))
-    if not torch.isfinite(first).all():
-        raise ModelError("the model's predictions hold NaN or infinity; try --dtype float32")
-    tolerance = 1e-2 if embeddings.weight.dtype == torch.bfloat16 else 1e-4  # 51 causal architectures stay below 1e-6
-    if T > 1 and (first - second).abs().max() > tolerance * first.abs().max():
-        raise ModelError(
-            "the model is not causal: a later token changes the prediction before it; give a causal language model"
-        )
-    _CAUSAL.add(module)
-
-
-def text_config(module: nn.Module) -> Any:
-    """The configuration of a module, or of its part that reads text; whatever else a module calls ``config``; or None."""
-    config = getattr(module, "config", None)
-    find = getattr(config, "get_text_config", None)
-    return config if find is None else find()
-
-
-def _checksum(x: Tensor) -> tuple[torch.dtype, torch.Size, float]:
-    """What differs when an entry does or changes its place; cheap beside a hash."""
-    places = _places(x.device)
-    sums = [part.double() @ places[: len(part)] for part in x.detach().reshape(-1).split(CHECKED)]
-    return x.dtype, x.shape, float(torch.stack(sums) @ places[: len(sums)])
-
-
-@cache
-def _places(device: torch.device) -> Tensor:
-    """A weight for each place, all of them different."""
-    return torch.arange(CHECKED, dtype=torch.float64, device=device).cos()
 
 
 def _shown(place: str, options: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from upriver.kernels import matmul, one_core_each
 from upriver.model.layers import Layer
-from upriver.model.load import Model, dtype_named
+from upriver.model.model import Model, dtype_named
 from upriver.model.shape import config_shape, model_shape
 from upriver.model.sweep import Consumer, Source, sweep
 from upriver.runtime import dist
@@ -224,12 +224,15 @@ def nothing(model: Model, layers: list[Layer], source: Source, rows: np.ndarray)
 ROOMY = 1.2  # times the planned peak under the limit: freed memory may be kept, with the holes in it
 
 
-def memory_budget(model: Model, data: Sequences, batch_tokens: int, memory: str | None, dtype: str = "") -> Budget:
+def memory_budget(
+    model: Model, data: Sequences, batch_tokens: int, memory: str | None, dtype: str = "", exact: str = ""
+) -> Budget:
     """What the division of the work depends on: on a GPU its own memory, else that of the process.
 
     Args:
         memory: a limit such as ``8GB``; None: 80 % of what is free.
-        dtype: of the passes, where it is not the model's: a copy of the weights is made for them.
+        dtype: of the passes, where it is not the model's.
+        exact: the type of queries and of the second look, likewise.
 
     Raises:
         ConfigError: not a size.
@@ -246,13 +249,14 @@ def memory_budget(model: Model, data: Sequences, batch_tokens: int, memory: str 
         fixed = resident + SEQUENCE_BYTES * len(data)
         limit = asked or default_limit(resident)
     own = str(model.dtype).removeprefix("torch.")
-    weights = weights_in(dtype or own)
-    copy = model.n_parameters * dtype_named(weights).itemsize if weights != own else 0
     cores = 1 if accelerator else torch.get_num_threads()
     most = max(map(len, data.plan(batch_tokens)))
-    # queries and the top stay in the model's type, whatever the scan is in
     widest = own if own == "float64" else dtype or own
-    return Budget(limit, fixed, batch_tokens, int(data.lengths_N.max()), widest, cores, most, copy, accelerator)
+    copies = model.more_in(dtype or own), model.more_in(exact or own)
+    longest = int(data.lengths_N.max())
+    return Budget(
+        limit, fixed, batch_tokens, longest, widest, cores, most, copies[0], exact or own, copies[1], accelerator
+    )
 
 
 def division_file(folder: Path) -> Path:

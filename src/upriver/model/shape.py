@@ -20,7 +20,7 @@ from upriver.kernels import LONGEST
 from upriver.model.capture import capture, frozen
 from upriver.model.head import hidden_states
 from upriver.model.layers import Layer, block_number, find_layers, given, layer_kind, probe, same_layers, weight_shape
-from upriver.model.load import Model, dtype_named, text_config
+from upriver.model.model import Model, dtype_named, text_config
 from upriver.runtime.cost import Block, LayerSize, Shape, lowest_block
 from upriver.text.batch import Batch, Sequences
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from upriver.model.capture import capture
 from upriver.model.layers import Layer
-from upriver.model.load import Model
 from upriver.model.losses import Sampler
+from upriver.model.model import Model
 from upriver.runtime.units import spans
 from upriver.text.batch import Batch, Sequences, plan
 

@@ -28,6 +28,7 @@ from upriver.runtime.cost import (
     largest,
     leads,
     query_size,
+    solved_size,
 )
 from upriver.runtime.progress import show_bytes
 
@@ -54,7 +55,9 @@ class Budget(NamedTuple):
     dtype: str = "float32"
     cores: int = 1
     sequences: int = 0  # most sequences of a batch; 0: all are as long as the longest
-    copy: int = 0  # of the weights, in the compute type of a scan; queries and the second look do without
+    copy: int = 0  # more bytes that the weights take in the type of a fit or a scan
+    exact: str = "float32"  # type of queries and of the second look
+    widened: int = 0  # more bytes that the weights take in that
     accelerator: bool = False  # the memory is that of a GPU
 
     @property
@@ -109,6 +112,7 @@ class Division(NamedTuple):
     solve_bytes: int = 0  # gradients (as tokens) and solutions of queries at once
     rescore_bytes: int = 0  # the same at full rank
     scan_room: int = 0  # queries as they are laid out, and batches that wait for them
+    exact: str = "float32"  # the type in which queries are solved and the top is looked at again
 
     def room(self, name: str) -> int:
         """Bytes that a pass leaves under the limit."""
@@ -182,28 +186,36 @@ def scan_held(layers: Layers, asked: Asked, budget: Budget, tokens: int, room: f
 def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
     """As few passes over the corpus as fit, in the largest batch for which they do; then as many queries at once as fit.
 
+    Queries are solved, and the top is looked at again, for as many layers together as fit with one query.
+
     Raises:
-        ConfigError: not even one query and one sequence at a time fit; the sentence says what would do.
+        ConfigError: not even one query, one layer and one sequence at a time fit; the sentence says what would do.
     """
     layers, free, full = shape.layers, budget.free, asked._replace(rank=None)
-    block = SUM * max(x.O**2 + x.I**2 + x.O * x.I for x in layers)  # bases and eigenvalues of the largest layer
 
-    def gradients(number: int, tokens: int) -> float:
+    def answered(some: Layers, q: int, tokens: int) -> float:
+        """Some queries solved in some layers; what is solved of them in the others is in the memory too, or in the host's."""
+        others = 0 if budget.accelerator else solved_size(layers, asked) - solved_size(some, asked)
+        return solve(some, asked, q, tokens) + q * others
+
+    def gradients(some: Layers, number: int, tokens: int) -> float:
         """Of the largest layer, that meet the queries at once."""
-        one = number * largest(layers)
+        one = number * largest(some)
         return max(one, min(SCORED_BYTES, budget.together(tokens) * one))
 
-    def solve(some: Asked, at_once: int, tokens: int) -> float:
-        """Some queries, and either their batch or, layer by layer, its curvature and their gradients in it."""
-        batch, dense = max(some.tokens, min(tokens, at_once * some.tokens)), SUM * largest(layers)
-        layer = block + at_once * 3 * dense if some.rank is None else SIDES * (block + 2 * dense)
-        return max(batch_size(shape, batch, "float32"), layer) + at_once * query_size(layers, some)
+    def solve(some: Layers, wanted: Asked, at_once: int, tokens: int) -> float:
+        """Some queries in some layers, and either their batch or, layer by layer, its curvature and their gradients in it."""
+        block = SUM * max(x.O**2 + x.I**2 + x.O * x.I for x in some)  # bases and eigenvalues of the largest layer
+        batch, dense = max(wanted.tokens, min(tokens, at_once * wanted.tokens)), SUM * largest(some)
+        layer = block + at_once * 3 * dense if wanted.rank is None else SIDES * (block + 2 * dense)
+        passing = max(batch_size(shape, batch, budget.exact), layer)
+        return budget.widened + passing + at_once * query_size(some, wanted)
 
-    def rescore(at_once: int, tokens: int) -> float:
+    def rescore(some: Layers, at_once: int, tokens: int) -> float:
         """Some queries at full rank, and then a batch of sequences with their gradients in a layer."""
-        work = max(gradients(SUM, tokens), SUM * tokens * shape.widest)
-        batch = batch_size(shape, tokens, "float32", work)
-        return max(solve(full, at_once, tokens), batch + at_once * query_size(layers, full))
+        work = max(gradients(some, SUM, tokens), SUM * tokens * shape.widest)
+        batch = budget.widened + batch_size(shape, tokens, budget.exact, work)
+        return max(solve(some, full, at_once, tokens), batch + at_once * query_size(some, full))
 
     def batch(tokens: int) -> float:
         """The model in its compute type, and one batch with the gradients of its sequences: all but what is held."""
@@ -211,7 +223,7 @@ def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
         products = max(budget.longest * by_token, min(SCORED_BYTES, tokens * by_token))
         kept = SUM * asked.queries * len(layers) * budget.together(tokens) if asked.layer_scores else 0
         kept = kept and 2 * max(LAYER_SCORES_BYTES, kept)
-        work = max(gradients(HANDED[budget.dtype], tokens), products)
+        work = max(gradients(layers, HANDED[budget.dtype], tokens), products)
         return budget.copy + REBUILD_BYTES + kept + batch_size(shape, tokens, budget.dtype, work)
 
     def held(room: float, tokens: int) -> Callable[[Layers], float]:
@@ -219,26 +231,36 @@ def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
 
     def least(tokens: int) -> float:
         scan = batch(tokens) + max(held(0, tokens)([x]) for x in layers)
-        return max(scan, solve(asked, 1, tokens), rescore(1, tokens))
+        return max(scan, *(max(answered([x], 1, tokens), rescore([x], 1, tokens)) for x in layers))
+
+    def at_once(most: int, together: list[list[int]], size: Callable[[Layers, int], float]) -> int:
+        """The most queries, at least one, for which each group of layers fits."""
+        some = [[layers[i] for i in group] for group in together]
+        return _most(most, free, lambda q: max(size(group, q) for group in some))
 
     budget.check("trace", least(budget.longest))
     ways = [(t, groups(layers, held(free - batch(t), t), free - batch(t))) for t in budget.halvings if least(t) <= free]
     tokens, scanned = min(ways, key=lambda way: len(way[1]))
     room = free - batch(tokens)
+    found = {
+        "scan": scanned,
+        "queries": groups(layers, lambda some: answered(some, 1, tokens), free),
+        "rescore": groups(layers, lambda some: rescore(some, 1, tokens), free),
+    }
     most = max(QUERY_BYTES, budget.limit // 4)
-    each = query_size(layers, asked), query_size(layers, full)
+    each = query_size(layers, asked), max(query_size([layers[i] for i in group], full) for group in found["rescore"])
     # but on accelerators, reading the factors again takes little of the time of multiplying a batch of tokens with them
     enough = asked.queries if budget.accelerator else min(asked.queries, -(-tokens // asked.tokens))
-    solved = _most(min(enough, most // each[0]), free, lambda q: solve(asked, q, tokens))
-    rescored = _most(min(asked.queries, most // each[1]), free, lambda q: rescore(q, tokens))
-    peak = {
-        "queries": solve(asked, solved, tokens),
-        "scan": batch(tokens) + max(held(room, tokens)([layers[i] for i in g]) for g in scanned),
-        "rescore": rescore(rescored, tokens),
+    solved = at_once(min(enough, most // each[0]), found["queries"], lambda some, q: answered(some, q, tokens))
+    rescored = at_once(min(asked.queries, most // each[1]), found["rescore"], lambda some, q: rescore(some, q, tokens))
+    sizes = {
+        "queries": lambda some: answered(some, solved, tokens),
+        "scan": lambda some: batch(tokens) + held(room, tokens)(some),
+        "rescore": lambda some: rescore(some, rescored, tokens),
     }
-    found = {"scan": scanned}
-    sizes = solved * each[0], rescored * each[1], int(min(room, 4 * DENSE_BYTES + each[0] * asked.queries))
-    return Division(tokens, found, budget.peaks(peak), budget.limit, 1, *sizes)
+    peak = {name: max(size([layers[i] for i in group]) for group in found[name]) for name, size in sizes.items()}
+    bytes_held = solved * each[0], rescored * each[1], int(min(room, 4 * DENSE_BYTES + each[0] * asked.queries))
+    return Division(tokens, found, budget.peaks(peak), budget.limit, 1, *bytes_held, budget.exact)
 
 
 def _most(at_most: int, room: float, size: Callable[[int], float]) -> int:

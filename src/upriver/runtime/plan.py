@@ -10,6 +10,7 @@ one batch of each pass (:mod:`upriver.model.planned`), or of one in ``hardware.t
 
 import re
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 from upriver.errors import ConfigError
@@ -184,26 +185,36 @@ def _total(passes: list[Pass]) -> float:
     return sum(p.seconds for p in passes)
 
 
-def budget_for(r: Request, shape: Shape, machine: Machine, limit: int, dtype: str) -> Budget:
-    """The model is there as it was loaded, for queries and the second look; another compute type is a copy beside it."""
-    resident = LIBRARIES + SUM * shape.parameters if machine.resident is None else machine.resident
-    copy = ITEM[dtype] * shape.parameters if weights_in(dtype) != machine.loaded else 0
+def budget_for(r: Request, shape: Shape, machine: Machine, limit: int, verb: str, exact: str = "float32") -> Budget:
+    """A model that was loaded here is as it is; elsewhere it is loaded in the type of the fit or the scan.
+
+    What another type takes more is there while queries are solved and the top is looked at again, and nowhere else.
+    """
+    dtype = r.dtype if verb == "fit" else r.scan
+    held = machine.loaded if machine.resident is not None else weights_in(dtype)
+    resident = LIBRARIES + ITEM[held] * shape.parameters if machine.resident is None else machine.resident
+    copy, widened = (max(0, ITEM[weights_in(kind)] - ITEM[held]) * shape.parameters for kind in (dtype, exact))
     resident += 0 if machine.accelerator else SEQUENCE_BYTES * r.sequences
     longest, own = r.longest_tokens, machine.accelerator
-    return Budget(limit, resident, r.batch_tokens, longest, dtype, machine.cores, r.batch_sequences, copy, own)
+    return Budget(
+        limit, resident, r.batch_tokens, longest, dtype, machine.cores, r.batch_sequences, copy, exact, widened, own
+    )
 
 
 def _divide(r: Request, shape: Shape, machine: Machine) -> tuple[int, int, Division | None, Division | None]:
-    """Divisions for the fewest devices to a copy of the model with which they keep the limit."""
+    """Divisions for the fewest devices to a copy of the model with which they keep the limit; where float32 does not fit, a
+    scan in bfloat16 leaves queries and the second look in it too."""
     here = machine.resident is not None
     one = r.memory or (machine.memory if here else int(DEFAULT_SHARE * machine.memory))
+    exact = ["float32", *(["bfloat16"] if r.scan == "bfloat16" and not r.refine else [])]
     failed: ConfigError | None = None
-    for spread in (n for n in range(1, 2 if here else machine.devices + 1) if machine.devices % n == 0):
+    spreads = [n for n in range(1, 2 if here else machine.devices + 1) if machine.devices % n == 0]
+    for spread, kind in product(spreads, exact):
         try:
             limit = spread * one
-            fit = divide_fit(shape, budget_for(r, shape, machine, limit, r.dtype)) if r.fit else None
-            trace = divide_trace(shape, r.asked, budget_for(r, shape, machine, limit, r.scan)) if r.queries else None
-            return spread, limit, fit, trace
+            fit = divide_fit(shape, budget_for(r, shape, machine, limit, "fit")) if r.fit else None
+            budget = budget_for(r, shape, machine, limit, "trace", kind)
+            return spread, limit, fit, divide_trace(shape, r.asked, budget) if r.queries else None
         except ConfigError as error:
             failed = error
     assert failed is not None
@@ -261,15 +272,9 @@ def _fit_passes(r: Request, shape: Shape, machine: Machine, division: Division) 
 
 
 def _trace_passes(r: Request, shape: Shape, machine: Machine, division: Division) -> list[Pass]:
-    layers, T, Q, t, exact, rates = (
-        shape.layers,
-        r.tokens,
-        r.queries,
-        r.query_tokens,
-        machine.of("float32"),
-        machine.of(r.scan),
-    )
-    model, asked, everything = 2 * (shape.forward(T) + shape.backward(T)), r.asked, r.sequences * T
+    layers, T, Q, t, asked = shape.layers, r.tokens, r.queries, r.query_tokens, r.asked
+    exact, rates, everything = machine.of(division.exact), machine.of(r.scan), r.sequences * T
+    asking, looking = (division.groups.get(name, division.groups["scan"]) for name in ("queries", "rescore"))
     found: list[Pass] = []
 
     def add(name: str, rates: Rates, sweeps: int, tokens: float, through: float, work: float, peak: str) -> None:
@@ -279,19 +284,19 @@ def _trace_passes(r: Request, shape: Shape, machine: Machine, division: Division
     add(
         "queries",
         exact,
-        1,
+        len(asking),
         Q * t,
-        Q * t * model,
+        Q * t * _through(shape, T, asking),
         2.0 * asked.queries * sum(solving(x, t, r.rank) for x in layers),
         "queries",
     )
     if r.refine:
         some = r.refine_tokens or r.fitted
-        product = Q * some * (FORWARD_MODE * shape.forward(T) + shape.backward(T) + shape.forward(T)) * 2
-        add("refine", exact, r.refine, some, r.refine * product, 0.0, "queries")
+        one = Q * some * (FORWARD_MODE * shape.forward(T) + shape.backward(T) + shape.forward(T)) * 2
+        add("refine", exact, r.refine, some, r.refine * one, 0.0, "queries")
     M, groups = min(division.batch_tokens, everything), division.groups["scan"]
     N, work = max(1.0, M / T), 0.0
-    budget = budget_for(r, shape, machine, division.limit, r.scan)._replace(
+    budget = budget_for(r, shape, machine, division.limit, "trace", division.exact)._replace(
         sequences=max(1, round(N)), batch_tokens=int(max(1, M))
     )
     for group in groups:
@@ -305,9 +310,12 @@ def _trace_passes(r: Request, shape: Shape, machine: Machine, division: Division
     pairs = min(r.sequences, 2 * r.top + SAMPLE)
     rows = min(Q * (pairs - SAMPLE) + SAMPLE, max(pairs, r.sequences)) if pairs > SAMPLE else pairs
     each = 2.0 * Q * sum(solving(x, t, None) + pairs * T * x.O * (x.I + 1) for x in layers)
-    add("rescore", exact, 1, rows * T + Q * t, (rows * T + Q * t) * model, each, "rescore")
+    tokens = rows * T + Q * t
+    add("rescore", exact, len(looking), tokens, tokens * _through(shape, T, looking), each, "rescore")
     left = max(0.0, everything - r.fitted)
-    if judged := min(held_out_tokens(None, Q), left) if r.held_out is None else float(r.held_out):
+    if division.exact != "bfloat16" and (
+        judged := min(held_out_tokens(None, Q), left) if r.held_out is None else float(r.held_out)
+    ):
         add("judge", exact, 1, judged, 2 * 2 * Q * judged * FORWARD_MODE * shape.forward(T), 0.0, "rescore")
     return found
 

@@ -181,8 +181,12 @@ def _model(manifest: Json) -> Iterator[Json]:
     if model.get("parameters"):
         yield _fact("Parameters", f"{model['parameters']:,}")
     if dtype := model.get("dtype"):
-        scan = model.get("scan_dtype", dtype)
-        yield _fact("Precision", str(dtype), "" if scan == dtype else f"the scan in {scan}")
+        others = {
+            "the scan": model.get("scan_dtype", dtype),
+            "questions and the second look": model.get("exact_dtype", dtype),
+        }
+        more = ", ".join(f"{what} in {kind}" for what, kind in others.items() if kind != dtype)
+        yield _fact("Precision", str(dtype), more)
     if kernel := manifest.get("kernel") or model.get("attention"):
         yield _fact("Attention kernel", str(kernel), "scores made with another kernel are not comparable")
     if fingerprint := (manifest.get("tokenizer") or {}).get("fingerprint"):
