@@ -26,14 +26,8 @@ from upriver.model.planned import Blank
 from upriver.model.shape import config_only
 from upriver.pipeline import trace
 from upriver.runtime.artifact import load_json, refuse_inside, write_json
-from upriver.runtime.config import (
-    BATCH_TOKENS,
-    FitOptions,
-    RunOptions,
-    TraceOptions,
-    options,
-    parse_memory,
-)
+from upriver.runtime.config import FitOptions, RunOptions, TraceOptions, default_how, options, parse_memory, weights_in
+from upriver.runtime.hardware import hardware
 from upriver.runtime.plan import Request, describe, parse_sizes, request_for
 from upriver.runtime.system import give_back, resident_memory
 from upriver.runtime.units import stop
@@ -67,8 +61,8 @@ def fit_command(
         float | None,
         typer.Option(help="Stop once scores from the two halves of the sample correlate this well, such as 0.99."),
     ] = None,
-    dtype: flags.Dtype = "float32",
-    batch_tokens: flags.BatchTokens = BATCH_TOKENS,
+    dtype: flags.Dtype = None,
+    batch_tokens: flags.BatchTokens = None,
     memory: flags.Memory = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampled labels and of the choice of sequences.", min=0)] = 0,
     device: flags.Device = "auto",
@@ -82,7 +76,7 @@ def fit_command(
     }  # fmt: skip
     options(FitOptions, given)  # a mistake is known before a model is loaded
     refuse_inside(out)
-    loaded = _load_model(model, device)
+    loaded = _load_model(model, device, dtype)
     read = _read_corpus(corpus, loaded, seq_len, pack, on_bad_record)
     factors = fit(loaded, read, out, overwrite=overwrite, progress=bars, say=say, **given)
     say(f"factors written to {factors.path}; next: upriver trace {model} {corpus} QUERIES --factors {out} --out SCORES")
@@ -133,12 +127,12 @@ def trace_command(
             f"bad value for --seq-len: got {seq_len}; the factors were fitted on sequences of {how['seq_len']}, leave it out"
         )
     Queries.read(queries, complete=complete)  # a mistake in them is known before a model is loaded
-    loaded = _load_model(model, device)
+    loaded = _load_model(model, device, dtype or (fitted.options.dtype if fitted else None))
     if fitted:
         fitted.check(loaded)
     read = _read_corpus(corpus, loaded, **how)
     asked = _read_queries(queries, loaded, complete)
-    given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else BATCH_TOKENS)
+    given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
     result = trace(
         loaded, read, asked, fitted, out, checkpoints=rates, overwrite=overwrite, progress=bars, say=say, **given
     )
@@ -187,11 +181,12 @@ def plan_command(
     max_tokens: flags.MaxTokens = 1_000_000,
     rank: flags.Rank = "32",
     top: flags.Top = 100,
-    dtype: flags.Dtype = "float32",
-    batch_tokens: flags.BatchTokens = BATCH_TOKENS,
+    dtype: flags.Dtype = None,
+    batch_tokens: flags.BatchTokens = None,
     memory: flags.Memory = None,
-    hardware: Annotated[
-        str | None, typer.Option(help="Plan for another machine, such as h100x8. Default: this one, measured.")
+    machine: Annotated[
+        str | None,
+        typer.Option("--hardware", help="Plan for another machine, such as h100x8. Default: this one, measured."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File for the plan as JSON.")] = None,
 ) -> None:
@@ -201,7 +196,7 @@ def plan_command(
         _check_plan_file(out)
     options(FitOptions, {"max_tokens": max_tokens, "dtype": dtype, "batch_tokens": batch_tokens})
     alone, size = config_only(model), parse_sizes(corpus)
-    what = alone or _load_model(model, "auto")
+    what = alone or _load_model(model, "auto", dtype)
     if isinstance(what, Path) and size is None:
         raise ConfigError(
             f"a configuration has no tokenizer to read a corpus with: got {corpus!r}; give its size, as 1000000x512"
@@ -213,13 +208,14 @@ def plan_command(
     else:
         assert isinstance(what, Model)
         data, left = read_for_others(corpus, what, seq_len)
+    gpu = hardware(machine).accelerator if machine else isinstance(what, Model) and what.device.type != "cpu"
     asked: dict[str, Any] = {
-        "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top, "dtype": dtype,
-        "batch_tokens": batch_tokens, "memory": parse_memory(memory),
+        "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top,
+        "memory": parse_memory(memory), **default_how(gpu, dtype, batch_tokens, "bfloat16"),
     }  # fmt: skip
     asked |= _query_size(queries, what)
     request = Request(size[0], size[1], **asked) if size else request_for(data.lengths_N, **asked)
-    plan = plan_model(what, data, layers, request, hardware, left)
+    plan = plan_model(what, data, layers, request, machine, left)
     for line in describe(plan):
         stdout.print(line, markup=False)
     if out:
@@ -299,7 +295,7 @@ def _run(opts: RunOptions, overwrite: bool) -> Path:
     folder = Path(opts.out)
     Queries.read(opts.queries, complete=opts.complete)  # a mistake in them is known before a model is loaded
     report_files(folder / "report.html")
-    model = _load_model(opts.model, opts.device)
+    model = _load_model(opts.model, opts.device, opts.dtype)
     corpus = _read_corpus(opts.corpus, model, opts.seq_len, opts.pack, opts.on_bad_record)
     queries = _read_queries(opts.queries, model, opts.complete)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
@@ -320,8 +316,9 @@ def _write_report(scores: Path, out: Path | None) -> Path:
     return page
 
 
-def _load_model(name: str, device: str) -> Model:
-    model = load_model(name, device=device)
+def _load_model(name: str, device: str, dtype: str | None) -> Model:
+    """The model in the type that it will compute in, so that it is there once."""
+    model = load_model(name, dtype and weights_in(dtype), device)
     say(f"model: {name}, {model.info['architecture']}, {model.n_parameters:,} parameters, {model.attention} attention")
     return model
 

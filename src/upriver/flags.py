@@ -23,12 +23,17 @@ Memory = Annotated[
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to fit on, from random sequences.", min=1)]
-BatchTokens = Annotated[int, typer.Option(help="Tokens of a batch, padding counted.", min=1)]
+BatchTokens = Annotated[
+    int | None, typer.Option(help="Tokens of a batch, padding counted. Default: 2048, on a GPU 16384.", min=1)
+]
 Layers = Annotated[str, typer.Option(help="mlp, attention, all, or globs separated by commas.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence; longer documents are cut into windows.", min=2)]
 Rank = Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")]
 Top = Annotated[int, typer.Option(help="Passages per side that are rescored at full rank and shown.", min=1)]
-Dtype = Annotated[str, typer.Option(help="Compute type: float32, bfloat16 or mixed.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Compute type: float32, bfloat16 or mixed. Default: float32, on a GPU that of the checkpoint."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the folder.")]
 FactorsFolder = Annotated[
     Path | None, typer.Option(help="Folder written by upriver fit; exact, identity, cg and the like do without.")

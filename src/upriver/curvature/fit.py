@@ -99,7 +99,7 @@ def fit(
     Example:
         >>> factors = up.fit(model, corpus, out="factors", layers="mlp", max_tokens=500_000)
     """
-    opts, out = options(FitOptions, given), Path(out)
+    opts, out = model.settled(options(FitOptions, given)), Path(out)
     check_length(model, data)
     key = {
         "model": model.fingerprint,

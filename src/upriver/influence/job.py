@@ -147,7 +147,7 @@ def settled_options(
         "dtype": opts.dtype or (told.dtype if told else own),
         "seed": opts.seed if opts.seed is not None else (told.seed if told else 0),
     }
-    return opts.model_copy(update=missing)
+    return model.settled(opts.model_copy(update=missing))
 
 
 def loaded(which: str | Path | Model, like: Model) -> Model:

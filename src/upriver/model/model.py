@@ -20,7 +20,7 @@ from upriver.model.losses import LanguageModel, Task
 from upriver.model.weights import Checkpoint, converted, in_dtype, in_place, weights_of
 from upriver.runtime import dist
 from upriver.runtime.artifact import digest
-from upriver.runtime.config import MIXED, weights_in
+from upriver.runtime.config import MIXED, default_how, weights_in
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 CHECKED = 1 << 18  # numbers of a weight that are summed at once, in float64
@@ -62,6 +62,12 @@ class Model:
     def like(self) -> Tensor:
         """An empty tensor in the device and dtype of what passes give of the layers."""
         return torch.empty(0, dtype=self.handed or self.dtype, device=self.device)
+
+    def settled(self, opts: Any) -> Any:
+        """Options with the compute type and the tokens of a batch that suit the device, where they name none."""
+        own = str(self.dtype).removeprefix("torch.")
+        how = default_how(self.device.type != "cpu", opts.dtype, opts.batch_tokens, own)
+        return opts.model_copy(update=how)
 
     @property
     def attention(self) -> str:

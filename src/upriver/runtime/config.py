@@ -23,7 +23,8 @@ CONVENTIONS = {
 UNIT_TOKENS = (
     65_536  # work that a kill can cost; with it artifact.SCHEMA must change: a run in progress counts in units
 )
-BATCH_TOKENS = 2048  # two cores are as fast with 1,024 as with 4,096, and activations take memory; a GPU may want more
+# tokens of a batch: two cores are as fast with 1,024 as with 4,096, and activations take memory; a GPU wants more
+BATCH_TOKENS, ACCELERATOR_TOKENS = 2048, 16_384
 POSITIVE = "Positive means: training on this passage raises the probability of the answer."
 MEASURED = "Positive means: training on this example raises the measurement."  # of tasks that are no language model
 MIXED = "mixed"  # the model in float32, and products over what its layers saw in bfloat16
@@ -103,8 +104,8 @@ class FitOptions(Options):
     fisher: Literal["sampled", "empirical"] = "sampled"
     max_tokens: int | None = Field(1_000_000, ge=1)
     until: float | None = Field(None, gt=0, le=1)
-    dtype: Dtype = "float32"
-    batch_tokens: int = Field(BATCH_TOKENS, ge=1)
+    dtype: Dtype | None = None  # None: float32; on a GPU, that of the model
+    batch_tokens: int | None = Field(None, ge=1)  # None: 2,048; on a GPU 16,384
     seed: int = Field(0, ge=0, lt=2**63)
     memory: str | None = None
     unit_tokens: int = Field(UNIT_TOKENS, ge=1)
@@ -127,8 +128,8 @@ class TraceOptions(Options):
     held_out: int | None = Field(None, ge=0)  # tokens that judge the solutions; 0: none
     layer_scores: bool = False
     layers: str | None = None  # None: those of the factors, else mlp
-    dtype: Dtype | None = None  # of the scan; None: that of the factors, else float32
-    batch_tokens: int = Field(BATCH_TOKENS, ge=1)
+    dtype: Dtype | None = None  # of the scan; None: that of the factors, else of the model
+    batch_tokens: int | None = Field(None, ge=1)  # None: as of a fit
     seed: int | None = Field(None, ge=0, lt=2**63)  # None: that of the factors, else 0
     memory: str | None = None
     unit_tokens: int = Field(UNIT_TOKENS, ge=1)
@@ -162,7 +163,6 @@ class RunOptions(FitOptions, TraceOptions):
     """A run file: fit + trace + report, with the same keys as the flags."""
 
     layers: str = "mlp"
-    dtype: Dtype = "float32"
     seed: int = Field(0, ge=0, lt=2**63)
     model: str
     corpus: str
@@ -173,6 +173,13 @@ class RunOptions(FitOptions, TraceOptions):
     on_bad_record: Literal["error", "skip"] = "error"
     complete: int | None = Field(None, ge=1)
     device: str = "auto"
+
+
+def default_how(gpu: bool, dtype: str | None, batch_tokens: int | None, own: str) -> dict[str, Any]:
+    """The compute type and the tokens of a batch that suit a device, where none are named; ``own`` type of the model."""
+    named = {"dtype": dtype, "batch_tokens": batch_tokens}
+    suits = {"dtype": own if gpu else "float32", "batch_tokens": ACCELERATOR_TOKENS if gpu else BATCH_TOKENS}
+    return {name: suits[name] if value is None else value for name, value in named.items()}
 
 
 def weights_in(dtype: str) -> str:
