@@ -28,6 +28,7 @@ from upriver.model.planned import announce, division_file, plan_here
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
 from upriver.runtime.config import CONVENTIONS, PLAIN_GRADIENTS, TraceOptions, options
+from upriver.runtime.device import float32_products, memory_told
 from upriver.runtime.divide import Division
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.system import give_back, work_ended
@@ -90,7 +91,7 @@ def trace(
             ``lissa``, ``tracincp``).
         checkpoints: for ``tracincp``: models (or their folders) with the learning rate that each was trained with.
         given: ``curvature``, ``refine``, ``rank``, ``damping``, ``top``, ``candidates``, ``layer_scores``, ``dtype`` (of the
-            scan), ``batch_tokens``, ``memory``, and more; see :class:`TraceOptions`.
+            scan), ``tf32``, ``batch_tokens``, ``memory``, and more; see :class:`TraceOptions`.
 
     Returns:
         The results in ``out``: raw scores are ``I_f`` (eq. 25); divided by the number of training sequences they are nats.
@@ -98,6 +99,7 @@ def trace(
     Raises:
         InputError: an option, a query, or the folder cannot be used; the factors belong to another model.
         NumericalError: a NaN or an infinity on the way.
+        ResourceError: the memory of the device ran out.
 
     Example:
         >>> result = up.trace(model, corpus, up.Queries.read("queries.jsonl", model.tokenizer), factors, out="scores")
@@ -124,7 +126,7 @@ def trace(
         "measurement": measured_by(model.task),
         "conventions": CONVENTIONS,
     }
-    with locked(out):
+    with locked(out), memory_told("the trace", opts.batch_tokens // 2), float32_products(bool(opts.tf32)):
         stage = Artifact.open(out, "trace", key, overwrite, is_report)
         if stage.done:
             dist.on_first(lambda: _tidy(out))  # a kill may have come between the two
@@ -161,6 +163,7 @@ def _settled(
     missing = {
         "layers": opts.layers or (told.layers if told else "mlp"),
         "dtype": opts.dtype or (told.dtype if told else own),
+        "tf32": opts.tf32 if opts.tf32 is not None else bool(told and told.tf32),
         "seed": opts.seed if opts.seed is not None else (told.seed if told else 0),
     }
     return opts.model_copy(update=missing)

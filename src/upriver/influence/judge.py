@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from upriver.curvature import energy
-from upriver.errors import ModelError
+from upriver.errors import ModelError, ResourceError
 from upriver.influence.queries import dense, token_gradients
 from upriver.influence.solve import Job, full, told
 from upriver.runtime.artifact import Tensors, read_tensors
@@ -72,6 +72,7 @@ def judge(job: Job, seen: np.ndarray, say: Say) -> list[dict[str, Any]]:
         except (
             ModelError,
             NotImplementedError,
+            ResourceError,
             RuntimeError,
         ) as error:  # no outputs, or no derivative along a direction
             say(f"held-out energy: not measured ({' '.join(str(error).split())[:200]})")

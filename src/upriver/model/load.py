@@ -24,6 +24,7 @@ from upriver.model.weights import converted, in_dtype, leave_files
 from upriver.runtime import dist
 from upriver.runtime.artifact import digest
 from upriver.runtime.config import MIXED, weights_in
+from upriver.runtime.device import pick_device
 from upriver.text.tokenise import largest_token, require_offsets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -142,29 +143,14 @@ def dtype_named(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU when there is one.
-
-    Raises:
-        ConfigError: no such device on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a device that cannot compute, such as meta, fails here
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"no such device here: got {name!r}; use auto, cpu, cuda or cuda:N") from error
-    return device
-
-
 def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", attention: str = "sdpa") -> Model:
     """A causal language model and its tokenizer, from a folder, a GGUF file, or a name on the Hugging Face hub.
 
     Args:
         path: a folder that ``save_pretrained`` wrote, a ``.gguf`` file or a folder with one, or a hub name.
         dtype: of the weights in memory: float32 or bfloat16 (float64 for tests).
-        device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto`` (a GPU, else the CPU), ``cpu``, ``cuda`` (the process's own under ``torchrun``, else the first) or
+            ``cuda:N``.
         attention: the kernel asked for; ``Model.attention`` is what the model really uses.
 
     Raises:
