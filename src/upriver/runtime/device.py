@@ -41,7 +41,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"no such device: got {name!r}; {TAKEN}") from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"the device {device.type} is not supported: got {name!r}; use cpu or cuda")
+        raise ConfigError(f"the device {device.type} is not supported: got {name!r}; {TAKEN}")
     if device.type == "cuda":
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= there:
@@ -76,8 +76,6 @@ def float32_products(tf32: bool) -> Iterator[None]:
         except RuntimeError:  # it is not that of "ieee"
             convolutions = True
         torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = tf32
-        for at in newer if not tf32 else ():
-            _set_precision(at, "ieee")
     try:
         yield
     finally:
