@@ -8,17 +8,20 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import cli_cases
 from in_memory import TokenCorpus, TokenQueries
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, MismatchError, NumericalError, ResourceError
 from upriver.model.load import Model
 from upriver.pipeline import trace
-from upriver.runtime.artifact import Artifact, read_tensors
+from upriver.runtime.artifact import Artifact, read_json, read_tensors
 from upriver.runtime.device import float32_products, pick_device
 from upriver.runtime.units import each, total
 from upriver.tensors import eigh
 
 CPU = torch.device("cpu")
+# some versions of torch say so when the older of their settings are read
+pytestmark = pytest.mark.filterwarnings("ignore:Please use the new API settings")
 
 
 # ------------------------------------------------------------------------------------------ which device
@@ -212,6 +215,25 @@ def test_a_fit_and_a_trace_round_as_they_were_told_and_not_as_the_process_is_set
         torch.backends.cuda.matmul.allow_tf32 = before
     with pytest.raises(MismatchError, match="tf32"):
         fit(model, corpus(), tmp_path / "plain", tf32=True, **GIVEN)
+
+
+def test_the_command_line_takes_tf32_for_a_fit_and_as_the_factors_for_a_trace(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UPRIVER_CACHE", str(tmp_path / "cache"))
+    tiny = cli_cases.build(tmp_path)
+
+    def told(args: list) -> bool:
+        ran = cli_cases.upriver(capsys, monkeypatch, *args)
+        assert ran.status == 0, ran.err
+        return read_json(args[args.index("--out") + 1] / "key.json")["options"]["tf32"]
+
+    assert told(cli_cases.fit(tiny, tiny.factors, "--tf32"))
+    assert told(cli_cases.trace(tiny, tmp_path / "same"))
+    assert not told(cli_cases.trace(tiny, tmp_path / "other", "--no-tf32"))
+    inputs = "".join(f"{name} = {str(getattr(tiny, name))!r}\n" for name in ("model", "corpus", "queries"))
+    file = tmp_path / "run.toml"
+    file.write_text(f"{inputs}out = {str(tmp_path / 'run')!r}\nseq_len = 16\ntop = 2\ntf32 = true\n")
+    assert cli_cases.upriver(capsys, monkeypatch, "run", file).status == 0
+    assert all(read_json(tmp_path / "run" / x / "key.json")["options"]["tf32"] for x in ("factors", "scores"))
 
 
 # ------------------------------------------------------------------------------------------ eigendecompositions
