@@ -17,7 +17,7 @@ from upriver.model.capture import capture, frozen
 from upriver.model.head import LinearHead, Tail, ending, token_losses
 from upriver.model.layers import find_layers
 from upriver.model.load import Model
-from upriver.model.losses import LanguageModel, Regression, Sampler, next_tokens, sample
+from upriver.model.losses import LanguageModel, Regression, Sampler, drawn_exactly, next_tokens, sample
 from upriver.model.sweep import Labels
 from upriver.tensors import sequence_gradients
 
@@ -27,24 +27,66 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 LOGITS = torch.tensor([[0.0, 1.0, -1.0, 2.0, 0.5], [3.0, 3.0, -30.0, 0.0, 1.0]], dtype=torch.float64)
 
 
-def test_sampled_labels_follow_the_softmax():
+def exactly(logits_MV: torch.Tensor, u_M: torch.Tensor) -> torch.Tensor:
+    """As labels are drawn on a GPU."""
+    return drawn_exactly(logits_MV.softmax(-1), u_M)
+
+
+DRAWS = pytest.mark.parametrize("draw", [sample, exactly])
+
+
+@DRAWS
+@pytest.mark.parametrize("spread", [1, 100], ids=["together", "over blocks"])
+def test_sampled_labels_follow_the_softmax(draw, spread):
     """Chi-square over 40,000 draws a row: below the 99.9 % point of 4 degrees of freedom (fixed seed)."""
     u = Sampler(0, 1, np.arange(40_000, dtype=np.uint64)).uniform(2)[..., 0]
     for row in (0, 1):
-        drawn = sample(LOGITS[row].expand(40_000, -1), u[:, row])
+        logits_V = torch.full((spread * 5 - spread + 1,), float("-inf"), dtype=torch.float64)
+        logits_V[::spread] = LOGITS[row]
+        drawn = draw(logits_V.expand(40_000, -1), u[:, row])
         expected = 40_000 * LOGITS[row].softmax(0)
-        counts = torch.bincount(drawn, minlength=5)
+        counts = torch.bincount(drawn, minlength=len(logits_V))
+        assert counts[::spread].sum() == 40_000
+        counts = counts[::spread]
         likely = expected > 5
         assert not counts[expected < 1e-6].any()
         chi = ((counts - expected) ** 2 / expected)[likely].sum()
         assert chi < 18.47
 
 
+@DRAWS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_label_without_probability_is_never_drawn(dtype):
-    logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf"), float("-inf")]], dtype=dtype).expand(3, -1)
-    drawn = sample(logits, torch.tensor([2.0**-54, 0.5, 1 - 2.0**-53], dtype=torch.float64))
-    assert drawn.tolist() == [1, 2, 2]
+def test_a_label_without_probability_is_never_drawn(dtype, draw):
+    logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf"), float("-inf")]], dtype=dtype).expand(4, -1)
+    drawn = draw(logits, torch.tensor([2.0**-54, 0.5, 1 - 2.0**-53, 1.0], dtype=torch.float64))
+    assert drawn.tolist() == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("V", [1, 127, 128, 129, 1000, 4096])
+def test_labels_are_those_at_which_the_cumulative_distribution_passes_the_random_number(V):
+    """Found in float64; from float32 it is another one where ``u`` lies next to a border."""
+    torch.manual_seed(0)
+    p_MV, u_M = torch.randn(500, V).mul(2).softmax(-1), torch.rand(500, dtype=torch.float64)
+    cumulative_MV = p_MV.double().cumsum(1)
+    cumulative_MV /= cumulative_MV[:, -1:].clone()
+    wanted = (cumulative_MV > u_M[:, None]).int().argmax(1)
+    border_M = (cumulative_MV - u_M[:, None]).abs().min(1).values < 1e-6
+    assert border_M.sum() < 50
+    assert torch.equal(drawn_exactly(p_MV, u_M)[~border_M], wanted[~border_M])
+    at_the_end = drawn_exactly(p_MV, torch.ones(500, dtype=torch.float64))
+    assert torch.equal(at_the_end, torch.full_like(at_the_end, V - 1))
+
+
+def test_labels_on_a_gpu_take_no_sum_of_floats_that_depends_on_its_order(monkeypatch):
+    """``cumsum`` of floats is what CUDA refuses under ``use_deterministic_algorithms``."""
+    cumsum = torch.Tensor.cumsum
+
+    def refused(x, *args, **kwargs):
+        assert not x.is_floating_point()
+        return cumsum(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", refused)
+    drawn_exactly(torch.randn(4, 300).softmax(-1), torch.rand(4))
 
 
 def test_uniform_numbers_depend_on_seed_stream_key_and_position_alone():

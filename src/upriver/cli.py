@@ -62,6 +62,7 @@ def fit_command(
         typer.Option(help="Stop once scores from the two halves of the sample correlate this well, such as 0.99."),
     ] = None,
     dtype: flags.Dtype = None,
+    tf32: flags.TF32 = False,
     batch_tokens: flags.BatchTokens = None,
     memory: flags.Memory = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampled labels and of the choice of sequences.", min=0)] = 0,
@@ -72,7 +73,7 @@ def fit_command(
     """Fit the EK-FAC factors of MODEL on CORPUS: once per model, for any number of questions."""
     given: dict[str, Any] = {
         "layers": layers, "fisher": fisher, "max_tokens": max_tokens, "until": until, "dtype": dtype,
-        "batch_tokens": batch_tokens, "memory": memory, "seed": seed,
+        "batch_tokens": batch_tokens, "memory": memory, "seed": seed, "tf32": tf32,
     }  # fmt: skip
     options(FitOptions, given)  # a mistake is known before a model is loaded
     refuse_inside(out)
@@ -103,6 +104,7 @@ def trace_command(
     layer_scores: flags.LayerScores = False,
     complete: flags.Complete = None,
     dtype: flags.ScanDtype = None,
+    tf32: flags.TraceTF32 = None,
     layers: flags.TraceLayers = None,
     seq_len: flags.TraceSeqLen = None,
     batch_tokens: flags.TraceBatchTokens = None,
@@ -115,7 +117,7 @@ def trace_command(
     given: dict[str, Any] = {
         "rank": rank, "damping": damping, "top": top, "candidates": candidates, "curvature": curvature, "refine": refine,
         "refine_tokens": refine_tokens, "solver_rank": solver_rank, "solver_steps": solver_steps, "held_out": held_out,
-        "layer_scores": layer_scores, "dtype": dtype, "memory": memory, "layers": layers, "seed": seed,
+        "layer_scores": layer_scores, "dtype": dtype, "memory": memory, "layers": layers, "seed": seed, "tf32": tf32,
     }  # fmt: skip
     options(TraceOptions, given)
     rates = _checkpoints(checkpoints)

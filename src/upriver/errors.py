@@ -41,5 +41,9 @@ class NumericalError(UpriverError):
     """A NaN or an infinity stands where a number should be."""
 
 
+class ResourceError(UpriverError):
+    """The memory of the device ran out."""
+
+
 class StorageError(UpriverError):
     """The disk is full, or a file cannot be written or read back."""

@@ -15,7 +15,7 @@ CorpusArg = Annotated[
 QueriesArg = Annotated[
     str, typer.Argument(help="JSONL with id, prompt, completion and optionally contrast.", metavar="QUERIES")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N; cuda is a process's own GPU under torchrun.")]
 Memory = Annotated[
     str | None,
     typer.Option(
@@ -34,6 +34,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="Compute type: float32, bfloat16 or mixed. Default: float32, on a GPU that of the checkpoint."),
 ]
+TF32 = Annotated[bool, typer.Option("--tf32", help="Round products of float32 on CUDA to TF32: faster, less exact.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the folder.")]
 FactorsFolder = Annotated[
     Path | None, typer.Option(help="Folder written by upriver fit; exact, identity, cg and the like do without.")
@@ -63,6 +64,7 @@ Complete = Annotated[
 ScanDtype = Annotated[
     str | None, typer.Option(help="Compute type of the scan, as for fit. Default: that of the factors.")
 ]
+TraceTF32 = Annotated[bool | None, typer.Option("--tf32/--no-tf32", help="As for fit. Default: that of the factors.")]
 TraceLayers = Annotated[
     str | None, typer.Option(help="As for fit, where there are no factors. Default: those of the factors, or mlp.")
 ]

@@ -122,15 +122,19 @@ def syevd(matrix_II: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a symmetric matrix of which only the lower triangle is read.
 
     By divide and conquer.  Either library lets other threads run meanwhile, so that each core can have a matrix of its own:
-    torch's, MKL, takes a sixth less time than NumPy's, OpenBLAS, on processors of MKL's maker, and more on others.
+    torch's, MKL, takes a sixth less time than NumPy's, OpenBLAS, on processors of MKL's maker, and more on others.  A GPU's
+    own library does it there; where torch's fails, NumPy takes over.
 
     Raises:
-        RuntimeError, numpy.linalg.LinAlgError: it did not converge.
+        numpy.linalg.LinAlgError: it did not converge.
     """
     if matrix_II.device.type != "cpu" or MKL_AT_HOME:
-        return torch.linalg.eigh(matrix_II)
-    values, vectors = np.linalg.eigh(matrix_II.numpy())
-    return torch.from_numpy(values), torch.from_numpy(vectors)
+        try:
+            return torch.linalg.eigh(matrix_II)
+        except RuntimeError:  # cuSOLVER and MKL give up on some matrices, and a device runs out of memory
+            pass
+    values, vectors = (torch.from_numpy(x) for x in np.linalg.eigh(matrix_II.cpu().numpy()))
+    return values.to(matrix_II), vectors.to(matrix_II)
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:

@@ -26,6 +26,7 @@ from upriver.model.planned import announce, division_file, plan_here
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
 from upriver.runtime.config import CONVENTIONS, TraceOptions, options
+from upriver.runtime.device import float32_products, memory_told
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.runtime.system import give_back, work_ended
 from upriver.show.report import is_report
@@ -56,7 +57,7 @@ def trace(
             ``lissa``, ``tracincp``).
         checkpoints: for ``tracincp``: models (or their folders) with the learning rate that each was trained with.
         given: ``curvature``, ``refine``, ``rank``, ``damping``, ``top``, ``candidates``, ``layer_scores``, ``dtype`` (of the
-            scan), ``batch_tokens``, ``memory``, and more; see :class:`TraceOptions`.
+            scan), ``tf32``, ``batch_tokens``, ``memory``, and more; see :class:`TraceOptions`.
 
     Returns:
         The results in ``out``: raw scores are ``I_f`` (eq. 25); divided by the number of training sequences they are nats.
@@ -64,6 +65,7 @@ def trace(
     Raises:
         InputError: an option, a query, or the folder cannot be used; the factors belong to another model.
         NumericalError: a NaN or an infinity on the way.
+        ResourceError: the memory of the device ran out.
 
     Example:
         >>> result = up.trace(model, corpus, up.Queries.read("queries.jsonl", model.tokenizer), factors, out="scores")
@@ -90,7 +92,7 @@ def trace(
         "measurement": measured_by(model.task),
         "conventions": CONVENTIONS,
     }
-    with locked(out):
+    with locked(out), memory_told("the trace", opts.batch_tokens // 2), float32_products(bool(opts.tf32)):
         stage = Artifact.open(out, "trace", key, overwrite, is_report)
         if stage.done:
             dist.on_first(lambda: _tidy(out))  # a kill may have come between the two

@@ -32,6 +32,7 @@ from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, Tensors, discard, locked, read_tensor
 from upriver.runtime.config import CONVENTIONS, FitOptions, options
 from upriver.runtime.cost import CORRECTION, COVARIANCE, Spec
+from upriver.runtime.device import float32_products, memory_told
 from upriver.runtime.divide import Division, divide_fit
 from upriver.runtime.plan import request_for
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
@@ -89,12 +90,13 @@ def fit(
     """Fit the EK-FAC factors of ``model`` on ``data`` into the folder ``out``; reuse what is there when it is the same.
 
     Args:
-        given: ``layers``, ``fisher``, ``max_tokens``, ``until``, ``dtype``, ``batch_tokens``, ``seed``, ``memory``; see
-            :class:`FitOptions`.
+        given: ``layers``, ``fisher``, ``max_tokens``, ``until``, ``dtype``, ``tf32``, ``batch_tokens``, ``seed``, ``memory``;
+            see :class:`FitOptions`.
 
     Raises:
         InputError: an option, the model, or the folder cannot be used.
         NumericalError: a NaN or an infinity on the way.
+        ResourceError: the memory of the device ran out.
 
     Example:
         >>> factors = up.fit(model, corpus, out="factors", layers="mlp", max_tokens=500_000)
@@ -108,7 +110,7 @@ def fit(
         "options": opts.key(),
         "conventions": CONVENTIONS,
     }
-    with locked(out):
+    with locked(out), memory_told("the fit", opts.batch_tokens // 2), float32_products(opts.tf32):
         stage = Artifact.open(out, "fit", key, overwrite)
         if stage.done:
             dist.on_first(lambda: _tidy(out))  # a kill may have come between the two

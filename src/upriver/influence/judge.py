@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from upriver.curvature import energy
-from upriver.errors import ModelError
+from upriver.errors import ModelError, ResourceError
 from upriver.influence.job import Job
 from upriver.influence.queries import dense, token_gradients
 from upriver.influence.solve import full, told
@@ -77,6 +77,7 @@ def judge(job: Job, seen: np.ndarray, say: Say) -> list[dict[str, Any]]:
         except (
             ModelError,
             NotImplementedError,
+            ResourceError,
             RuntimeError,
         ) as error:  # no outputs, or no derivative along a direction
             say(f"held-out energy: not measured ({' '.join(str(error).split())[:200]})")

@@ -12,30 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from upriver.errors import ConfigError, ModelError
+from upriver.errors import ModelError
 from upriver.model.fingerprint import tensor_hash
 from upriver.model.model import Model, check_causal, checksums, dtype_named
 from upriver.model.weights import Checkpoint, leave_files, loses, stored_dtype, weights_of
+from upriver.runtime.device import pick_device
 from upriver.text.tokenise import largest_token, require_offsets
 
 PLACES = "give a folder written by save_pretrained, a .gguf file"
 MOST = 240  # characters of what another library says, in a sentence
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU when there is one.
-
-    Raises:
-        ConfigError: no such device on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a device that cannot compute, such as meta, fails here
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"no such device here: got {name!r}; use auto, cpu, cuda or cuda:N") from error
-    return device
 
 
 def load_model(path: str | Path, dtype: str | None = None, device: str = "auto", attention: str = "sdpa") -> Model:
@@ -45,7 +30,8 @@ def load_model(path: str | Path, dtype: str | None = None, device: str = "auto",
         path: a folder that ``save_pretrained`` wrote, a ``.gguf`` file or a folder with one, or a hub name.
         dtype: of the weights in memory: float32 or bfloat16 (float64 for tests); None: float32 on the CPU, on a GPU the type that
             they are stored in (bfloat16 for float16 and where the files do not tell).
-        device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto`` (a GPU, else the CPU), ``cpu``, ``cuda`` (the process's own under ``torchrun``, else the first) or
+            ``cuda:N``.
         attention: the kernel asked for; ``Model.attention`` is what the model really uses.
 
     Raises:

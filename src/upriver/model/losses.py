@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from upriver.errors import ModelError
 from upriver.model.head import decide_ending, ending, token_losses, whole_logits
+from upriver.tensors import on_cpu
 from upriver.text.batch import Batch, splitmix64
 
 IGNORE = -100
 SAMPLE_ROWS = 1024  # positions whose distribution over the vocabulary is held at once
+BLOCK = 128  # tokens that are summed up before one of them is drawn
+FINE = 2.0**-40  # of a sum of probabilities: what its parts are counted in
 
 
 class Sampler:
@@ -211,11 +214,44 @@ def sample(logits_MV: Tensor, u_M: Tensor) -> Tensor:
 
 
 def _invert(p_MV: Tensor, u_M: Tensor) -> Tensor:
+    if not on_cpu(p_MV):
+        return drawn_exactly(p_MV, u_M)
     cumulative_MV = p_MV.cumsum(-1)
     total_M1 = cumulative_MV[:, -1:]
     below_M1 = torch.nextafter(total_M1, torch.zeros_like(total_M1))  # u near 1 rounds to 1: never past the last token
     target_M1 = torch.minimum(u_M.to(total_M1.dtype)[:, None] * total_M1, below_M1)
     return torch.searchsorted(cumulative_MV, target_M1, right=True)[:, 0].clamp(max=p_MV.shape[-1] - 1)
+
+
+def drawn_exactly(p_MV: Tensor, u_M: Tensor) -> Tensor:
+    """The token at which the cumulative distribution passes ``u``, ``[M]``: its block of tokens first, then the token in that.
+
+    Cumulative sums are those of whole numbers: exact and the same in any order, where CUDA has no deterministic ones of floats.
+    """
+    V = p_MV.shape[1]
+    whole = V - V % BLOCK
+    blocks_MB = p_MV[:, :whole].unflatten(1, (V // BLOCK, BLOCK)).sum(2)
+    block_M1, u_M = _passed(torch.cat([blocks_MB, p_MV[:, whole:].sum(1, keepdim=True)], 1), u_M)
+    place_MW = block_M1 * BLOCK + torch.arange(BLOCK, device=p_MV.device)
+    p_MW = p_MV.gather(1, place_MW.clamp(max=V - 1)).where(place_MW < V, 0)
+    at_M1, _ = _passed(p_MW, u_M)
+    return place_MW.gather(1, at_M1)[:, 0].clamp(max=V - 1)
+
+
+def _passed(p_MK: Tensor, u_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The column in which the sum of ``p`` passes its share ``u``, ``[M, 1]``, and how far into it, from 0 to 1: ``[M]``.
+
+    A column of probability zero (or below ``FINE``) is never taken, nor one past the last.
+    """
+    p_MK = p_MK.double()
+    sum_MK = (p_MK / p_MK.sum(1, keepdim=True) / FINE).long().cumsum(1)
+    total_M1 = sum_MK[:, -1:]
+    target_M1 = u_M.double()[:, None] * total_M1
+    at_M1 = torch.searchsorted(sum_MK, torch.minimum(target_M1.long(), total_M1 - 1), right=True)
+    at_M1 = at_M1.clamp(max=p_MK.shape[1] - 1)  # of no number: the loss will say so
+    end_M1 = sum_MK.gather(1, at_M1)
+    start_M1 = sum_MK.gather(1, (at_M1 - 1).clamp(min=0)).where(at_M1 > 0, 0)
+    return at_M1, ((target_M1 - start_M1) / (end_M1 - start_M1))[:, 0]
 
 
 def _wide(logits: Tensor) -> Tensor:

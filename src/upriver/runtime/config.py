@@ -105,6 +105,7 @@ class FitOptions(Options):
     max_tokens: int | None = Field(1_000_000, ge=1)
     until: float | None = Field(None, gt=0, le=1)
     dtype: Dtype | None = None  # None: float32; on a GPU, that of the model
+    tf32: bool = False  # products of float32 on CUDA may be rounded to TF32
     batch_tokens: int | None = Field(None, ge=1)  # None: 2,048; on a GPU 16,384
     seed: int = Field(0, ge=0, lt=2**63)
     memory: str | None = None
@@ -129,6 +130,7 @@ class TraceOptions(Options):
     layer_scores: bool = False
     layers: str | None = None  # None: those of the factors, else mlp
     dtype: Dtype | None = None  # of the scan; None: that of the factors, else of the model
+    tf32: bool | None = None  # None: that of the factors, else False
     batch_tokens: int | None = Field(None, ge=1)  # None: as of a fit
     seed: int | None = Field(None, ge=0, lt=2**63)  # None: that of the factors, else 0
     memory: str | None = None
@@ -163,6 +165,7 @@ class RunOptions(FitOptions, TraceOptions):
     """A run file: fit + trace + report, with the same keys as the flags."""
 
     layers: str = "mlp"
+    tf32: bool = False
     seed: int = Field(0, ge=0, lt=2**63)
     model: str
     corpus: str

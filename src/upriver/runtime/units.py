@@ -3,7 +3,8 @@
 A unit is a span of consecutive rows.  Both loops deal units to the processes of the job, resume after the last committed one,
 and commit atomically, so that a kill at any moment costs at most the work since.  A process adds up its own units in their
 order; the processes' sums are added in the order of their ranks at the end.  A run that goes on equals one that was never
-stopped, bit for bit.
+stopped, bit for bit.  Where the memory of the device runs out, the process goes on in the same way from what it committed, with
+batches of half the size for the rest of the pass: those results equal the others to rounding.
 """
 
 import threading
@@ -19,6 +20,7 @@ from upriver.errors import UpriverError
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, Tensors, read_tensors, write_tensors
 from upriver.runtime.config import UNIT_TOKENS
+from upriver.runtime.device import within_memory
 
 COMMIT_SHARE = 0.05  # of the time, at most, goes into writing sums
 UNITS = "units"  # in a file of sums: how many of this process's units are in them
@@ -61,7 +63,8 @@ def spans(
 
 def each(stage: Artifact, count: int, compute: Callable[[int], Tensors]) -> list[Path]:
     """The files of ``compute(unit)`` for each of ``count`` units; those that are there already are left."""
-    with dist.together():
+
+    def go_on() -> None:
         for unit in dist.dealt(count):
             if not stage.has(unit):
                 _running.set()
@@ -69,6 +72,9 @@ def each(stage: Artifact, count: int, compute: Callable[[int], Tensors]) -> list
                 _running.clear()
                 if _stopping.is_set():
                     _end()
+
+    with dist.together():
+        within_memory(go_on, stage.key)
     dist.barrier()
     return [stage.unit_path(unit) for unit in range(count)]
 
@@ -79,7 +85,8 @@ def total(stage: Artifact, count: int, add: Callable[[int, Tensors], None], devi
     The sums so far are committed after a unit, where writing them takes little of the time since they were written last.
     """
     mine, path = dist.dealt(count), _sum_path(stage, dist.rank())
-    with dist.together():
+
+    def go_on() -> None:
         sums = {name: x.to(device) for name, x in read_tensors(path).items()} if path.exists() else {}
         done = int(sums.pop(UNITS, torch.zeros(1)))
         written, cost = time.perf_counter(), 0.0
@@ -95,6 +102,9 @@ def total(stage: Artifact, count: int, add: Callable[[int, Tensors], None], devi
             if _stopping.is_set():
                 _end()
         sums.clear()  # what still knows of them, in a cycle that is not collected yet, must not hold them
+
+    with dist.together():
+        within_memory(go_on, stage.key)
     dist.barrier()
     if dist.world() == 1:
         return path

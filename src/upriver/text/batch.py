@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from upriver.errors import CorpusError, ModelError
+from upriver.runtime.device import in_parts
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,15 @@ def plan(lengths_N: np.ndarray, batch_tokens: int, rows: np.ndarray | None = Non
     """Cut ``rows`` (default: all) into batches of at most ``batch_tokens`` positions, padding counted.
 
     Longest first, so that a batch that does not fit in memory fails at once; rows of equal length keep their order, so
-    the batches depend on the lengths and the rows alone.  A sequence longer than the budget is a batch of its own.
+    the batches depend on the lengths and the rows alone (and are cut in halves once the memory of a device has run out in a
+    pass: :func:`upriver.runtime.device.within_memory`).  A sequence longer than the budget is a batch of its own.
     """
     rows = np.arange(len(lengths_N)) if rows is None else np.asarray(rows, np.int64)
     rows = rows[np.argsort(-np.asarray(lengths_N)[rows].astype(np.int64), kind="stable")]
     batches, start = [], 0
     while start < len(rows):
         size = max(1, batch_tokens // int(lengths_N[rows[start]]))
-        batches.append(rows[start : start + size])
+        batches += in_parts(rows[start : start + size])
         start += size
     return batches
 
