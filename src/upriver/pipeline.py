@@ -24,6 +24,7 @@ from upriver.model.check import check_length, tracked_layers
 from upriver.model.fingerprint import measured_by
 from upriver.model.layers import Coverage, Layer, coverage
 from upriver.model.load import Model, load_model
+from upriver.model.packed import any_packed
 from upriver.model.planned import announce, division_file, plan_here
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
@@ -58,6 +59,8 @@ class Given:
     @property
     def exact(self) -> str:
         """The type in which queries are solved and the top is looked at again."""
+        if any_packed(self.model.module):  # which has but one
+            return str(self.model.dtype).removeprefix("torch.")
         fitted = self.factors.options.dtype if self.factors else self.opts.dtype
         return "float64" if "float64" in (fitted, self.opts.dtype) else "float32"
 

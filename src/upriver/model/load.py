@@ -20,6 +20,7 @@ from upriver.errors import ConfigError, ModelError
 from upriver.model.capture import frozen
 from upriver.model.fingerprint import module_form, task_form, tensor_hash
 from upriver.model.losses import LanguageModel, Task
+from upriver.model.packed import floating, packed_checkpoint, parameter_sizes, scales
 from upriver.model.weights import converted, in_dtype, leave_files
 from upriver.runtime import dist
 from upriver.runtime.artifact import digest
@@ -57,11 +58,11 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return next(floating(self.module)).dtype
 
     @property
     def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.module.parameters())
+        return sum(parameter_sizes(self.module).values())
 
     @property
     def like(self) -> Tensor:
@@ -106,6 +107,7 @@ class Model:
         """
         lasting = self.module.state_dict().keys()  # without what a forward pass may note for itself
         state = dict(self.module.named_parameters()) | {n: x for n, x in self.module.named_buffers() if n in lasting}
+        state |= scales(self.module)
         if any(map(dist.sharded, state.values())):
             raise ModelError(
                 "the model's weights are divided over processes, as by FSDP; give every process the whole model: "
@@ -173,10 +175,11 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
     """
     on, wanted = pick_device(device), dtype_named(dtype)
     place, options = _locate(str(path))
+    there = {"device_map": {"": on}} if not options and packed_checkpoint(place) else {}  # where weights are packed
     with _quiet():
         tokenizer = _load_tokenizer(place, options)
-        module = _load_module(place, options, wanted, attention)
-    module = module.to(on).eval()
+        module = _load_module(place, options, wanted, attention, there)
+    module = (module if there else module.to(on)).eval()
     leave_files(module)
     _check(module, tokenizer, str(path))
     check_causal(module)
@@ -253,11 +256,12 @@ def _advice(options: dict[str, Any], error: Exception, otherwise: str) -> str:
     return "install what reads GGUF files: pip install 'upriver[gguf]'" if options and lacking else otherwise
 
 
-def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attention: str) -> Any:
+def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attention: str, there: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
     asked = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    asked |= there
     try:
         try:
             kernel = {"attn_implementation": attention}
@@ -283,8 +287,9 @@ def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attent
 
 def _check(module: Any, tokenizer: Any, place: str) -> None:
     """Refuse weights that are no numbers, and a vocabulary that is not the tokenizer's."""
-    for name, p in module.named_parameters():
-        if not torch.isfinite(p).all():
+    numbers = set(floating(module))
+    for name, p in [*module.named_parameters(), *scales(module).items()]:
+        if (p in numbers or not isinstance(p, nn.Parameter)) and not torch.isfinite(p).all():
             raise ModelError(f"the weights hold NaN or infinity: {name!r} of {place!r}; get a sound copy of the model")
     rows, highest = module.get_input_embeddings().weight.shape[0], largest_token(tokenizer)
     if highest >= rows:

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from upriver.errors import ConfigError
+from upriver.model.packed import any_packed, floating, held_beside
+
 
 def leave_files(module: nn.Module) -> None:
     """Copy what is mapped from files into memory, one tensor at a time: who writes to such a file would write to the model.
@@ -16,7 +19,7 @@ def leave_files(module: nn.Module) -> None:
     """
     mapped = _mapped_files()
     copies: dict[tuple, Tensor] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in (*module.parameters(), *module.buffers(), *held_beside(module)):
         start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
         if tensor.device.type != "cpu" or (mapped is not None and not any(a <= start < b for a, b in mapped)):
             continue
@@ -44,7 +47,7 @@ FREQUENCIES = "inv_freq"  # what transformers calls them
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether every floating-point weight is of ``dtype``."""
-    return all(p.dtype == dtype for p in module.parameters() if p.is_floating_point())
+    return all(p.dtype == dtype for p in floating(module))
 
 
 def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -52,7 +55,15 @@ def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Never is there a second copy in the old type beside it.  Rotary frequencies stay as they are where ``dtype`` is narrower, as
     ``from_pretrained(dtype=...)`` has it: in bfloat16 they would turn a token 500 positions on by up to half a radian too much.
+
+    Raises:
+        ConfigError: some weights are packed in 8 or 4 bits, which are no numbers of any such type.
     """
+    if any_packed(module):
+        wanted, own = (str(x).removeprefix("torch.") for x in (dtype, next(floating(module)).dtype))
+        raise ConfigError(
+            f"a model of packed weights computes in the type that it was loaded in: got {wanted}, not {own}; ask for {own}"
+        )
     narrower = dtype.itemsize < torch.float32.itemsize
     buffers = [x for name, x in module.named_buffers() if not (narrower and FREQUENCIES in name)]
     made: dict[int, object] = {}
