@@ -61,6 +61,7 @@ def packed_model(made=FourBits) -> tuple[up.Model, up.Model, Case]:
 
 
 FIT = {"layers": "mlp", "dtype": "float64", "max_tokens": 40}
+ALL = {"dtype": "float32", "layers": "all", "fisher": "empirical"}
 SENTENCE = "2 of 4 tracked layers are held in 4 bits: influence is that of the dequantised weights"
 
 
@@ -235,12 +236,23 @@ def test_a_quantised_checkpoint_scores_as_its_dequantised_weights_do(quantised, 
     plain = dequantised(model, tmp_path / "plain")
     assert model.n_parameters == plain.n_parameters
     c = _language(Small(blocks=1, times=1, bias=True), [], sequences=24)
-    ours = scores(model, c, tmp_path / "ours", dtype="float32", layers="all")
-    theirs = scores(plain, c, tmp_path / "theirs", dtype="float32", layers="all")
+    ours = scores(model, c, tmp_path / "ours", **ALL)
+    theirs = scores(plain, c, tmp_path / "theirs", **ALL)
     assert np.abs(ours - theirs).max() <= 1e-3 * np.abs(theirs).max()
     assert np.abs(ours).max() > 0
     manifest = json.loads((tmp_path / "ours" / "scores" / "manifest.json").read_text())
     assert manifest["coverage"]["packed"].startswith("14 of 14 tracked layers are held in ")
+
+
+def test_a_quantised_checkpoint_computes_in_bfloat16_where_it_is_loaded_so(quantised, tmp_path):
+    wide, narrow = (up.load_model(quantised, dtype=x, device="cpu") for x in ("float32", "bfloat16"))
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    c = _language(Small(blocks=1, times=1, bias=True), [], sequences=24)
+    theirs = scores(wide, c, tmp_path / "wide", **ALL)
+    ours = scores(narrow, c, tmp_path / "narrow", **ALL | {"dtype": "bfloat16"})
+    assert min(np.corrcoef(a, b)[0, 1] for a, b in zip(ours.T, theirs.T, strict=True)) > 0.99
+    with pytest.raises(ConfigError, match="got float32, not bfloat16; ask for bfloat16"):
+        up.fit(narrow, c.data, tmp_path / "other", dtype="float32")
 
 
 def test_what_bitsandbytes_packed_is_told_apart_by_its_scales_and_left_as_it_was(quantised):

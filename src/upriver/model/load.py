@@ -20,7 +20,7 @@ from upriver.errors import ConfigError, ModelError
 from upriver.model.capture import frozen
 from upriver.model.fingerprint import module_form, task_form, tensor_hash
 from upriver.model.losses import LanguageModel, Task
-from upriver.model.packed import floating, packed_checkpoint, parameter_sizes, scales
+from upriver.model.packed import floating, packed_checkpoint, parameter_sizes, rest_in, scales
 from upriver.model.weights import converted, in_dtype, leave_files
 from upriver.runtime import dist
 from upriver.runtime.artifact import digest
@@ -179,7 +179,7 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "auto", a
     with _quiet():
         tokenizer = _load_tokenizer(place, options)
         module = _load_module(place, options, wanted, attention, there)
-    module = (module if there else module.to(on)).eval()
+    module = (rest_in(module, wanted) if there else module.to(on)).eval()
     leave_files(module)
     _check(module, tokenizer, str(path))
     check_causal(module)

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from upriver.errors import ModelError
@@ -36,9 +37,9 @@ def floating(module: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in module.parameters() if p.is_floating_point() and id(p) not in hidden)
 
 
-def parameter_sizes(module: nn.Module) -> dict[nn.Parameter, int]:
+def parameter_sizes(module: nn.Module) -> dict[Tensor, int]:
     """How many weights each parameter stands for."""
-    sizes = {p: p.numel() for p in module.parameters()}
+    sizes: dict[Tensor, int] = {p: p.numel() for p in module.parameters()}
     linear = (m for m in module.modules() if isinstance(m, nn.Linear) and packed(m))
     return sizes | {m.weight: m.out_features * m.in_features for m in linear}
 
@@ -52,6 +53,13 @@ def scales(module: nn.Module) -> dict[str, Tensor]:
         for key, x in m.state_dict(keep_vars=True).items()
         if key not in m._parameters
     }
+
+
+def rest_in(module: Any, dtype: torch.dtype) -> Any:
+    """The module, with all that is not packed in ``dtype``: transformers leaves it as the checkpoint has it."""
+    for p in floating(module):
+        p.data = p.data.to(dtype)
+    return module
 
 
 def held_beside(module: nn.Module) -> list[Tensor]:
