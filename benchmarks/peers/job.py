@@ -24,7 +24,7 @@ class Job:
     """
 
     folder: str
-    kind: str  # neox or smollm2
+    kind: str  # neox, smollm2, or what is in the folder already
     sequences: int
     tokens: int
     queries: int
@@ -39,6 +39,7 @@ class Job:
     threads: int
     memory: str | None  # the limit that ours is given
     as_they_come: bool  # the peers with their own defaults, instead of tuned
+    device: str = "cpu"  # or cuda
 
     @property
     def model(self) -> str:

@@ -49,7 +49,7 @@ class Side:
         task = SumOfLogProbs(self.names)
         self.corpus = items(job.corpus_NT, 1)
         self.analyzer = Analyzer(
-            "job", prepare_model(module, task), task, cpu=True, output_dir=str(folder), disable_tqdm=True,
+            "job", prepare_model(module, task), task, cpu=job.device == "cpu", output_dir=str(folder), disable_tqdm=True,
             disable_model_save=True,
         )  # fmt: skip
         preset = "all_low_precision presets and model in bfloat16" if self.low else "float32"

@@ -18,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
 from upriver.curvature.base import Grads
+from upriver.errors import ModelError
 from upriver.model.capture import frozen
 from upriver.model.layers import Layer, weight_gradient_as_stored
 from upriver.model.model import Model
+from upriver.model.packed import held_in
 from upriver.text.batch import Batch, Sequences
 
 Kind = Literal["gauss-newton", "hessian"]
@@ -79,6 +81,11 @@ class Tracked:
 
     def __init__(self, model: Model, layers: list[Layer]):
         self.model, self.layers, self.space = model, layers, Space.of(layers)
+        if held := held_in(x.modules[0] for x in layers):
+            raise ModelError(
+                f"no derivative along a direction of packed weights: {held}, of which ekfac, kfac, diagonal and identity ask no "
+                "more; choose one of them with --curvature, without --refine"
+            )
         names = {id(m): name for name, m in model.module.named_modules()}
         self._prefix = {x.name: names[id(x.modules[0])] for x in layers}
 

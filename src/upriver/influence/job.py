@@ -17,7 +17,9 @@ from upriver.errors import ConfigError, MismatchError
 from upriver.influence.queries import Measured
 from upriver.model.check import tracked_layers
 from upriver.model.layers import Layer
-from upriver.model.load import Model, load_model
+from upriver.model.load import load_model
+from upriver.model.model import Model
+from upriver.model.packed import any_packed
 from upriver.runtime.artifact import Artifact
 from upriver.runtime.config import PLAIN_GRADIENTS, TraceOptions
 from upriver.runtime.divide import Division
@@ -45,6 +47,8 @@ class Given:
     @property
     def exact(self) -> str:
         """The type in which queries are solved and the top is looked at again, where the model fits in it."""
+        if any_packed(self.model.module):  # which has but one
+            return str(self.model.dtype).removeprefix("torch.")
         fitted = self.factors.options.dtype if self.factors else self.opts.dtype
         return "float64" if "float64" in (fitted, self.opts.dtype) else "float32"
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from upriver.errors import ModelError, NumericalError
 from upriver.kernels import FastKernels
 from upriver.model.layers import Layer, given
+from upriver.model.packed import packed
 from upriver.runtime import dist
 
 Consume = Callable[[Layer, Tensor, Tensor], None]
@@ -41,6 +42,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
     on_cpu = all(p.device.type == "cpu" for p in flags)
     noted = {m: _attributes(m) for m in modes}
     module.eval()
+    for m in filter(packed, modes):
+        m.training = True  # for inference on a CPU bitsandbytes rounds their scales once more, and gives no gradient
     module.requires_grad_(False)
     try:
         with torch.compiler.set_stance("force_eager"), FastKernels() if on_cpu else nullcontext():

@@ -12,6 +12,7 @@ from upriver.model.capture import capture, frozen
 from upriver.model.layers import Layer, find_layers, probe, weight_gradient_as_stored
 from upriver.model.losses import LanguageModel
 from upriver.model.model import Model, check_causal
+from upriver.model.packed import packed
 from upriver.model.sweep import Labels
 from upriver.runtime import dist
 from upriver.text.batch import Sequences
@@ -26,7 +27,8 @@ def checked_layers(
     """Refuse layers that cannot be tracked, and mark those that are given the same inputs.
 
     ``forward`` is run forward and backward once, with the weights of the layers unfrozen.  As soon as autograd has the gradient
-    of one of them it is compared with what was captured, and both are let go.
+    of one of them it is compared with what was captured, and both are let go.  Autograd has none of a packed weight: its layer is
+    run once more instead (:func:`_check_packed`).
 
     Args:
         N, T: sequences and positions of the loss that ``forward`` gives, as for :func:`capture`.
@@ -52,6 +54,8 @@ def checked_layers(
             run(N, T, probed)
             for p in comparison.owners.copy():
                 comparison.compare(p)
+            for x, a_MI, g_MO in comparison.packed:
+                _check_packed(x, a_MI, g_MO)
     finally:
         for hook in hooks:
             hook.remove()
@@ -64,8 +68,10 @@ class _Comparison:
     """Consumer: holds what was captured of a layer until autograd's gradients of its weight and bias are there."""
 
     def __init__(self, layers: list[Layer]):
-        held = [(p, (x, n)) for x in layers for m in x.modules for n, p in m.named_parameters(recurse=False)]
-        self.owners = {p: owner for p, owner in held if owner[1] in ("weight", "bias") and not dist.sharded(p)}
+        named = [(x, m, n, p) for x in layers for m in x.modules for n, p in m.named_parameters(recurse=False)]
+        held = [(p, (x, n)) for x, m, n, p in named if n == "bias" or (n == "weight" and not packed(m))]
+        self.owners = {p: owner for p, owner in held if not dist.sharded(p)}
+        self.packed: list[tuple[Layer, Tensor, Tensor]] = []  # what some tokens gave to such a layer, and got back
         self.captured: dict[
             str, tuple[dict[str, Tensor], float]
         ] = {}  # parts as stored, and how far rounded sums may be off
@@ -78,6 +84,10 @@ class _Comparison:
         tolerance = max(rounded, *(TOLERANCE.get(kind, NARROW) for kind in kinds))
         allowed = tolerance * float(a_MI.norm(dim=0).max() * g_MO.norm(dim=0).max())
         self.captured[x.name] = weight_gradient_as_stored(x.modules[0], g_MO.T @ a_MI), allowed
+        if packed(x.modules[0]):
+            g_MO = g_NTO.flatten(0, 1)
+            most_m = g_MO.norm(dim=1).topk(min(CHECKED, len(g_MO))).indices
+            self.packed.append((x, a_NTI.flatten(0, 1)[most_m, : x.I - x.bias], g_MO[most_m]))
 
     def when_captured(self, p: Any) -> None:
         if self.owners[p][0].name in self.captured:
@@ -94,6 +104,29 @@ class _Comparison:
                 f"layer {x.name!r} cannot be tracked: its calls do not show the gradient of its {name}: got "
                 f"{type(x.modules[0]).__name__}, which gives another thing than W a + b, or whose weight or bias is used outside "
                 "of it too; leave it out by giving globs to --layers"
+            )
+
+
+def _check_packed(x: Layer, a_MI: Tensor, g_MO: Tensor) -> None:
+    """Refuse a layer of packed weights that is no ``W a + b`` with the same ``W`` on the way there and on the way back.
+
+    ``g.(out(a) - b) = a.(W^T g)``, token by token, with ``W^T g`` from the backward pass at ``-a``: what is not linear has
+    another slope there.  The output may be rounded, as the inputs in 8 bits are.
+    """
+    for m in x.modules:
+        with torch.enable_grad():
+            there_MI, other_MI = (a.detach().requires_grad_() for a in (a_MI, -a_MI))
+            out_MO, slope_MO = m.forward(there_MI), m.forward(other_MI)
+            back_MI = (
+                torch.autograd.grad(slope_MO, other_MI, g_MO)[0] if slope_MO.requires_grad else torch.zeros_like(a_MI)
+            )
+        bias = m.get_parameter("bias").detach() if x.bias else 0.0
+        made_MO, (a, g, back) = (out_MO.detach() - bias).double(), (y.double() for y in (a_MI, g_MO, back_MI))
+        size_M = made_MO.norm(dim=1) * g.norm(dim=1) + a.norm(dim=1) * back.norm(dim=1)
+        if bool((((made_MO * g).sum(1) - (a * back).sum(1)).abs() > NARROW * size_M).any()):
+            raise ModelError(
+                f"layer {x.name!r} cannot be tracked: got {type(m).__name__} of packed weights, whose output and whose gradient "
+                "at the input are not those of one matrix; leave it out by giving globs to --layers"
             )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from upriver.errors import ModelError
+from upriver.model.packed import held_in, packed, parameter_sizes
 
 ATTENTION = re.compile(r"attn|attention|^wqkv$", re.IGNORECASE)
 MIXER = re.compile(r"mamba|mixer|ssm|recurrent|rglru|conv", re.IGNORECASE)  # of a place in the block
@@ -52,11 +53,12 @@ class Coverage(NamedTuple):
     tracked: int
     total: int
     untracked: list[dict[str, Any]]  # name, parameters, share, why
+    packed: str = ""  # what is said of tracked weights that are held in fewer bits
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> "Coverage":
         """What a manifest tells of it."""
-        return cls(stored["tracked"], stored["total"], stored["untracked"])
+        return cls(stored["tracked"], stored["total"], stored["untracked"], stored.get("packed", ""))
 
     @property
     def share(self) -> float:
@@ -64,7 +66,8 @@ class Coverage(NamedTuple):
 
     def line(self) -> str:
         rest = ", ".join(f"{u['name']} {u['share']:.1%} ({u['why']})" for u in self.untracked[:6])
-        return f"tracked {self.tracked:,} of {self.total:,} parameters ({self.share:.1%}); not: {rest or 'nothing'}"
+        line = f"tracked {self.tracked:,} of {self.total:,} parameters ({self.share:.1%}); not: {rest or 'nothing'}"
+        return f"{line}; {self.packed}" if self.packed else line
 
 
 def find_layers(module: nn.Module, spec: str) -> list[Layer]:
@@ -138,7 +141,9 @@ def given(args: tuple, kwargs: dict) -> Any:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """``(O, I)`` of a weight, also for GPT-2's transposed ``Conv1D``."""
+    """``(O, I)`` of a weight, also for GPT-2's transposed ``Conv1D`` and for one that is packed."""
+    if isinstance(module, nn.Linear) and packed(module):
+        return module.out_features, module.in_features
     rows, columns = module.get_parameter("weight").shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
@@ -154,7 +159,7 @@ def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, m in module.named_modules():
         if isinstance(m, nn.Linear | Conv1D):
             weight = m._parameters.get("weight")  # not there when it is computed, as under weight normalisation
-            if weight is not None and weight.is_floating_point() and weight.ndim == 2:
+            if weight is not None and ((weight.is_floating_point() and weight.ndim == 2) or packed(m)):
                 yield name, m
 
 
@@ -213,16 +218,17 @@ def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
     """What share of the parameters ``layers`` hold; the rest grouped by place, with the reason it is left out."""
     tracked = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
     linear = {f"{name}.{p}" for name, m in _linear_modules(module) for p in ("weight", "bias")}
-    total = sum(p.numel() for p in module.parameters())
+    sizes = parameter_sizes(module)
+    total = sum(sizes.values())
     groups: dict[tuple[str, str], int] = {}
     for name, p in module.named_parameters():
         if id(p) not in tracked:
             place = re.sub(r"\.\d+\.", ".*.", f".{name}").lstrip(".")
             group = (place.rsplit(".", 1)[0] if p.ndim < 3 else place, _why(name, p, name in linear))
-            groups[group] = groups.get(group, 0) + p.numel()
+            groups[group] = groups.get(group, 0) + sizes[p]
     rest = [{"name": n, "parameters": c, "share": c / total, "why": why} for (n, why), c in groups.items()]
-    covered = sum(p.numel() for p in module.parameters() if id(p) in tracked)
-    return Coverage(covered, total, sorted(rest, key=lambda u: -u["parameters"]))
+    covered = sum(size for p, size in sizes.items() if id(p) in tracked)
+    return Coverage(covered, total, sorted(rest, key=lambda u: -u["parameters"]), held_in(x.modules[0] for x in layers))
 
 
 def _why(name: str, parameter: nn.Parameter, linear: bool) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from upriver.errors import ModelError
 from upriver.model.fingerprint import tensor_hash
 from upriver.model.model import Model, check_causal, checksums, dtype_named
+from upriver.model.packed import floating, packed_checkpoint, rest_in
 from upriver.model.weights import Checkpoint, leave_files, loses, stored_dtype, weights_of
 from upriver.runtime.device import pick_device
 from upriver.text.tokenise import largest_token, require_offsets
@@ -40,13 +41,14 @@ def load_model(path: str | Path, dtype: str | None = None, device: str = "auto",
     """
     on = pick_device(device)
     place, options = _locate(str(path))
+    there = {"device_map": {"": on}} if not options and packed_checkpoint(place) else {}  # where weights are packed
     with _quiet():
         tokenizer = _load_tokenizer(place, options)
-        stored = None if options else stored_dtype(_folder(place))
+        stored = None if options or there else stored_dtype(_folder(place))
         wanted = dtype_named(dtype or _default_dtype(stored, on))
         first = stored if stored and loses(wanted, stored) else wanted
-        module = _load_module(place, options, first, attention)
-    module = module.eval()
+        module = _load_module(place, options, first, attention, there)
+    module = (rest_in(module, wanted) if there else module).eval()
     hashes = leave_files(module, wanted, on)
     held = weights_of(module)
     known = [hashes.get(id(x)) or tensor_hash(x) for x in held.values()] if hashes else []
@@ -71,7 +73,7 @@ def _default_dtype(stored: torch.dtype | None, device: torch.device) -> str:
 
 def _again(place: str, attention: str, dtype: torch.dtype) -> nn.Module:
     with _quiet():
-        return _load_module(place, {}, dtype, attention)  # type: ignore[no-any-return]
+        return _load_module(place, {}, dtype, attention, {})  # type: ignore[no-any-return]
 
 
 def _folder(place: str) -> Path:
@@ -147,11 +149,12 @@ def _advice(options: dict[str, Any], error: Exception, otherwise: str) -> str:
     return "install what reads GGUF files: pip install 'upriver[gguf]'" if options and lacking else otherwise
 
 
-def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attention: str) -> Any:
+def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attention: str, there: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
     asked = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    asked |= there
     try:
         try:
             kernel = {"attn_implementation": attention}
@@ -177,8 +180,9 @@ def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attent
 
 def _check(model: Model, place: str) -> None:
     """Refuse weights that are no numbers, and a vocabulary that is not the tokenizer's."""
-    for name, (_, _, held) in zip(weights_of(model.module), model._hashed[0], strict=True):
-        if not math.isfinite(held):
+    numbers = {id(p) for p in floating(model.module)}
+    for (name, x), (_, _, held) in zip(weights_of(model.module).items(), model._hashed[0], strict=True):
+        if (id(x) in numbers or not isinstance(x, nn.Parameter)) and not math.isfinite(held):
             raise ModelError(f"the weights hold NaN or infinity: {name!r} of {place!r}; get a sound copy of the model")
     rows, highest = model.module.get_input_embeddings().weight.shape[0], largest_token(model.tokenizer)
     if highest >= rows:

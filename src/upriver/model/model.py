@@ -17,6 +17,7 @@ from upriver.errors import ConfigError, ModelError
 from upriver.model.capture import frozen
 from upriver.model.fingerprint import module_form, task_form, tensor_hash
 from upriver.model.losses import LanguageModel, Task
+from upriver.model.packed import any_packed, floating, parameter_sizes
 from upriver.model.weights import Checkpoint, converted, in_dtype, in_place, weights_of
 from upriver.runtime import dist
 from upriver.runtime.artifact import digest
@@ -52,11 +53,11 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return next(floating(self.module)).dtype
 
     @property
     def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.module.parameters())
+        return sum(parameter_sizes(self.module).values())
 
     @property
     def like(self) -> Tensor:
@@ -66,7 +67,8 @@ class Model:
     def settled(self, opts: Any) -> Any:
         """Options with the compute type and the tokens of a batch that suit the device, where they name none."""
         own = str(self.dtype).removeprefix("torch.")
-        how = default_how(self.device.type != "cpu", opts.dtype, opts.batch_tokens, own)
+        dtype = opts.dtype or (own if any_packed(self.module) else None)
+        how = default_how(self.device.type != "cpu", dtype, opts.batch_tokens, own)
         return opts.model_copy(update=how)
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from upriver.kernels import matmul, one_core_each
 from upriver.model.layers import Layer
 from upriver.model.model import Model, dtype_named
+from upriver.model.packed import any_packed
 from upriver.model.shape import config_shape, model_shape
 from upriver.model.sweep import Consumer, Source, sweep
 from upriver.runtime import dist
@@ -100,7 +101,8 @@ def plan_here(
     made = plan_run(request, shape, machine, division)
     tokens = min(d.batch_tokens for d in (made.fit, made.trace) if d)
     rates: dict[str, Rates] = {}
-    for dtype in dict.fromkeys([machine.loaded, request.dtype, request.scan]):
+    dtypes = [machine.loaded] if any_packed(model.module) else [machine.loaded, request.dtype, request.scan]
+    for dtype in dict.fromkeys(dtypes):
         with model.computing_in(dtype) as computing:
             names = {id(m): name for name, m in model.module.named_modules()}
             same = [

@@ -21,6 +21,7 @@ from upriver.model.capture import capture, frozen
 from upriver.model.head import hidden_states
 from upriver.model.layers import Layer, block_number, find_layers, given, layer_kind, probe, same_layers, weight_shape
 from upriver.model.model import Model, dtype_named, text_config
+from upriver.model.packed import floating, packed, parameter_sizes
 from upriver.runtime.cost import Block, LayerSize, Shape, lowest_block
 from upriver.text.batch import Batch, Sequences
 
@@ -60,8 +61,8 @@ def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: C
         head=outside[True],
         lowest=sum(m for _, m in passed) / blocks[low] if blocks[low] else 0.0,
         lowest_attention=any(layer_kind(module, n) == "attention" for n, _ in passed),
-        parameters=sum(p.numel() for p in module.parameters()),
-        activation=seen.held / tokens / next(p for p in module.parameters() if p.is_floating_point()).element_size(),
+        parameters=sum(parameter_sizes(module).values()),
+        activation=seen.held / tokens / next(floating(module)).element_size(),
         widest=seen.widest,
         vocabulary=_vocabulary(module),
     )
@@ -209,7 +210,7 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
             before, back = inputs.get(name, (0.0, False))
             inputs[name] = (before + a.numel() / I * O * I / tokens, back or a.requires_grad)
             widest = max(widest, O, I) if layer_kind(module, name) else widest
-            if name in tracked:
+            if name in tracked or packed(m):  # which keep it where no hook on saved tensors sees it
                 keep(a.detach())
 
         return hook

@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from upriver.errors import MismatchError
+from upriver.errors import ConfigError, MismatchError
 from upriver.model.fingerprint import tensor_hash
+from upriver.model.packed import any_packed, floating, held_beside, scales
 
 FREQUENCIES = "inv_freq"  # of rotary positions, as transformers calls them
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -43,12 +44,13 @@ def loses(narrow: torch.dtype, wide: torch.dtype) -> bool:
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """The parameters, and the buffers that are stored with them: not what a forward pass may note for itself."""
     lasting = module.state_dict().keys()
-    return dict(module.named_parameters()) | {n: x for n, x in module.named_buffers() if n in lasting}
+    held = dict(module.named_parameters()) | {n: x for n, x in module.named_buffers() if n in lasting}
+    return held | scales(module)
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether every floating-point weight is of ``dtype``."""
-    return all(p.dtype == dtype for p in module.parameters() if p.is_floating_point())
+    return all(p.dtype == dtype for p in floating(module))
 
 
 def _wanted(module: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, torch.dtype]]:
@@ -59,7 +61,7 @@ def _wanted(module: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, torch.d
     """
     narrower = dtype.itemsize < torch.float32.itemsize
     buffers = [x for name, x in module.named_buffers() if not (narrower and FREQUENCIES in name)]
-    return [(x, dtype) for x in [*module.parameters(), *buffers] if x.is_floating_point()]
+    return [(x, dtype) for x in [*floating(module), *(x for x in buffers if x.is_floating_point())]]
 
 
 def leave_files(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[int, str]:
@@ -73,7 +75,7 @@ def leave_files(module: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     """
     mapped, copies, hashes = _mapped_files(), {}, {}
     kinds = {id(x): kind for x, kind in _wanted(module, dtype)}
-    for x in (*module.parameters(), *module.buffers()):
+    for x in (*module.parameters(), *module.buffers(), *held_beside(module)):
         kind, at = kinds.get(id(x), x.dtype), (x.data_ptr(), x.dtype, x.shape, x.stride())
         inside = x.device.type == "cpu" and (mapped is None or any(a <= x.data_ptr() < b for a, b in mapped))
         if kind != x.dtype and loses(kind, x.dtype):
@@ -117,7 +119,7 @@ def in_place(module: nn.Module, dtype: torch.dtype, source: Checkpoint, hashes: 
         MismatchError: the files hold other weights than they did.
     """
     kept = [(x, x.data) for x in module.buffers()]
-    before = [(x, x.dtype) for x in module.parameters() if x.is_floating_point()]
+    before = [(x, x.dtype) for x in floating(module)]
     try:
         _fill(module, _wanted(module, dtype), source, hashes)
         yield
@@ -150,7 +152,15 @@ def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of ``module`` with its floating-point weights and buffers in ``dtype``; weights that are shared stay shared.
 
     Never is there a second copy in the old type beside it.
+
+    Raises:
+        ConfigError: some weights are packed in 8 or 4 bits, which are no numbers of any such type.
     """
+    if any_packed(module):
+        wanted, own = (str(x).removeprefix("torch.") for x in (dtype, next(floating(module)).dtype))
+        raise ConfigError(
+            f"a model of packed weights computes in the type that it was loaded in: got {wanted}, not {own}; ask for {own}"
+        )
     made: dict[int, object] = {}
     for x, kind in _wanted(module, dtype):
         if id(x) not in made:
