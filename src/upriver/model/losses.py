@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from upriver.errors import ModelError
 from upriver.model.head import decide_ending, ending, token_losses, whole_logits
-from upriver.tensors import on_cpu
 from upriver.text.batch import Batch, splitmix64
 
 IGNORE = -100
@@ -124,7 +123,7 @@ class LanguageModel(Task):
             u_M = sampler.uniform(labels_NT.shape[1])[..., 0].to(at_NT.device)[at_NT]
 
         def labels(p_mV: Tensor, rows: slice) -> Tensor:
-            return labels_M[rows] if u_M is None else _invert(p_mV, u_M[rows])
+            return labels_M[rows] if u_M is None else drawn_exactly(p_mV, u_M[rows])
 
         end = ending(module)
         if end is None:
@@ -210,23 +209,13 @@ def next_tokens(batch: Batch) -> Tensor:
 def sample(logits_MV: Tensor, u_M: Tensor) -> Tensor:
     """One label from each row's softmax, by inverting its cumulative distribution at ``u``: ``[M]``."""
     parts = zip(logits_MV.split(SAMPLE_ROWS), u_M.split(SAMPLE_ROWS), strict=True)
-    return torch.cat([_invert(_wide(logits_mV).softmax(-1), u_m) for logits_mV, u_m in parts])
-
-
-def _invert(p_MV: Tensor, u_M: Tensor) -> Tensor:
-    if not on_cpu(p_MV):
-        return drawn_exactly(p_MV, u_M)
-    cumulative_MV = p_MV.cumsum(-1)
-    total_M1 = cumulative_MV[:, -1:]
-    below_M1 = torch.nextafter(total_M1, torch.zeros_like(total_M1))  # u near 1 rounds to 1: never past the last token
-    target_M1 = torch.minimum(u_M.to(total_M1.dtype)[:, None] * total_M1, below_M1)
-    return torch.searchsorted(cumulative_MV, target_M1, right=True)[:, 0].clamp(max=p_MV.shape[-1] - 1)
+    return torch.cat([drawn_exactly(_wide(logits_mV).softmax(-1), u_m) for logits_mV, u_m in parts])
 
 
 def drawn_exactly(p_MV: Tensor, u_M: Tensor) -> Tensor:
     """The token at which the cumulative distribution passes ``u``, ``[M]``: its block of tokens first, then the token in that.
 
-    Cumulative sums are those of whole numbers: exact and the same in any order, where CUDA has no deterministic ones of floats.
+    Cumulative sums are those of whole numbers: exact, and the same in any order and on any device.
     """
     V = p_MV.shape[1]
     whole = V - V % BLOCK

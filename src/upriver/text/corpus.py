@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import ConfigError
+from upriver.runtime import heads
 from upriver.runtime.artifact import Info, check, digest, read_head, unreadable
 from upriver.text.batch import Batch, Sequences, pad
 from upriver.text.build import TABLES, Progress, Settings, Stream, build, exclusive
@@ -104,7 +105,7 @@ class Corpus(Sequences):
         sources = open_corpus(Path(path), bad)
         written = [source.written for source in sources]
         hashed = [source.fingerprint for source in sources]
-        key = {"schema": SCHEMA, "sources": hashed}
+        key = {"schema": [SCHEMA, heads.SCHEMA], "sources": hashed}
         key |= {"tokenizer": tokenizer_fingerprint(tokenizer), "settings": settings._asdict()}
         folder = _cache_folder(cache) / "corpus" / digest(key)
         reused = os.path.exists(folder)  # false also where it cannot be known: building then says why
