@@ -131,10 +131,10 @@ def batch_size(shape: Shape, tokens: int, dtype: str, work: float = 0) -> int:
     return int(ITEM[dtype] * numbers * tokens + max(HEAD_COPIES * logits, backward))
 
 
-def eigen_size(layers: Layers, workers: int) -> int:
-    """The largest matrices, a worker each."""
+def eigen_size(layers: Layers, workers: int, item: int = WIDE) -> int:
+    """The largest matrices, a worker each, in numbers of so many bytes."""
     sides = sorted([x.O for x in layers] + [x.I for x in layers if leads(x)], reverse=True)
-    return EIGEN_COPIES * WIDE * sum(n * n for n in sides[:workers])
+    return EIGEN_COPIES * item * sum(n * n for n in sides[:workers])
 
 
 def divide_fit(shape: Shape, budget: Budget) -> Division:
@@ -151,7 +151,9 @@ def divide_fit(shape: Shape, budget: Budget) -> Division:
 
     def compared(tokens: int) -> int:
         """A batch of which a few sequences are scored on each other."""
-        return batch_size(shape, max(tokens, 2 * budget.longest), budget.dtype, 3 * COMPARED * SUM * largest(layers))
+        tokens = max(tokens, 2 * budget.longest)
+        sequences = min(COMPARED, max(2, budget.together(tokens)))
+        return batch_size(shape, tokens, budget.dtype, 3 * sequences * SUM * largest(layers))
 
     def beside(spec: Spec, tokens: int) -> int:
         return max(batch(spec, tokens), compared(tokens) if spec is CORRECTION else 0)
@@ -162,17 +164,18 @@ def divide_fit(shape: Shape, budget: Budget) -> Division:
     def least(tokens: int) -> float:
         return max(one(spec) + beside(spec, tokens) for spec in specs)
 
-    budget.check("fit", max(least(budget.longest), eigen_size(layers, 1)))
+    item = SUM if budget.dtype == "bfloat16" else WIDE  # decompositions are in float32 then
+    budget.check("fit", max(least(budget.longest), eigen_size(layers, 1, item)))
     ways = [
         (tokens, {s.name: groups(layers, s.held, budget.free - beside(s, tokens)) for s in specs})
         for tokens in budget.halvings
         if least(tokens) <= budget.free
     ]
     tokens, found = min(ways, key=lambda way: sum(map(len, way[1].values())))
-    workers = max(k for k in range(1, budget.cores + 1) if k == 1 or eigen_size(layers, k) <= budget.free)
+    workers = max(k for k in range(1, budget.cores + 1) if k == 1 or eigen_size(layers, k, item) <= budget.free)
     held = {s.name: max(s.held([layers[i] for i in g]) for g in found[s.name]) for s in specs}
     sizes = {s.name: held[s.name] + batch(s, tokens) for s in specs}
-    sizes["eigendecomposition"] = eigen_size(layers, workers)
+    sizes["eigendecomposition"] = eigen_size(layers, workers, item)
     sizes["agreement"] = held["correction"] + compared(tokens)
     return Division(tokens, found, budget.peaks(sizes), budget.limit, workers)
 
@@ -239,14 +242,20 @@ def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
         return _most(most, free, lambda q: max(size(group, q) for group in some))
 
     budget.check("trace", least(budget.longest))
-    ways = [(t, groups(layers, held(free - batch(t), t), free - batch(t))) for t in budget.halvings if least(t) <= free]
-    tokens, scanned = min(ways, key=lambda way: len(way[1]))
+    ways = [
+        (
+            t,
+            {
+                "scan": groups(layers, held(free - batch(t), t), free - batch(t)),
+                "rescore": groups(layers, lambda some, t=t: rescore(some, 1, t), free),  # type: ignore[misc]
+                "queries": groups(layers, lambda some, t=t: answered(some, 1, t), free),  # type: ignore[misc]
+            },
+        )
+        for t in budget.halvings
+        if least(t) <= free
+    ]
+    tokens, found = min(ways, key=lambda way: [len(found) for found in way[1].values()])
     room = free - batch(tokens)
-    found = {
-        "scan": scanned,
-        "queries": groups(layers, lambda some: answered(some, 1, tokens), free),
-        "rescore": groups(layers, lambda some: rescore(some, 1, tokens), free),
-    }
     most = max(QUERY_BYTES, budget.limit // 4)
     each = query_size(layers, asked), max(query_size([layers[i] for i in group], full) for group in found["rescore"])
     # but on accelerators, reading the factors again takes little of the time of multiplying a batch of tokens with them
