@@ -14,17 +14,18 @@ anything; ``meta`` therefore stands for the pretended device wherever C++ names 
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 import upriver
 
@@ -39,6 +40,7 @@ ASKING = {
         "masked_select", "nonzero", "unique_consecutive", "unique_dim",
     )
 }  # fmt: skip
+COPYING = {"aten::_to_copy", "aten::copy_"}
 INDEXING = {"aten::index", "aten::_unsafe_index"}
 PUTTING = {"aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index_put"}
 
@@ -74,6 +76,7 @@ class _Local(threading.local):
 
 _now = _Local()
 _seen = Seen()
+_PINNED = WeakIdKeyDictionary()  # tensors of the host
 
 
 class Stream:
@@ -172,61 +175,92 @@ class OnGPU(Tensor):
 
 
 def _held(x: Any) -> Any:
-    return x.held if isinstance(x, OnGPU) else x
+    """Arguments with the numbers in the place of the tensors; lists of tensors are the deepest that operations are given."""
+    if isinstance(x, OnGPU):
+        return x.held
+    return type(x)(_held(y) for y in x) if type(x) in (list, tuple) else x
+
+
+def _tensors(args: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for x in args:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif type(x) in (list, tuple):
+            found += [y for y in x if isinstance(y, Tensor)]
+    return found
+
+
+class Operation(NamedTuple):
+    name: str
+    written: list[int | str]  # arguments that it writes to: their places, or names
+
+    def targets(self, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+        found = (kwargs.get(at) if isinstance(at, str) else args[at] for at in self.written)
+        return [x for x in found if isinstance(x, OnGPU)]
+
+
+@cache
+def _operation(func: Any) -> Operation:
+    places = enumerate(func._schema.arguments)
+    written = [a.name if a.kwarg_only else i for i, a in places if a.alias_info is not None and a.alias_info.is_write]
+    return Operation(func._schema.name, written)
 
 
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    name, tensors = func._schema.name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = _tensors((*args, *kwargs.values()))
     ours = [x for x in tensors if isinstance(x, OnGPU)]
     asked = kwargs.get("device")
-    asked = None if asked is None else torch.device(asked)
-    if asked is not None:
-        kwargs = kwargs | {"device": torch.device("cpu")}
-    pinned = ours == [] and len(tensors) == 1 and hasattr(tensors[0], "pretended_pinned")
-    if name in ("aten::pin_memory", "aten::_pin_memory"):
-        out = args[0].clone()
-        out.pretended_pinned = True
-        return out
-    if name == "aten::is_pinned":
+    on_device = bool(ours) if asked is None else torch.device(asked).type in ("cuda", "meta")
+    operation = _operation(func)
+    if operation.name in ("aten::pin_memory", "aten::_pin_memory"):
+        _PINNED[pinned := args[0].clone()] = True
         return pinned
-    on_device = bool(ours) if asked is None else asked.type in ("cuda", "meta")
-    waits = not (kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
+    if not ours and not on_device:
+        return func(*args, **kwargs)
     stream = _now.stream or MAIN
     for x in ours:
         _check_order(x, stream, func)
-    if name in ("aten::_to_copy", "aten::copy_"):
-        source = isinstance(args[-1] if name == "aten::_to_copy" else args[1], OnGPU)
-        goal = on_device if name == "aten::_to_copy" else isinstance(args[0], OnGPU)
-        moved = args[0] if name == "aten::_to_copy" else args[1]
-        if source != goal and not (goal and moved.ndim == 0 and name == "aten::copy_"):
-            _seen.note("to device" if goal else "to host")
-            if waits or not (pinned or not goal):
-                _seen.note("wait")
-    elif name in INDEXING | PUTTING:
-        _check_index(func, args, name in PUTTING)
+    if operation.name in COPYING:
+        _note_copy(operation.name, args, kwargs, on_device)
+    elif operation.name in INDEXING | PUTTING:
+        _check_index(func, args, operation.name in PUTTING)
     elif ours:
-        if any(x.ndim for x in tensors if not isinstance(x, OnGPU)):
+        if any(x.ndim and not isinstance(x, OnGPU) for x in tensors):
             _refuse(func, tensors)
-        if name in ASKING:
+        if operation.name in ASKING:
             _seen.note("wait")
-    if name == "aten::_efficientzerotensor":  # a tangent without numbers, which only C++ knows to be zero
+    if operation.name == "aten::_efficientzerotensor":  # a tangent without numbers, which only C++ knows to be zero
         func = torch.ops.aten.zeros.default
-    out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
-    if not on_device and not ours:
-        return out
+    here = {name: _held(x) for name, x in kwargs.items()} | ({} if asked is None else {"device": torch.device("cpu")})
+    out = func(*map(_held, args), **here)
     stream.done += 1
-    written = [
-        kwargs.get(s.name) if s.kwarg_only else args[i] if i < len(args) else None
-        for i, s in enumerate(func._schema.arguments) if s.alias_info is not None and s.alias_info.is_write
-    ]  # fmt: skip
-    if any(isinstance(x, Tensor) for x in written):  # in place, or into a tensor that was given
+    if written := operation.targets(args, kwargs):  # in place, or into a tensor that was given
         for x in written:
-            if isinstance(x, OnGPU):
-                x.made = stream, stream.done
+            x.made = stream, stream.done
         return written[0] if len(written) == 1 else tuple(written)
-    if name == "aten::_to_copy" and not on_device:
-        return out.clone() if out is args[0].held else out
-    return tree_map(lambda x: OnGPU(x, (stream, stream.done)) if isinstance(x, Tensor) and on_device else x, out)
+    if not on_device:
+        return out.clone() if ours and out is ours[0].held else out
+    return _given_out(out, (stream, stream.done))
+
+
+def _given_out(out: Any, made: tuple[Stream, int]) -> Any:
+    if isinstance(out, Tensor):
+        return OnGPU(out, made)
+    return type(out)(_given_out(x, made) for x in out) if type(out) in (list, tuple) else out
+
+
+def _note_copy(name: str, args: tuple, kwargs: dict[str, Any], on_device: bool) -> None:
+    """A copy from or to the host; the host goes on at once only where its memory is pinned and it said that it need not wait."""
+    if name == "aten::copy_":
+        source, on_device, ahead = args[1], isinstance(args[0], OnGPU), len(args) > 2 and args[2]
+    else:
+        source, ahead = args[0], kwargs.get("non_blocking")
+    if isinstance(source, OnGPU) == on_device:
+        return
+    _seen.note("to device" if on_device else "to host")
+    if not (ahead and (source in _PINNED or not on_device)):
+        _seen.note("wait")
 
 
 def _check_order(x: OnGPU, stream: Stream, func: Any) -> None:
