@@ -7,8 +7,8 @@
 It fails where tensors of two devices meet, where NumPy is given one of the device, and where a tensor that a stream of its own
 copies is used before that stream was waited for.  It knows nothing of speed and of the device's memory.
 
-Underneath such a tensor is one of the device ``meta``, as in ``torch``'s own FakeTensor, so that autograd asks no CUDA library for
-anything; ``meta`` therefore stands for the pretended device wherever C++ names it.
+Underneath such a tensor is one of the device ``meta``, as in ``torch``'s own FakeTensor, so that autograd asks no CUDA library;
+``meta`` therefore stands for the pretended device wherever C++ names it.
 """
 
 import sys
@@ -40,6 +40,7 @@ ASKING = {
         "masked_select", "nonzero", "unique_consecutive", "unique_dim",
     )
 }  # fmt: skip
+PINNING = {"aten::pin_memory", "aten::_pin_memory"}
 COPYING = {"aten::_to_copy", "aten::copy_"}
 INDEXING = {"aten::index", "aten::_unsafe_index"}
 PUTTING = {"aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index_put"}
@@ -132,7 +133,9 @@ class OnGPU(Tensor):
         return 0
 
     def numpy(self, *, force: bool = False) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory first")
+        raise TypeError(
+            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory first"
+        )
 
     def __array__(self, *args: Any) -> Any:
         return self.numpy()
@@ -208,28 +211,24 @@ def _operation(func: Any) -> Operation:
 
 
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Do what was asked for with the numbers, if a GPU would have done it."""
     tensors = _tensors((*args, *kwargs.values()))
     ours = [x for x in tensors if isinstance(x, OnGPU)]
-    asked = kwargs.get("device")
+    asked, operation = kwargs.get("device"), _operation(func)
     on_device = bool(ours) if asked is None else torch.device(asked).type in ("cuda", "meta")
-    operation = _operation(func)
-    if operation.name in ("aten::pin_memory", "aten::_pin_memory"):
+    if operation.name in PINNING:
         _PINNED[pinned := args[0].clone()] = True
         return pinned
     if not ours and not on_device:
         return func(*args, **kwargs)
     stream = _now.stream or MAIN
-    for x in ours:
-        _check_order(x, stream, func)
+    _check(func, operation.name, tensors, ours, stream)
     if operation.name in COPYING:
         _note_copy(operation.name, args, kwargs, on_device)
     elif operation.name in INDEXING | PUTTING:
         _check_index(func, args, operation.name in PUTTING)
-    elif ours:
-        if any(x.ndim and not isinstance(x, OnGPU) for x in tensors):
-            _refuse(func, tensors)
-        if operation.name in ASKING:
-            _seen.note("wait")
+    elif operation.name in ASKING and ours:
+        _seen.note("wait")
     if operation.name == "aten::_efficientzerotensor":  # a tangent without numbers, which only C++ knows to be zero
         func = torch.ops.aten.zeros.default
     here = {name: _held(x) for name, x in kwargs.items()} | ({} if asked is None else {"device": torch.device("cpu")})
@@ -242,6 +241,18 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if not on_device:
         return out.clone() if ours and out is ours[0].held else out
     return _given_out(out, (stream, stream.done))
+
+
+def _check(func: Any, name: str, tensors: list[Tensor], ours: list[OnGPU], stream: Stream) -> None:
+    for x in ours:
+        maker, at = x.made
+        if maker not in (stream, MAIN) and stream.knows.get(maker, 0) < at:
+            raise RuntimeError(f"{func} uses a tensor that another stream makes, which was not waited for")
+        if stream not in x.used_on and maker is not MAIN:
+            raise RuntimeError(f"{func} uses a tensor of another stream's memory without record_stream")
+    meets = name not in COPYING | INDEXING | PUTTING and any(x.ndim and not isinstance(x, OnGPU) for x in tensors)
+    if ours and meets:
+        _refuse(func, tensors)
 
 
 def _given_out(out: Any, made: tuple[Stream, int]) -> Any:
@@ -263,14 +274,6 @@ def _note_copy(name: str, args: tuple, kwargs: dict[str, Any], on_device: bool) 
         _seen.note("wait")
 
 
-def _check_order(x: OnGPU, stream: Stream, func: Any) -> None:
-    maker, at = x.made
-    if maker is not stream and stream.knows.get(maker, 0) < at and maker is not MAIN:
-        raise RuntimeError(f"{func} uses a tensor that another stream makes, which was not waited for")
-    if stream not in x.used_on and maker is not MAIN:
-        raise RuntimeError(f"{func} uses a tensor of another stream's memory without record_stream")
-
-
 def _check_index(func: Any, args: tuple, puts: bool) -> None:
     base, places = args[0], [x for x in args[1] if x is not None]
     if not isinstance(base, OnGPU):
@@ -282,9 +285,8 @@ def _check_index(func: Any, args: tuple, puts: bool) -> None:
     for x in places:
         if not isinstance(x, OnGPU):
             _seen.note("to device")
-        if x.dtype in (torch.bool, torch.uint8) and not (puts and args[2].numel() == 1):  # else it is a fill under a mask
-            _seen.note("wait")
-        elif not isinstance(x, OnGPU):
+        fills = puts and args[2].numel() == 1  # under a mask, which need not be counted for that
+        if not isinstance(x, OnGPU) or (x.dtype in (torch.bool, torch.uint8) and not fills):
             _seen.note("wait")
 
 
