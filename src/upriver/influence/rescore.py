@@ -60,8 +60,8 @@ class TokenScores:
         places_4P = torch.from_numpy(np.stack([n_P, q_P, at_P, n_P[at_P]]))
         self.n_P, self.q_P, self.at_P, self.n_of_P = sent(places_4P, batch.device)
         T = 1 if batch.real_NT is None else batch.real_NT.shape[1]
-        parts = (torch.zeros(len(pairs), n, device=batch.device) for n in (T, len(self.place)))
-        self.parts.append((batch.rows_N[n_P], q_P, *parts))
+        tokens_PT, layers_PL = (torch.zeros(len(pairs), n, device=batch.device) for n in (T, len(self.place)))
+        self.parts.append((batch.rows_N[n_P], q_P, tokens_PT, layers_PL))
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         _, _, tokens_PT, layers_PL = self.parts[-1]

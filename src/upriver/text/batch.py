@@ -68,7 +68,7 @@ class Batch:
         inputs = {name: sent(x, device) for name, x in self.inputs.items()}
         real_NT, weight_N = (None if x is None else sent(x, device) for x in (self.real_NT, self.weight_N))
         known = []
-        if self.real_NT is not None:
+        if self.real_NT is not None and real_NT is not None:
             known = [(self._places(self.real_NT), real_NT)]
             if is_mask(self.inputs.get("loss"), self.real_NT):
                 known.append((self.predicted(), inputs["loss"]))
