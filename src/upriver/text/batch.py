@@ -26,6 +26,8 @@ class Places(NamedTuple):
     mask_NT: Tensor
     at_M: Tensor  # int64: indices into its N T positions, row by row
     counts_N: list[int]  # how many each row has
+    first: int  # column that was looked at
+    version: int  # of the mask, which changes when it is written over
 
     @classmethod
     def of(cls, mask_NT: Tensor, first: int = 0) -> "Places":
@@ -33,7 +35,12 @@ class Places(NamedTuple):
         from_first_NT = (
             mask_NT if not first else torch.cat([torch.zeros_like(mask_NT[:, :first]), mask_NT[:, first:]], 1)
         )
-        return cls(mask_NT, from_first_NT.flatten().nonzero()[:, 0], from_first_NT.sum(1).tolist())
+        return cls(
+            mask_NT, from_first_NT.flatten().nonzero()[:, 0], from_first_NT.sum(1).tolist(), first, _version(mask_NT)
+        )
+
+    def are_of(self, mask_NT: Tensor, first: int) -> bool:
+        return self.mask_NT is mask_NT and (self.first, self.version) == (first, _version(mask_NT))
 
     def of_calls(self, calls: int) -> tuple[Tensor, list[int]]:
         """Indices and counts for a layer that was called so many times, its calls side by side."""
@@ -72,7 +79,9 @@ class Batch:
             known = [(self._places(self.real_NT), real_NT)]
             if is_mask(self.inputs.get("loss"), self.real_NT):
                 known.append((self.predicted(), inputs["loss"]))
-        moved = tuple(Places(mask_NT, sent(x.at_M, device), x.counts_N) for x, mask_NT in known)
+        moved = tuple(
+            x._replace(mask_NT=mask_NT, at_M=sent(x.at_M, device), version=_version(mask_NT)) for x, mask_NT in known
+        )
         return dataclasses.replace(self, inputs=inputs, real_NT=real_NT, weight_N=weight_N, known=moved)
 
     @property
@@ -110,8 +119,12 @@ class Batch:
         return places.of_calls(calls)
 
     def _places(self, mask_NT: Tensor, first: int = 0) -> Places:
-        """Known ones are of this very mask: who replaces an input of a batch is not given those of the old one."""
-        return next((x for x in self.known if x.mask_NT is mask_NT), None) or Places.of(mask_NT, first)
+        """Known ones are of this very mask: who replaces an input of a batch, or writes it over, is not given the old ones."""
+        return next((x for x in self.known if x.are_of(mask_NT, first)), None) or Places.of(mask_NT, first)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def is_mask(x: Tensor | None, real_NT: Tensor) -> bool:
