@@ -243,7 +243,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(H, 6, bias), nn.Linear(6, H, bias)
 
     def forward(self, x_NTH: torch.Tensor) -> torch.Tensor:
-        count_T1 = torch.arange(1, x_NTH.shape[1] + 1, dtype=x_NTH.dtype)[:, None]
+        count_T1 = torch.arange(1, x_NTH.shape[1] + 1, dtype=x_NTH.dtype, device=x_NTH.device)[:, None]
         return x_NTH + self.down(torch.tanh(self.up(x_NTH.cumsum(1) / count_T1)))
 
 

@@ -133,7 +133,7 @@ def test_rebuilt_by_halves_is_the_written_out_sum(O, I, hold):
     score = Contractions("rebuilt", {"x": low}, 4, 5)
     score.hold, score.routes["x"] = hold, route("rebuilt", lambda: low, 5, like)
     for rows in (np.array([0, 1]), np.array([2, 3])):
-        score.begin(SimpleNamespace(rows_N=rows))
+        score.begin(SimpleNamespace(rows_N=rows, device=like.device))
         score(layer, a[rows], g[rows])
     score.result()
     expected = torch.einsum("qoi,ntoi->nq", low.dense(), torch.einsum("nto,nti->ntoi", g, a))

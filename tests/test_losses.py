@@ -17,7 +17,7 @@ from upriver.model.capture import capture, frozen
 from upriver.model.head import LinearHead, Tail, ending, token_losses
 from upriver.model.layers import find_layers
 from upriver.model.load import Model
-from upriver.model.losses import LanguageModel, Regression, Sampler, drawn_exactly, next_tokens, sample
+from upriver.model.losses import LanguageModel, Regression, Sampler, drawn_exactly, sample
 from upriver.model.sweep import Labels
 from upriver.tensors import sequence_gradients
 
@@ -398,7 +398,8 @@ def test_logits_that_are_written_over_are_not_those_of_the_head(tiny_chunks):
         model.task.prepare(module)
         losses.append(model.task.loss(module, batch))
         logits_NTV = module(input_ids=batch.inputs["tokens"]).logits
-    labels_NT = next_tokens(batch)
+    tokens_NT, loss_NT = batch.inputs["tokens"], batch.inputs["loss"]
+    labels_NT = tokens_NT.where(loss_NT, -100).roll(-1, 1)
     expected = torch.nn.functional.cross_entropy(logits_NTV.flatten(0, 1), labels_NT.flatten(), reduction="sum")
     for loss in losses:
         torch.testing.assert_close(loss, expected)

@@ -1,5 +1,7 @@
 """Batches: each row once, within the budget, independent of place; keys that follow the content."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -110,3 +112,18 @@ def test_examples_that_do_not_fit_together(inputs):
 def test_keys_that_do_not_fit_the_examples():
     with pytest.raises(CorpusError, match="one key per example"):
         Examples({"x": torch.zeros(3)}, keys=np.arange(2))
+
+
+def places_of(batch):
+    return batch.predicted().at_M.tolist(), batch.real(batch.inputs["tokens"][..., None], "x")[1]
+
+
+def test_what_is_known_of_masks_is_not_told_of_others():
+    real_NT = torch.tensor([[True, True, True], [True, True, False]])
+    tokens_NT, keys = torch.arange(6).view(2, 3), np.arange(2, dtype=np.uint64)
+    batch = Batch(np.arange(2), keys, {"tokens": tokens_NT, "loss": real_NT}, real_NT).to("cpu")
+    assert places_of(batch) == ([1, 2, 4], [3, 2]), "one mask for both: nothing is predicted at position 0"
+    less = dataclasses.replace(batch, inputs=batch.inputs | {"loss": torch.tensor([[False, True, False]] * 2)})
+    assert places_of(less) == ([1, 4], [3, 2]), "an input is replaced"
+    batch.inputs["loss"][0, 1] = False
+    assert places_of(batch) == ([2, 4], [2, 2]), "and written over"

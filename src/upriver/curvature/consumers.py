@@ -22,7 +22,7 @@ from upriver.model.sweep import Consumer, Source, sweep
 from upriver.runtime.artifact import Tensors, read_tensor
 from upriver.runtime.cost import COMPARED, CORRECTION, COVARIANCE, GRADIENT_BYTES, Spec
 from upriver.tensors import Scratch, accumulator_dtype, even_parts, rotated_gradients
-from upriver.text.batch import Batch, Sequences, real_calls
+from upriver.text.batch import Batch, Sequences
 
 
 class Covariance:
@@ -34,17 +34,16 @@ class Covariance:
 
     def __init__(self, sums: Tensors, dtype: torch.dtype):
         self.sums, self.dtype = sums, dtype
-        self.real_NT: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
-        self.real_NT = None if batch.real_NT is None or bool(batch.real_NT.all()) else batch.real_NT
+        self.batch = batch
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         moments = {f"S:{layer.name}": g_NTO} | ({f"A:{layer.name}": a_NTI} if layer.A_of == layer.name else {})
         for name, x_NTI in moments.items():
-            x_MI = x_NTI.flatten(0, 1)
-            if self.real_NT is not None:
-                x_MI = x_NTI[real_calls(self.real_NT, x_NTI, layer.name)]
+            x_MI, (real_M, _) = x_NTI.flatten(0, 1), self.batch.real(x_NTI, layer.name)
+            if real_M is not None:
+                x_MI = x_MI.index_select(0, real_M)
             if name not in self.sums:
                 self.sums[name] = x_MI.new_zeros(x_MI.shape[1], x_MI.shape[1], dtype=self.dtype)
             add_second_moment(self.sums[name], x_MI)
@@ -66,14 +65,16 @@ class Correction:
 
     def __init__(self, sums: Tensors, dtype: torch.dtype, moments: dict[str, Moments] | None):
         self.sums, self.dtype, self.moments = sums, dtype, moments
+        if "sequences" in sums:  # counted on the host, whatever device the sums of an earlier run were read onto
+            sums["sequences"] = sums["sequences"].cpu()
         self._half_N: list[int] = []
         self._scratch = Scratch()
         self._rotated: tuple[str, Tensor] = ("", torch.empty(0))  # the last input, which the next layer may share
 
     def begin(self, batch: Batch) -> None:
-        half_N = torch.from_numpy((batch.keys_N & np.uint64(1)).astype(np.int64))
-        none_2 = torch.zeros(2, dtype=torch.int64)
-        self.sums["sequences"] = self.sums.get("sequences", none_2).cpu() + torch.bincount(half_N, minlength=2)
+        half_N = (batch.keys_N & np.uint64(1)).astype(np.int64)
+        both_2 = torch.from_numpy(np.bincount(half_N, minlength=2))
+        self.sums["sequences"] = self.sums["sequences"] + both_2 if "sequences" in self.sums else both_2
         self._half_N = half_N.tolist()
         self._rotated = ("", torch.empty(0))
 
@@ -132,8 +133,8 @@ PROBES, SHARE = 64, 16  # sequences that are looked at, and at most one for so m
 class Agreement:
     """Consumer: the scores of the sequences of a batch on each other, by the eigenvalues of either half of the sample.
 
-    Every two of a batch's first ``COMPARED`` sequences are a pair; ``parts`` holds ``[2, L, P]`` of each batch: for each half
-    and layer the scores of its pairs.
+    Every two of a batch's first ``COMPARED`` sequences are a pair; ``parts`` holds ``[2, L, P]`` of each batch, on its device:
+    for each half and layer the scores of its pairs.
     """
 
     def __init__(self, moments: dict[str, Moments], denominators: Tensors):
@@ -143,15 +144,15 @@ class Agreement:
 
     def begin(self, batch: Batch) -> None:
         N = min(COMPARED, len(batch.rows_N))
-        self.upper = torch.triu_indices(N, N, 1)
-        self.parts.append(torch.zeros(2, len(self.place), self.upper.shape[1]))
+        self.upper = torch.triu_indices(N, N, 1, device=batch.device)
+        self.parts.append(torch.zeros(2, len(self.place), self.upper.shape[1], device=batch.device))
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         m = self.moments[layer.name]
         G_NW = rotated_gradients(a_NTI[:COMPARED], g_NTO[:COMPARED], m.Q_A_II, m.Q_S_OO).flatten(1)
         for half, denominator_OI in enumerate(self.denominators[layer.name]):
             scores_NN = (G_NW / denominator_OI.flatten().to(G_NW)) @ G_NW.T
-            self.parts[-1][half, self.place[layer.name]] = scores_NN[self.upper[0], self.upper[1]].float().cpu()
+            self.parts[-1][half, self.place[layer.name]] = scores_NN[self.upper[0], self.upper[1]].float()
 
 
 def compare(
@@ -174,13 +175,14 @@ def compare(
         return None
     for x in group:
         lam_2OI = read_tensor(sums, f"lam:{x.name}") / n_2[:, None, None]
-        denominators[x.name] = lam_2OI.add_(torch.tensor([Damping().of(lam) for lam in lam_2OI])[:, None, None])
+        lam_2OI.add_(torch.tensor([Damping().of(lam) for lam in lam_2OI])[:, None, None])
+        denominators[x.name] = lam_2OI.to(model.like)
     count = max(COMPARED, min(PROBES, fitted // SHARE))
     rows = np.random.default_rng(0).permutation(len(data))[:count]
     source = Source.of(data, rows, max(batch_tokens, 2 * int(np.max(data.lengths_N))))  # two are a pair
     consumer = Agreement(moments, denominators)
     sweep(model, group, source, rows, consumer)
-    return torch.cat(consumer.parts, 2)
+    return torch.cat(consumer.parts, 2).cpu()
 
 
 def agreement(pairs: list[Tensor | None]) -> dict[str, Any]:

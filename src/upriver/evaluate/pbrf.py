@@ -113,7 +113,7 @@ class ProximalBregman:
 
     def _terms(self, z: Batch, epsilon: float) -> list[Callable[[Tensor], Tensor]]:
         """The summands of the objective, each a function of the displacement."""
-        f = self.function
+        f, z = self.function, z.to(self.theta_P.device)
 
         def divergence(anchor: Anchor) -> Callable[[Tensor], Tensor]:
             task = f.model.task

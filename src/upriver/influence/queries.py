@@ -20,7 +20,7 @@ from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import digest
 from upriver.runtime.config import BATCH_TOKENS
 from upriver.runtime.cost import Asked, query_size
-from upriver.text.batch import Batch, Examples, real_calls
+from upriver.text.batch import Batch, Examples
 from upriver.text.queries import checked_id
 
 
@@ -84,12 +84,13 @@ class TokenGradients:
         batch, found = self.batch, self.parts[layer.name]
         assert batch is not None
         assert batch.query_N is not None
-        real_NM = None if batch.real_NT is None else real_calls(batch.real_NT, a_NTI, layer.name)
-        for n, query in enumerate(batch.query_N.tolist()):
-            if real_NM is None:
+        real_M, counts_N = batch.real(a_NTI, layer.name)
+        at_N = [None] * len(counts_N) if real_M is None else real_M.split(counts_N)
+        for n, (query, at) in enumerate(zip(batch.query_N.tolist(), at_N, strict=True)):
+            if at is None:
                 tokens = TokenGradient(a_NTI[n].clone(), g_NTO[n].clone())
             else:
-                tokens = TokenGradient(a_NTI[n, real_NM[n]], g_NTO[n, real_NM[n]])
+                tokens = TokenGradient(*(x.flatten(0, 1).index_select(0, at) for x in (a_NTI, g_NTO)))
             found[query] = _joined([found[query], tokens] if query in found else [tokens])
 
     def pop(self, layer: Layer, indices: list[int], like: Tensor) -> list[TokenGradient]:

@@ -25,7 +25,7 @@ from upriver.model.model import Model
 from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import Tensors, read_tensors
 from upriver.runtime.units import each
-from upriver.tensors import Scratch, product
+from upriver.tensors import Scratch, product, sent
 from upriver.text.batch import Batch, Sequences
 
 SPURIOUS = 2 / 3
@@ -54,28 +54,32 @@ class TokenScores:
 
     def begin(self, batch: Batch) -> None:
         pairs = [(n, q) for n, row in enumerate(batch.rows_N) for q in self.wanted[int(row)]]
-        self.n_P, self.q_P = (torch.tensor(x, dtype=torch.long) for x in zip(*pairs, strict=True))
+        n_P, q_P = np.array(pairs).T
+        at_P = np.argsort(q_P, kind="stable")  # the pairs query by query
+        self.queries = np.unique(q_P, return_counts=True)
+        places_4P = torch.from_numpy(np.stack([n_P, q_P, at_P, n_P[at_P]]))
+        self.n_P, self.q_P, self.at_P, self.n_of_P = sent(places_4P, batch.device)
         T = 1 if batch.real_NT is None else batch.real_NT.shape[1]
-        tokens_PT, layers_PL = torch.zeros(len(pairs), T), torch.zeros(len(pairs), len(self.place))
-        self.parts.append((batch.rows_N[self.n_P.numpy()], self.q_P.numpy(), tokens_PT, layers_PL))
+        tokens_PT, layers_PL = (torch.zeros(len(pairs), n, device=batch.device) for n in (T, len(self.place)))
+        self.parts.append((batch.rows_N[n_P], q_P, tokens_PT, layers_PL))
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         _, _, tokens_PT, layers_PL = self.parts[-1]
         v_QOI = self.solved[layer.name]
-        totals_NQ = -by_dense(v_QOI, a_NTI, g_NTO, self.scratch).float().cpu()
+        totals_NQ = -by_dense(v_QOI, a_NTI, g_NTO, self.scratch).float()
         layers_PL[:, self.place[layer.name]] = totals_NQ[self.n_P, self.q_P]
-        for q in self.q_P.unique().tolist():
-            at = (self.q_P == q).nonzero()[:, 0]
-            n = slice(None) if len(at) == len(a_NTI) else self.n_P[at].to(a_NTI.device)
+        queries, counts = (x.tolist() for x in self.queries)
+        for q, at, n_of in zip(queries, self.at_P.split(counts), self.n_of_P.split(counts), strict=True):
+            n = slice(None) if len(at) == len(a_NTI) else n_of
             by_token = -_by_token(a_NTI[n], g_NTO[n], v_QOI[q])
             folded = by_token.reshape(len(at), -1, tokens_PT.shape[1]).sum(1)  # a layer called twice: its calls added
-            tokens_PT[at] += folded.float().cpu()
+            tokens_PT.index_add_(0, at, folded.float())
 
     def result(self) -> Rescored:
         width = max(p[2].shape[1] for p in self.parts)
         tokens = [nn.functional.pad(p[2], (0, width - p[2].shape[1])) for p in self.parts]
         rows, queries = (np.concatenate([p[i] for p in self.parts]) for i in (0, 1))
-        return Rescored(rows, queries, torch.cat(tokens), torch.cat([p[3] for p in self.parts]))
+        return Rescored(rows, queries, torch.cat(tokens).cpu(), torch.cat([p[3] for p in self.parts]).cpu())
 
 
 def _by_token(a_NTI: Tensor, g_NTO: Tensor, v_OI: Tensor) -> Tensor:

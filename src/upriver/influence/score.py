@@ -163,9 +163,9 @@ class Score:
         N = len(batch.rows_N)
         self.inputs = {}
         self.rows.append(batch.rows_N)
-        self.scores_NQ.append(torch.zeros(N, self.Q))
+        self.scores_NQ.append(torch.zeros(N, self.Q, device=batch.device))
         if self.keep_layers:
-            self.layers_NQL.append(torch.zeros(N, self.Q, len(self.routes)))
+            self.layers_NQL.append(torch.zeros(N, self.Q, len(self.routes), device=batch.device))
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         route, batch = self.routes[layer.name], len(self.rows) - 1
@@ -230,14 +230,14 @@ class Score:
         return torch.stack(list(side_by_side(half, range(SIDES), U_QOR.device))).sum(0)
 
     def _add(self, batch: int, name: str, products_NQ: Tensor) -> None:
-        scores_NQ = -products_NQ.float().cpu()
+        scores_NQ = -products_NQ.float()
         self.scores_NQ[batch] += scores_NQ
         if self.keep_layers:
             self.layers_NQL[batch][:, :, self.place[name]] = scores_NQ
 
     def result(self) -> dict[str, Tensor]:
-        """``scores`` ``[N, Q]`` in the order of the rows and, where they are kept, ``layers`` ``[N, Q, L]``."""
+        """``scores`` ``[N, Q]`` in the order of the rows and, where they are kept, ``layers`` ``[N, Q, L]``; on the host."""
         self._flush()
         order = torch.from_numpy(np.argsort(np.concatenate(self.rows), kind="stable"))
-        out = {"scores": torch.cat(self.scores_NQ)[order]}
-        return out | ({"layers": torch.cat(self.layers_NQL)[order]} if self.keep_layers else {})
+        out = {"scores": torch.cat(self.scores_NQ).cpu()[order]}
+        return out | ({"layers": torch.cat(self.layers_NQL).cpu()[order]} if self.keep_layers else {})

@@ -11,6 +11,7 @@ A layer called several times in one pass gives its calls side by side along T: w
 over calls, before anything is squared.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -24,6 +25,7 @@ from upriver.kernels import FastKernels
 from upriver.model.layers import Layer, given
 from upriver.model.packed import packed
 from upriver.runtime import dist
+from upriver.tensors import on_cpu
 
 Consume = Callable[[Layer, Tensor, Tensor], None]
 Call = tuple[Tensor, Tensor]  # a_NTI, g_NTO
@@ -87,6 +89,7 @@ def capture(
     try:
         with frozen(module):
             yield run
+            run.check()
     finally:
         for hook in hooks:
             hook.remove()
@@ -101,6 +104,7 @@ class Run:
         self._backward = False
         self._expected: dict[str, int] = {}
         self._waiting: dict[str, tuple[Layer, list[Call]]] = {}
+        self._losses: Tensor | None = None  # of the batches that were not looked at yet, added up
 
     def __call__(self, N: int, T: int | None, forward: Callable[[], Tensor]) -> Tensor:
         """Run ``forward`` (a scalar loss of ``N`` sequences of ``T`` positions, None when T is the layer's own) and backward.
@@ -112,17 +116,25 @@ class Run:
         self._expected, self._waiting = {}, {}
         with torch.enable_grad():
             loss = forward()
-        if not torch.isfinite(loss):
-            raise NumericalError(
-                f"the loss of a batch is {float(loss.detach())}; check the weights for NaN, or use --dtype float32"
-            )
         if not loss.requires_grad:
             raise ModelError("the loss does not depend on any tracked layer; choose other layers with --layers")
+        self._losses = loss.detach() if self._losses is None else self._losses + loss.detach()
+        if on_cpu(loss):
+            self.check()
         self._backward = True
         loss.backward()
         for layer, calls in self._waiting.values():
             self._hand_over(layer, calls)
         return loss.detach()
+
+    def check(self) -> None:
+        """Refuse a loss that is no number, which no sum hides: at once, or on another device at the end of :func:`capture`.
+
+        To look at each there would be to wait for it; nothing is made of what was captured before that end.
+        """
+        losses, self._losses = self._losses, None
+        if losses is not None and not math.isfinite(value := float(losses)):
+            raise NumericalError(f"the loss of a batch is {value}; check the weights for NaN, or use --dtype float32")
 
     def on_call(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The forward hook: keep the input, and ask for the gradient at the output."""

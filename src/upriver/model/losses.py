@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from upriver.errors import ModelError
 from upriver.model.head import decide_ending, ending, token_losses, whole_logits
+from upriver.tensors import sent
 from upriver.text.batch import Batch, splitmix64
 
-IGNORE = -100
 SAMPLE_ROWS = 1024  # positions whose distribution over the vocabulary is held at once
 BLOCK = 128  # tokens that are summed up before one of them is drawn
 FINE = 2.0**-40  # of a sum of probabilities: what its parts are counted in
@@ -99,38 +99,36 @@ class LanguageModel(Task):
 
     def log_probs(self, module: nn.Module, batch: Batch) -> Tensor:
         """``log p(z_t | z_<t)`` at every loss token, 0 elsewhere: ``[N, T]``, at the position of the token itself."""
-        losses_M = self._token_losses(module, batch, None)
-        at_NT = next_tokens(batch) != IGNORE
-        return losses_M.new_zeros(at_NT.shape).masked_scatter(at_NT, -losses_M).roll(1, 1)
+        losses_M, tokens_NT = self._token_losses(module, batch, None), batch.inputs["tokens"]
+        return (
+            losses_M.new_zeros(tokens_NT.numel()).index_copy(0, batch.predicted().at_M, -losses_M).view(tokens_NT.shape)
+        )
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         return self.log_probs(module, batch).sum(1)
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
-        at_NT = next_tokens(batch) != IGNORE
-        return _wide(whole_logits(module, batch.inputs["tokens"])[at_NT])
+        return _wide(_before(whole_logits(module, batch.inputs["tokens"]), batch))
 
     def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
-        labels_NT = next_tokens(batch)
-        return F.cross_entropy(outputs_MC, labels_NT[labels_NT != IGNORE], reduction="sum")
+        return F.cross_entropy(outputs_MC, _predicted(batch), reduction="sum")
 
     def _token_losses(self, module: nn.Module, batch: Batch, sampler: Sampler | None) -> Tensor:
         """``- log p`` of every loss token of the batch, row by row: ``[M]``."""
-        labels_NT = next_tokens(batch)
-        at_NT = labels_NT != IGNORE
-        labels_M, u_M = labels_NT[at_NT], None
+        labels_M, u_M = _predicted(batch), None
         if sampler is not None:
-            u_M = sampler.uniform(labels_NT.shape[1])[..., 0].to(at_NT.device)[at_NT]
+            u_NT = sampler.uniform(batch.inputs["tokens"].shape[1])[..., 0]
+            u_M = _before(sent(u_NT, labels_M.device)[..., None], batch)[:, 0]
 
         def labels(p_mV: Tensor, rows: slice) -> Tensor:
             return labels_M[rows] if u_M is None else drawn_exactly(p_mV, u_M[rows])
 
         end = ending(module)
         if end is None:
-            logits_MV = whole_logits(module, batch.inputs["tokens"])[at_NT]
+            logits_MV = _before(whole_logits(module, batch.inputs["tokens"]), batch)
             drawn_M = labels_M if u_M is None else sample(logits_MV.detach(), u_M)
             return F.cross_entropy(_wide(logits_MV), drawn_M, reduction="none")
-        return token_losses(end.hidden(module, batch.inputs["tokens"])[at_NT], end, labels)
+        return token_losses(_before(end.hidden(module, batch.inputs["tokens"]), batch), end, labels)
 
 
 class Classification(Task):
@@ -144,7 +142,7 @@ class Classification(Task):
     def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
         logits_NC, y_N = module(_given(module, batch)), batch.inputs["y"]
         if sampler is not None:
-            y_N = sample(logits_NC.detach(), sampler.uniform(1)[:, 0, 0].to(logits_NC.device))
+            y_N = sample(logits_NC.detach(), sent(sampler.uniform(1)[:, 0, 0], logits_NC.device))
         return F.cross_entropy(_wide(logits_NC), y_N, reduction="sum")
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
@@ -168,8 +166,8 @@ class Regression(Task):
     def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
         error_NK = self._error(self.outputs(module, batch), batch)
         if sampler is not None:
-            noise_NK = torch.special.ndtri(sampler.uniform(1, error_NK.shape[1])[:, 0]).to(error_NK)
-            error_NK = error_NK - error_NK.detach() + noise_NK
+            noise_NK = sent(torch.special.ndtri(sampler.uniform(1, error_NK.shape[1])[:, 0]), error_NK.device)
+            error_NK = error_NK - error_NK.detach() + noise_NK.to(error_NK)
         return error_NK.square().sum() / 2
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
@@ -198,12 +196,14 @@ def _given(module: nn.Module, batch: Batch) -> Tensor:
     return x.to(own) if x.is_floating_point() else x
 
 
-def next_tokens(batch: Batch) -> Tensor:
-    """The token that each position predicts, ``IGNORE`` where it carries no loss: ``[N, T]``."""
-    tokens_NT, loss_NT = batch.inputs["tokens"], batch.inputs["loss"]
-    labels_NT = torch.full_like(tokens_NT, IGNORE)
-    labels_NT[:, :-1] = torch.where(loss_NT[:, 1:], tokens_NT[:, 1:], IGNORE)
-    return labels_NT
+def _predicted(batch: Batch) -> Tensor:
+    """The tokens that are predicted with loss, ``[M]``."""
+    return batch.inputs["tokens"].flatten().index_select(0, batch.predicted().at_M)
+
+
+def _before(x_NTH: Tensor, batch: Batch) -> Tensor:
+    """What was made at the positions before them, which predict them, ``[M, H]``."""
+    return x_NTH.flatten(0, 1).index_select(0, batch.predicted().at_M - 1)
 
 
 def sample(logits_MV: Tensor, u_M: Tensor) -> Tensor:

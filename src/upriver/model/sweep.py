@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from upriver.model.capture import capture
@@ -93,11 +94,30 @@ def sweep(
 
 
 def _ahead(source: Source, rows: np.ndarray, model: Model) -> Iterator[Batch]:
-    """The batches in order, each read and moved to the device while the one before it is computed."""
+    """The batches in order, each read and moved to the device while the one before it is computed.
+
+    A GPU copies it on a stream of its own: on that of the passes it would come after all that they were given before.
+    """
+    device = model.device
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def read(some: np.ndarray) -> tuple[Batch, Any]:
+        if copies is None:
+            return source.batch(some).to(device), None
+        with torch.cuda.stream(copies):
+            return source.batch(some).to(device), copies.record_event()
+
+    def ready(batch: Batch, copied: Any) -> Batch:
+        if copied is not None:
+            passes = torch.cuda.current_stream(device)
+            passes.wait_event(copied)
+            batch.used_on(passes)
+        return batch
+
     with ThreadPoolExecutor(1) as reader:
         coming = None
         for some in [*source.batches(rows), None]:
-            following = some if some is None else reader.submit(lambda x: source.batch(x).to(model.device), some)
+            following = some if some is None else reader.submit(read, some)
             if coming is not None:
-                yield coming.result()
+                yield ready(*coming.result())
             coming = following

@@ -9,6 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,39 @@ from torch import Tensor
 
 from upriver.errors import CorpusError, ModelError
 from upriver.runtime.device import in_parts
+from upriver.tensors import sent
+
+
+class Places(NamedTuple):
+    """Where a mask of a batch is true, found before the batch goes to its device, which would have to be waited for."""
+
+    mask_NT: Tensor
+    at_M: Tensor  # int64: indices into its N T positions, row by row
+    counts_N: list[int]  # how many each row has
+    first: int  # column that was looked at
+    version: int  # of the mask, which changes when it is written over
+
+    @classmethod
+    def of(cls, mask_NT: Tensor, first: int = 0) -> "Places":
+        """Where a mask is true from the column ``first`` on."""
+        from_first_NT = (
+            mask_NT if not first else torch.cat([torch.zeros_like(mask_NT[:, :first]), mask_NT[:, first:]], 1)
+        )
+        return cls(
+            mask_NT, from_first_NT.flatten().nonzero()[:, 0], from_first_NT.sum(1).tolist(), first, _version(mask_NT)
+        )
+
+    def are_of(self, mask_NT: Tensor, first: int) -> bool:
+        return self.mask_NT is mask_NT and (self.first, self.version) == (first, _version(mask_NT))
+
+    def of_calls(self, calls: int) -> tuple[Tensor, list[int]]:
+        """Indices and counts for a layer that was called so many times, its calls side by side."""
+        if calls == 1:
+            return self.at_M, self.counts_N
+        T = self.mask_NT.shape[1]
+        first_M = self.at_M + self.at_M // T * (calls - 1) * T
+        at_CM = first_M + T * torch.arange(calls, device=first_M.device)[:, None]
+        return at_CM.flatten().sort().values, [calls * count for count in self.counts_N]
 
 
 @dataclass(frozen=True)
@@ -34,14 +68,68 @@ class Batch:
     weight_N: Tensor | None = None  # queries only: +1 completion, -1 contrast
     query_N: np.ndarray | None = None  # queries only: int64 index of the query that each row belongs to
 
+    known: tuple[Places, ...] = ()  # of the masks of a batch that was moved
+
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch with its tensors on ``device``."""
-        return dataclasses.replace(
-            self,
-            inputs={name: t.to(device) for name, t in self.inputs.items()},
-            real_NT=None if self.real_NT is None else self.real_NT.to(device),
-            weight_N=None if self.weight_N is None else self.weight_N.to(device),
+        device = torch.device(device)
+        inputs = {name: sent(x, device) for name, x in self.inputs.items()}
+        real_NT, weight_N = (None if x is None else sent(x, device) for x in (self.real_NT, self.weight_N))
+        known = []
+        if self.real_NT is not None and real_NT is not None:
+            known = [(self._places(self.real_NT), real_NT)]
+            if is_mask(self.inputs.get("loss"), self.real_NT):
+                known.append((self.predicted(), inputs["loss"]))
+        moved = tuple(
+            x._replace(mask_NT=mask_NT, at_M=sent(x.at_M, device), version=_version(mask_NT)) for x, mask_NT in known
         )
+        return dataclasses.replace(self, inputs=inputs, real_NT=real_NT, weight_N=weight_N, known=moved)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs are."""
+        return next(x.device for x in self.inputs.values())
+
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that work of ``stream`` uses the memory of the batch, which another stream's copies filled."""
+        for x in (*self.inputs.values(), self.real_NT, self.weight_N, *(known.at_M for known in self.known)):
+            if x is not None:
+                x.record_stream(stream)
+
+    def predicted(self) -> Places:
+        """Where tokens are predicted with loss."""
+        return self._places(self.inputs["loss"], 1)
+
+    def real(self, x_NTI: Tensor, layer: str) -> tuple[Tensor | None, list[int]]:
+        """Which of the ``N T`` rows that a layer saw are real, int64 ``[M]``, or None for all; and how many each sequence has.
+
+        Raises:
+            ModelError: sequences are padded, and the layer saw something else than their positions.
+        """
+        seen = x_NTI.shape[1]
+        places = None if self.real_NT is None else self._places(self.real_NT)
+        if places is None or len(places.at_M) == places.mask_NT.numel():
+            return None, [seen] * len(x_NTI)
+        calls, rest = divmod(seen, T := places.mask_NT.shape[1])
+        if rest:
+            raise ModelError(
+                f"layer {layer!r} cannot be tracked where sequences are padded: it sees {seen} rows of a sequence of {T} "
+                "positions, of which it is not known what is padding; leave it out by giving globs to --layers, or give "
+                "sequences of one length"
+            )
+        return places.of_calls(calls)
+
+    def _places(self, mask_NT: Tensor, first: int = 0) -> Places:
+        """Known ones are of this very mask: who replaces an input of a batch, or writes it over, is not given the old ones."""
+        return next((x for x in self.known if x.are_of(mask_NT, first)), None) or Places.of(mask_NT, first)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def is_mask(x: Tensor | None, real_NT: Tensor) -> bool:
+    return x is not None and x.dtype == torch.bool and x.shape == real_NT.shape
 
 
 def pad(rows: np.ndarray, keys_N: np.ndarray, tokens: Sequence[np.ndarray], loss: Sequence[np.ndarray]) -> Batch:
@@ -171,18 +259,3 @@ class Examples(Sequences):
         rows = np.asarray(rows, np.int64)
         picked = {name: t[torch.from_numpy(rows).to(t.device)] for name, t in self.inputs.items()}
         return Batch(rows, self.keys_N[rows], picked, None)
-
-
-def real_calls(real_NT: Tensor, x_NTI: Tensor, layer: str) -> Tensor:
-    """Tell which positions of what a layer saw are real, ``[N, T]``; a layer that is called twice has its calls side by side.
-
-    Raises:
-        ModelError: the layer saw something else than the positions of the sequences.
-    """
-    seen, T = x_NTI.shape[1], real_NT.shape[1]
-    if seen % T:
-        raise ModelError(
-            f"layer {layer!r} cannot be tracked where sequences are padded: it sees {seen} rows of a sequence of {T} positions, "
-            "of which it is not known what is padding; leave it out by giving globs to --layers, or give sequences of one length"
-        )
-    return real_NT.repeat(1, seen // T)
