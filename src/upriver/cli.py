@@ -67,6 +67,7 @@ def fit_command(
         float | None,
         typer.Option(help="Stop once scores from the two halves of the sample correlate this well, such as 0.99."),
     ] = None,
+    blocks: flags.Blocks = 1,
     dtype: flags.Dtype = "float32",
     batch_tokens: flags.BatchTokens = BATCH_TOKENS,
     memory: flags.Memory = None,
@@ -77,8 +78,8 @@ def fit_command(
 ) -> None:
     """Fit the EK-FAC factors of MODEL on CORPUS: once per model, for any number of questions."""
     given: dict[str, Any] = {
-        "layers": layers, "fisher": fisher, "max_tokens": max_tokens, "until": until, "dtype": dtype,
-        "batch_tokens": batch_tokens, "memory": memory, "seed": seed,
+        "layers": layers, "fisher": fisher, "max_tokens": max_tokens, "until": until, "blocks": blocks,
+        "dtype": dtype, "batch_tokens": batch_tokens, "memory": memory, "seed": seed,
     }  # fmt: skip
     options(FitOptions, given)  # a mistake is known before a model is loaded
     refuse_inside(out)
@@ -187,6 +188,7 @@ def plan_command(
     max_tokens: flags.MaxTokens = 1_000_000,
     rank: flags.Rank = "32",
     top: flags.Top = 100,
+    blocks: flags.Blocks = 1,
     dtype: flags.Dtype = "float32",
     batch_tokens: flags.BatchTokens = BATCH_TOKENS,
     memory: flags.Memory = None,
@@ -215,7 +217,7 @@ def plan_command(
         data, left = read_for_others(corpus, what, seq_len)
     asked: dict[str, Any] = {
         "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top, "dtype": dtype,
-        "batch_tokens": batch_tokens, "memory": parse_memory(memory),
+        "blocks": blocks, "batch_tokens": batch_tokens, "memory": parse_memory(memory),
     }  # fmt: skip
     asked |= _query_size(queries, what)
     request = Request(size[0], size[1], **asked) if size else request_for(data.lengths_N, **asked)

@@ -24,6 +24,9 @@ Memory = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to fit on, from random sequences.", min=1)]
 BatchTokens = Annotated[int, typer.Option(help="Tokens of a batch, padding counted.", min=1)]
+Blocks = Annotated[
+    int, typer.Option(help="Diagonal blocks of A and S, for very wide layers; what is between them is left out.", min=1)
+]
 Layers = Annotated[str, typer.Option(help="mlp, attention, all, or globs separated by commas.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence; longer documents are cut into windows.", min=2)]
 Rank = Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")]

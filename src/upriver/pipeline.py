@@ -61,6 +61,11 @@ class Given:
         fitted = self.factors.options.dtype if self.factors else self.opts.dtype
         return "float64" if "float64" in (fitted, self.opts.dtype) else "float32"
 
+    def tracked(self, model: Model) -> list[Layer]:
+        """The layers of one of the models, their second moments in as many blocks as those of the factors."""
+        parts = self.factors.options.blocks if self.factors else 1
+        return tracked_layers(model, self.data, str(self.opts.layers), parts)
+
     @property
     def sample(self) -> np.ndarray:
         """The sequences that a matrix-free solver goes over: those of the fit, or some of as many tokens as are asked for."""
@@ -202,7 +207,7 @@ def _run(stage: Artifact, asked: Given) -> None:
         with times("scan"), each_job.model.computing_in(str(opts.dtype)) as computing:
             scanning = each_job
             if computing is not each_job.model:
-                scanning = each_job._replace(model=computing, layers=tracked_layers(computing, data, str(opts.layers)))
+                scanning = each_job._replace(model=computing, layers=asked.tracked(computing))
             parts += scan(scanning, solved, say)
             give_back()
     scanned = Scanned(scan_units(job), parts, len(job.columns), len(job.layers) if opts.layer_scores else None)
@@ -235,7 +240,7 @@ def _run(stage: Artifact, asked: Given) -> None:
 def _first(stage: Artifact, asked: Given, rows: np.ndarray) -> Job:
     """The work on the model itself, divided so that it stays within the memory."""
     with asked.model.computing_in(asked.exact) as exact:
-        layers = tracked_layers(exact, asked.data, str(asked.opts.layers))
+        layers = asked.tracked(exact)
         division = divide(exact, layers, asked.data, asked.queries, asked.opts, stage.path, asked.say)
         chosen = _solver(exact, layers, asked, division)
         return Job(
@@ -271,7 +276,7 @@ def _jobs(first: Job, asked: Given) -> Iterator[Job]:
             if exact is first.model:
                 yield first
                 continue
-            layers = tracked_layers(exact, asked.data, str(asked.opts.layers))
+            layers = asked.tracked(exact)
             if [x[2:] for x in layers] != [x[2:] for x in first.layers]:
                 raise ConfigError(
                     f"checkpoint {number + 1} has other layers than the model; give one of the same architecture"

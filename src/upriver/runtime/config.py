@@ -103,6 +103,7 @@ class FitOptions(Options):
     fisher: Literal["sampled", "empirical"] = "sampled"
     max_tokens: int | None = Field(1_000_000, ge=1)
     until: float | None = Field(None, gt=0, le=1)
+    blocks: int = Field(1, ge=1)  # along the diagonals of A and S; what is between them is left out
     dtype: Dtype = "float32"
     batch_tokens: int = Field(BATCH_TOKENS, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)

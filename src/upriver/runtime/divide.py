@@ -24,10 +24,12 @@ from upriver.runtime.cost import (
     Shape,
     Spec,
     contraction,
+    diagonal,
     groups,
     largest,
     leads,
     query_size,
+    square,
 )
 from upriver.runtime.progress import show_bytes
 
@@ -128,9 +130,13 @@ def batch_size(shape: Shape, tokens: int, dtype: str, work: float = 0) -> int:
 
 
 def eigen_size(layers: Layers, workers: int) -> int:
-    """The largest matrices, a worker each."""
-    sides = sorted([x.O for x in layers] + [x.I for x in layers if leads(x)], reverse=True)
-    return EIGEN_COPIES * WIDE * sum(n * n for n in sides[:workers])
+    """The largest matrices, a worker each; of those in diagonal blocks the largest block, and the eigenvectors of the others."""
+    sizes = []
+    for x in layers:
+        blocks = [diagonal(n, x.parts) for n in ([x.O, x.I] if leads(x) else [x.O])]
+        others = SUM * sum(sum(k * k for k in b) - max(b) ** 2 for b in blocks)
+        sizes += [EIGEN_COPIES * WIDE * max(b) ** 2 + others for b in blocks]
+    return sum(sorted(sizes, reverse=True)[:workers])
 
 
 def divide_fit(shape: Shape, budget: Budget) -> Division:
@@ -186,7 +192,9 @@ def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
         ConfigError: not even one query and one sequence at a time fit; the sentence says what would do.
     """
     layers, free, full = shape.layers, budget.free, asked._replace(rank=None)
-    block = SUM * max(x.O**2 + x.I**2 + x.O * x.I for x in layers)  # bases and eigenvalues of the largest layer
+    block = SUM * max(
+        square(x.O, x.parts) + square(x.I, x.parts) + x.O * x.I for x in layers
+    )  # bases and eigenvalues of the largest layer
 
     def gradients(number: int, tokens: int) -> float:
         """Of the largest layer, that meet the queries at once."""
