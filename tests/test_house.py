@@ -156,11 +156,11 @@ def test_the_house_is_no_larger_than_it_was_counted(tmp_path):
         "files of the main path (6)": (len(MAIN_PATH), 7),
         "lines of the main path (1,300)": (main, 1_480),
         "files run in a fit (17)": (len(fit_files), 33),
-        "functions run in a fit (156)": (len(fit_functions), 280),
+        "functions run in a fit (156)": (len(fit_functions), 285),
         "files run in a trace (23)": (len(trace_files), 48),
         "functions run in a trace (200)": (len(trace_functions), 410),
         "own imports of a module, tenths (32)": (10 * sum(len(own_imports(p)) for p in FILES) // len(FILES), 60),
-        "lines of Python (9,500)": (lines, 12_750),
+        "lines of Python (9,500)": (lines, 12_840),
     }
     for name, (found, bound) in counted.items():
         print(f"{name:40} {found:7,}   at most {bound:,}")

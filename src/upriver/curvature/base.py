@@ -69,8 +69,8 @@ class Moments(NamedTuple):
         return LowRank(U_QRO.unflatten(0, (Q, R)).transpose(1, 2), V_QRI.unflatten(0, (Q, R)))
 
     def to(self, like: Tensor) -> "Moments":
-        Q_A, Q_S, eig_A, eig_S = (m.to(like) for m in self[:4])
-        return Moments(Q_A, Q_S, eig_A, eig_S, self.T_mean)
+        Q_A, Q_S, eig_A, eig_S, T_mean = self
+        return Moments(Q_A.to(like), Q_S.to(like), eig_A.to(like), eig_S.to(like), T_mean)
 
 
 class Solution(NamedTuple):
