@@ -62,7 +62,6 @@ def main() -> None:
             solutions.append(factors.curvature().solve(q, DAMPING).value)
             took = factors.manifest["timings"]["eigendecomposition"]
         size = moments_size([x._replace(parts=blocks) for x in layers])
-        print(f"{blocks} blocks: {factors.manifest['timings']}", flush=True)
         facts.append([f"{size / 1e6:.2f}", f"{took:.2f}", f"{decomposition(args.side, blocks):.2f}"])
     others = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(len(corpus)), fitted))
     rows, judges = others[: args.sequences], others[-args.held_out :]
@@ -72,14 +71,13 @@ def main() -> None:
         found = rescore(model, layers, corpus, v, wanted, 2048)
         place = np.lexsort((found.rows_P, found.queries_P))
         scores.append(found.layers_PL.sum(1).double().numpy()[place].reshape(len(asked), len(rows)))
-    print("scored", flush=True)
     sets = [q, *solutions]
     along = held_out(model, layers, corpus, judges, sets, BATCH_TOKENS)
     energies = [judge(q, v, vGv, lambdas)[2] for v, vGv in zip(sets, along, strict=True)]
     print(
         f"{args.tokens:,} tokens fitted on, {len(asked)} questions, {len(rows)} sequences scored, {len(judges)} held out\n"
     )
-    names = ["bases, MB", "decomposed, s", f"{args.side:,} wide, s", "correlation, mean", "worst", "energy", "worst"]
+    names = ["bases, MB", "decomposed, s", f"{args.side:,} wide, s", "correlation, mean", "worst", "energy, mean", "worst"]
     print(f"| blocks | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     for blocks, fact, own, energy in zip(args.blocks, facts, scores, energies[1:], strict=True):
         same = [float(np.corrcoef(*pair)[0, 1]) for pair in zip(own, scores[0], strict=True)]

@@ -29,10 +29,12 @@ from upriver.curvature.fit import fit
 from upriver.errors import ConfigError, MismatchError
 from upriver.influence.queries import gradients as query_gradients
 from upriver.model.layers import Layer
-from upriver.pipeline import trace
+from upriver.pipeline import Given, trace
+from upriver.runtime.config import TraceOptions
 from upriver.runtime.cost import CORRECTION, COVARIANCE, NARROW, LayerSize, diagonal, moments_size, sides, square
 from upriver.runtime.divide import divide_trace, eigen_size
 from upriver.runtime.plan import Request, budget_for, plan_run
+from upriver.runtime.progress import mute, silent
 from upriver.show.report import write_report
 from upriver.tensors import BlockDiagonal, Scratch, product, rotated_gradients
 
@@ -224,6 +226,8 @@ def test_another_number_of_blocks_is_another_fit(tmp_path):
     fit(c.model, c.data, tmp_path, blocks=2, say=said.append, **given)
     assert "used as it is" in said[0]
     assert (factors.options.blocks, factors.layers[0].parts) == (2, 2)
+    asked = Given(c.model, c.data, c.queries, factors, TraceOptions(layers=c.spec), (), silent, mute)
+    assert [x.parts for x in asked.tracked(c.model)] == [2, 2], "the memory of a trace is divided for what was fitted"
     with pytest.raises(MismatchError, match="blocks"):
         fit(c.model, c.data, tmp_path, **given)
     with pytest.raises(ConfigError, match="bad value for 'blocks': got 0"):
@@ -343,7 +347,8 @@ def test_a_plan_says_so():
     for name in ("covariance", "eigendecomposition", "correction"):
         assert of[1][name].peak < of[0][name].peak
         assert of[1][name].flop < of[0][name].flop
-    assert of[1]["queries"].flop < of[0]["queries"].flop
+    for name in ("queries", "rescore"):
+        assert of[1][name].flop < of[0][name].flop
     assert of[1]["eigendecomposition"].seconds == pytest.approx(of[0]["eigendecomposition"].seconds / 16)
     assert plans[1].disk["factors"] < plans[0].disk["factors"]
 
