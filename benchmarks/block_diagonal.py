@@ -77,7 +77,8 @@ def main() -> None:
     print(
         f"{args.tokens:,} tokens fitted on, {len(asked)} questions, {len(rows)} sequences scored, {len(judges)} held out\n"
     )
-    names = ["bases, MB", "decomposed, s", f"{args.side:,} wide, s", "correlation, mean", "worst", "energy, mean", "worst"]
+    wide, means = f"{args.side:,} wide, s", ["correlation, mean", "worst", "energy, mean", "worst"]
+    names = ["bases, MB", "decomposed, s", wide, *means]
     print(f"| blocks | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     for blocks, fact, own, energy in zip(args.blocks, facts, scores, energies[1:], strict=True):
         same = [float(np.corrcoef(*pair)[0, 1]) for pair in zip(own, scores[0], strict=True)]
