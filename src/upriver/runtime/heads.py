@@ -9,7 +9,7 @@ from upriver.errors import InputError, MismatchError
 from upriver.runtime.config import FitOptions
 from upriver.runtime.files import ADVICE, load_json, read_json, unreadable
 
-SCHEMA = 3  # raise it when the files of an artifact change
+SCHEMA = 2  # raise it when the files of an artifact change
 Json = dict[str, Any]
 
 
