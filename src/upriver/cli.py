@@ -61,6 +61,7 @@ def fit_command(
         float | None,
         typer.Option(help="Stop once scores from the two halves of the sample correlate this well, such as 0.99."),
     ] = None,
+    blocks: flags.Blocks = 1,
     dtype: flags.Dtype = None,
     tf32: flags.TF32 = False,
     batch_tokens: flags.BatchTokens = None,
@@ -72,7 +73,7 @@ def fit_command(
 ) -> None:
     """Fit the EK-FAC factors of MODEL on CORPUS: once per model, for any number of questions."""
     given: dict[str, Any] = {
-        "layers": layers, "fisher": fisher, "max_tokens": max_tokens, "until": until, "dtype": dtype,
+        "layers": layers, "fisher": fisher, "max_tokens": max_tokens, "until": until, "blocks": blocks, "dtype": dtype,
         "batch_tokens": batch_tokens, "memory": memory, "seed": seed, "tf32": tf32,
     }  # fmt: skip
     options(FitOptions, given)  # a mistake is known before a model is loaded
@@ -183,6 +184,7 @@ def plan_command(
     max_tokens: flags.MaxTokens = 1_000_000,
     rank: flags.Rank = "32",
     top: flags.Top = 100,
+    blocks: flags.Blocks = 1,
     dtype: flags.Dtype = None,
     batch_tokens: flags.BatchTokens = None,
     memory: flags.Memory = None,
@@ -213,7 +215,8 @@ def plan_command(
     gpu = hardware(machine).accelerator if machine else isinstance(what, Model) and what.device.type != "cpu"
     asked: dict[str, Any] = {
         "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top,
-        "memory": parse_memory(memory), **default_how(gpu, dtype, batch_tokens, "bfloat16"),
+        "blocks": blocks, "memory": parse_memory(memory),
+        **default_how(gpu, dtype, batch_tokens, "bfloat16"),
     }  # fmt: skip
     asked |= _query_size(queries, what)
     request = Request(size[0], size[1], **asked) if size else request_for(data.lengths_N, **asked)

@@ -26,6 +26,9 @@ MaxTokens = Annotated[int, typer.Option(help="Tokens to fit on, from random sequ
 BatchTokens = Annotated[
     int | None, typer.Option(help="Tokens of a batch, padding counted. Default: 2048, on a GPU 16384.", min=1)
 ]
+Blocks = Annotated[
+    int, typer.Option(help="Diagonal blocks of A and S, for very wide layers; what is between them is left out.", min=1)
+]
 Layers = Annotated[str, typer.Option(help="mlp, attention, all, or globs separated by commas.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence; longer documents are cut into windows.", min=2)]
 Rank = Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")]

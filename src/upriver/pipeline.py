@@ -18,7 +18,7 @@ from upriver.influence.rescore import Pairs, rescore_top
 from upriver.influence.results import write_scores, write_top
 from upriver.influence.scan import Part, Scanned, scan, scan_units
 from upriver.influence.solve import solve
-from upriver.model.check import check_length, tracked_layers
+from upriver.model.check import check_length
 from upriver.model.fingerprint import measured_by
 from upriver.model.layers import Coverage, coverage
 from upriver.model.model import Model
@@ -135,7 +135,7 @@ def _run(stage: Artifact, asked: Given) -> None:
             give_back()
         with times("scan"), each_job.model.computing_in(str(opts.dtype)) as computing:
             own = computing.module is each_job.model.module
-            layers = each_job.layers if own else tracked_layers(computing, data, str(opts.layers))
+            layers = each_job.layers if own else asked.tracked(computing)
             parts += scan(each_job._replace(model=computing, layers=layers), solved, say)
             give_back()
     scanned = Scanned(scan_units(job), parts, len(job.columns), len(job.layers) if opts.layer_scores else None)
@@ -168,7 +168,7 @@ def _run(stage: Artifact, asked: Given) -> None:
 
 def _first(stage: Artifact, asked: Given, rows: np.ndarray) -> Job:
     """The work on the model itself, divided so that it stays within the memory."""
-    layers = tracked_layers(asked.model, asked.data, str(asked.opts.layers))
+    layers = asked.tracked(asked.model)
     division = divide(asked, layers, stage.path)
     given = (asked.model, layers, asked.data, asked.queries, asked.factors, rows, asked.opts, asked.progress)
     return Job(stage, *given, division)

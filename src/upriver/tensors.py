@@ -5,6 +5,8 @@ Axes: N sequences, T positions, M real tokens, I inputs of a layer (+1 with a bi
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,6 +30,43 @@ class LowRank(NamedTuple):
 
     def dense(self) -> Tensor:
         return self.U_QOR @ self.V_QRI
+
+
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """A square matrix that is zero but for ``blocks`` along its diagonal; ``x @ Q``, ``Q @ x`` and ``Q.T`` as with a tensor."""
+
+    blocks: tuple[Tensor, ...]
+
+    @property
+    def sides(self) -> list[int]:
+        return [len(block) for block in self.blocks]
+
+    @property
+    def T(self) -> "BlockDiagonal":
+        return BlockDiagonal(tuple(block.T for block in self.blocks))
+
+    def to(self, like: Tensor) -> "BlockDiagonal":
+        return BlockDiagonal(tuple(block.to(like) for block in self.blocks))
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return torch.cat([Q @ part for Q, part in zip(self.blocks, x.split(self.sides, -2), strict=True)], -2)
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return torch.cat([part @ Q for Q, part in zip(self.blocks, x.split(self.sides, -1), strict=True)], -1)
+
+
+Square = Tensor | BlockDiagonal
+
+
+def numbered(name: str, count: int) -> list[str]:
+    """The names of the blocks of a matrix in a file: its own where it is one block, else ``name.0``, ``name.1``, ..."""
+    return [name] if count == 1 else [f"{name}.{k}" for k in range(count)]
+
+
+def square(blocks: Sequence[Tensor]) -> Square:
+    """The square matrix with ``blocks`` along its diagonal: the tensor itself where it is one block."""
+    return blocks[0] if len(blocks) == 1 else BlockDiagonal(tuple(blocks))
 
 
 class Scratch:
@@ -56,9 +95,17 @@ class Scratch:
         out_NTW[..., :I] = x_NTI
         return out_NTW
 
-    def product(self, name: str, x_NTI: Tensor, y_IK: Tensor, width: int | None = None) -> Tensor:
+    def product(self, name: str, x_NTI: Tensor, y_IK: Square, width: int | None = None) -> Tensor:
         """``x @ y`` with rows laid out :func:`aligned`: ``[N, T, K]``, or ``[N, T, width]`` with zeros beyond K."""
-        K, x_MI = y_IK.shape[1], x_NTI.flatten(0, 1)
+        x_MI = x_NTI.flatten(0, 1)
+        if isinstance(y_IK, BlockDiagonal):
+            K, sides = sum(y_IK.sides), y_IK.sides
+            out_NTW = self.rows(name, x_NTI, K)
+            outs = out_NTW.flatten(0, 1)[:, :K].split(sides, 1)
+            for out, part, block in zip(outs, x_MI.split(sides, 1), y_IK.blocks, strict=True):
+                out.copy_(matmul(part, block))
+            return out_NTW[..., : width or K]
+        K = y_IK.shape[1]
         if suits(x_MI, y_IK):  # a second factor that is laid out by columns needs none beyond them
             wide_IW = pad(y_IK, (0, aligned(K) - K)) if y_IK.is_contiguous() else y_IK
             return matmul(x_MI, wide_IW).unflatten(0, x_NTI.shape[:2])[..., : width or K]
@@ -67,7 +114,7 @@ class Scratch:
         return out_NTW[..., : width or K]
 
 
-def product(x_MI: Tensor, y_IK: Tensor) -> Tensor:
+def product(x_MI: Tensor, y_IK: Square) -> Tensor:
     """``x @ y`` with rows laid out :func:`aligned`."""
     return Scratch().product("", x_MI[None], y_IK)[0]
 
@@ -117,7 +164,7 @@ def symmetric(lower_II: Tensor) -> Tensor:
 
 
 def rotated_gradients(
-    a_NTI: Tensor, g_NTO: Tensor, Q_A_II: Tensor | None, Q_S_OO: Tensor | None, scratch: Scratch | None = None
+    a_NTI: Tensor, g_NTO: Tensor, Q_A_II: Square | None, Q_S_OO: Square | None, scratch: Scratch | None = None
 ) -> Tensor:
     """``Q_S^T (sum_t g_t a_t^T) Q_A`` for each sequence, ``[N, O, I]``, each side rotated where it is cheaper.
 
@@ -133,7 +180,9 @@ def rotated_gradients(
     if Q_S_OO is not None and T <= I:
         g_NTO, Q_S_OO = scratch.product("g", g_NTO, Q_S_OO), None
     G_NOI = sequence_gradients(a_NTI, g_NTO)
-    if Q_A_II is not None:
+    if isinstance(Q_A_II, BlockDiagonal):
+        G_NOI = G_NOI @ Q_A_II
+    elif Q_A_II is not None:
         G_NOI = matmul(G_NOI.flatten(0, 1), Q_A_II).view_as(G_NOI)
     return G_NOI if Q_S_OO is None else Q_S_OO.T @ G_NOI
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upriver.errors import ConfigError
 from upriver.runtime.config import parse_damping
-from upriver.tensors import LowRank, product, truncated_svd, weighted_low_rank
+from upriver.tensors import LowRank, Square, product, truncated_svd, weighted_low_rank
 
 Grads = dict[str, Tensor]  # layer name -> q_QOI
 
@@ -44,10 +44,13 @@ class Damping(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The eigendecompositions of one layer's ``A`` and ``S``: bases, eigenvalues, and the mean positions per sequence."""
+    """The eigendecompositions of one layer's ``A`` and ``S``: bases, eigenvalues, and the mean positions per sequence.
 
-    Q_A_II: Tensor
-    Q_S_OO: Tensor
+    Where ``A`` and ``S`` are kept in diagonal blocks, so are the bases, and eigenvalues ascend within each block.
+    """
+
+    Q_A_II: Square
+    Q_S_OO: Square
     eig_A_I: Tensor
     eig_S_O: Tensor
     T_mean: float
@@ -66,8 +69,8 @@ class Moments(NamedTuple):
         return LowRank(U_QRO.unflatten(0, (Q, R)).transpose(1, 2), V_QRI.unflatten(0, (Q, R)))
 
     def to(self, like: Tensor) -> "Moments":
-        Q_A, Q_S, eig_A, eig_S = (m.to(like) for m in self[:4])
-        return Moments(Q_A, Q_S, eig_A, eig_S, self.T_mean)
+        Q_A, Q_S, eig_A, eig_S, T_mean = self
+        return Moments(Q_A.to(like), Q_S.to(like), eig_A.to(like), eig_S.to(like), T_mean)
 
 
 class Solution(NamedTuple):

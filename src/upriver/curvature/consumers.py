@@ -20,16 +20,16 @@ from upriver.model.model import Model
 from upriver.model.planned import Probe
 from upriver.model.sweep import Consumer, Source, sweep
 from upriver.runtime.artifact import Tensors, read_tensor
-from upriver.runtime.cost import COMPARED, CORRECTION, COVARIANCE, GRADIENT_BYTES, Spec
-from upriver.tensors import Scratch, accumulator_dtype, even_parts, rotated_gradients
+from upriver.runtime.cost import COMPARED, CORRECTION, COVARIANCE, GRADIENT_BYTES, Spec, diagonal
+from upriver.tensors import Scratch, accumulator_dtype, even_parts, numbered, rotated_gradients, square
 from upriver.text.batch import Batch, Sequences
 
 
 class Covariance:
     """Consumer: sums ``A`` over the real tokens of each input, ``S`` over the same tokens of each output (eq. 16).
 
-    Into ``sums`` it adds the lower triangles of ``A:layer`` ``[I, I]`` and ``S:layer`` ``[O, O]``, and ``count:layer``, the
-    number of tokens in them.
+    Into ``sums`` it adds the lower triangles of ``A:layer`` ``[I, I]`` and ``S:layer`` ``[O, O]`` (or of their diagonal blocks
+    ``A.0:layer``, ``A.1:layer`` and so on), and ``count:layer``, the number of tokens in them.
     """
 
     def __init__(self, sums: Tensors, dtype: torch.dtype):
@@ -39,16 +39,18 @@ class Covariance:
         self.batch = batch
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        moments = {f"S:{layer.name}": g_NTO} | ({f"A:{layer.name}": a_NTI} if layer.A_of == layer.name else {})
-        for name, x_NTI in moments.items():
+        for which, x_NTI in {"S": g_NTO, **({"A": a_NTI} if layer.A_of == layer.name else {})}.items():
             x_MI, (real_M, _) = x_NTI.flatten(0, 1), self.batch.real(x_NTI, layer.name)
             if real_M is not None:
                 x_MI = x_MI.index_select(0, real_M)
-            if name not in self.sums:
-                self.sums[name] = x_MI.new_zeros(x_MI.shape[1], x_MI.shape[1], dtype=self.dtype)
-            add_second_moment(self.sums[name], x_MI)
+            parts = x_MI.split(diagonal(x_MI.shape[1], layer.parts), 1)
+            for at, x_Mi in zip(numbered(which, len(parts)), parts, strict=True):
+                name = f"{at}:{layer.name}"
+                if name not in self.sums:
+                    self.sums[name] = x_Mi.new_zeros(x_Mi.shape[1], x_Mi.shape[1], dtype=self.dtype)
+                add_second_moment(self.sums[name], x_MI if len(parts) == 1 else x_Mi.contiguous())
             count = f"count:{layer.name}"
-            if name[0] == "S":
+            if which == "S":
                 self.sums[count] = self.sums.get(count, torch.zeros(1, dtype=torch.int64)) + len(x_MI)
 
 
@@ -113,9 +115,8 @@ def _correction(model: Model, layers: list[Layer]) -> Correction:
     """Bases of zeros take as long as any."""
     like, shared, moments = model.like, {}, {}
     for x in layers:
-        shared.setdefault(x.A_of, like.new_zeros(x.I, x.I))
-        sides = like.new_zeros(x.O, x.O), torch.zeros(0), torch.zeros(0), 1.0
-        moments[x.name] = Moments(shared[x.A_of], *sides)
+        Q_A, Q_S = (square([like.new_zeros(k, k) for k in diagonal(n, x.parts)]) for n in (x.I, x.O))
+        moments[x.name] = Moments(shared.setdefault(x.A_of, Q_A), Q_S, torch.zeros(0), torch.zeros(0), 1.0)
     return Correction({}, accumulator_dtype(like.dtype), moments)
 
 

@@ -1,7 +1,8 @@
 """The fitted factors of a folder: what :func:`upriver.fit` writes, and everything after it reads.
 
 FACTORS/key.json, manifest.json
-FACTORS/eigen/unit-K.safetensors      layer K: Q_A, eig_A (when it leads its input's group), Q_S, eig_S;
+FACTORS/eigen/unit-K.safetensors      layer K: Q_A, eig_A (when it leads its input's group), Q_S, eig_S; in diagonal blocks
+                                      Q_A.0, Q_A.1, .. with eig_A of all of them;
                                       T_mean, clamped (the most negative eigenvalue over the largest)
 FACTORS/correction/lam.safetensors    lam of every layer
 FACTORS/diagonal/lam.safetensors      eigenvalues in the weights' own basis; made when first asked for
@@ -20,8 +21,8 @@ from upriver.model.layers import Layer
 from upriver.model.model import Model
 from upriver.runtime.artifact import FitManifest, Tensors, opened, read_head, read_json, read_tensor, write_stream
 from upriver.runtime.config import CONVENTIONS, CURVATURES, FitOptions
-from upriver.runtime.cost import LayerSize, Sized
-from upriver.tensors import eigh
+from upriver.runtime.cost import LayerSize, Sized, diagonal
+from upriver.tensors import Square, eigh, numbered, square
 from upriver.text.batch import Sequences
 
 ADVICE = "fit again with --overwrite"  # what to do about a damaged file
@@ -37,23 +38,27 @@ def decomposed(layer: Layer, sums: Path, sequences: int, model: Model) -> Tensor
         NumericalError: the layer got no gradient at all, or the sums are not finite.
     """
     with opened(sums) as file:
-        if f"S:{layer.name}" not in file.keys() or not file.get_tensor(f"S:{layer.name}").any():  # noqa: SIM118 - not a mapping
+        blocks = {x: numbered(x, len(diagonal(n, layer.parts))) for x, n in (("S", layer.O), ("A", layer.I))}
+        S, held = [f"{x}:{layer.name}" for x in blocks["S"]], file.keys()
+        if S[0] not in held or not any(file.get_tensor(x).any() for x in S):
             raise NumericalError(f"layer {layer.name!r} got no gradient on any sequence; leave it out with --layers")
         count = int(file.get_tensor(f"count:{layer.name}"))
-        dtype = file.get_tensor(f"S:{layer.name}").dtype
+        dtype = file.get_tensor(S[0]).dtype
         precise = torch.float32 if model.dtype.itemsize == 2 else torch.float64
 
         def mean(name: str) -> Tensor:
             return file.get_tensor(f"{name}:{layer.name}").to(model.device, precise, copy=True).div_(count)
 
-        eig_S_O, Q_S_OO, low = eigh(mean("S"))
-        out = {"Q_S": Q_S_OO.to(dtype), "eig_S": eig_S_O}
-        del Q_S_OO
-        if layer.A_of == layer.name:
-            out["eig_A"], out["Q_A"], low_A = eigh(mean("A"))
-            low = min(low, low_A)
-    extra = {"T_mean": torch.tensor(count / sequences, dtype=torch.float64), "clamped": torch.tensor(low)}
-    return {name: value.to(dtype) for name, value in out.items()} | extra
+        out, low = {"T_mean": torch.tensor(count / sequences, dtype=torch.float64)}, 0.0
+        for which in ("S", "A") if layer.A_of == layer.name else ("S",):
+            values = []
+            for x in blocks[which]:
+                eig, Q, low_x = eigh(mean(x))
+                out[f"Q_{x}"], low = Q.to(dtype), min(low, low_x)
+                values.append(eig.to(dtype))
+                del Q
+            out[f"eig_{which}"] = torch.cat(values)
+    return out | {"clamped": torch.tensor(low)}
 
 
 def read_moments(
@@ -61,27 +66,29 @@ def read_moments(
 ) -> dict[str, Moments]:
     """The moments of the layers ``wanted`` among ``layers``; those that share an input share its basis in memory too."""
     unit = {x.name: i for i, x in enumerate(layers)}
-    leaders: dict[str, Tensors] = {}
+    leaders: dict[str, tuple[Square, Tensor]] = {}
     out = {}
     for x in wanted:
         if x.A_of not in leaders:
-            leaders[x.A_of] = _read_unit(path, unit[x.A_of], ("Q_A", "eig_A"), like)
-        A, S = leaders[x.A_of], _read_unit(path, unit[x.name], ("Q_S", "eig_S"), like)
-        T_mean = float(_read_unit(path, unit[x.name], ("T_mean",), None)["T_mean"])
-        out[x.name] = Moments(A["Q_A"], S["Q_S"], A["eig_A"], S["eig_S"], T_mean)
+            leaders[x.A_of] = _read_side(path, unit[x.A_of], "A", like)[:2]
+        (Q_A, eig_A), (Q_S, eig_S, T_mean) = leaders[x.A_of], _read_side(path, unit[x.name], "S", like)
+        out[x.name] = Moments(Q_A, Q_S, eig_A, eig_S, T_mean)
     return out
 
 
-def _read_unit(path: Path, unit: int, names: tuple[str, ...], like: Tensor | None) -> Tensors:
+def _read_side(path: Path, unit: int, which: str, like: Tensor | None) -> tuple[Square, Tensor, float]:
+    """The basis of ``A`` or ``S``, its eigenvalues, and ``T_mean`` of the layer."""
     with opened(path / "eigen" / f"unit-{unit:06d}.safetensors", ADVICE) as file:
-        found = {name: file.get_tensor(name) for name in names}
-    return found if like is None else {name: value.to(like) for name, value in found.items()}
+        count = sum(name.startswith(f"Q_{which}") for name in file.keys())  # noqa: SIM118 - not a mapping
+        Q = square([file.get_tensor(name) for name in numbered(f"Q_{which}", count)])
+        eig, T_mean = file.get_tensor(f"eig_{which}"), float(file.get_tensor("T_mean"))
+    return (Q, eig, T_mean) if like is None else (Q.to(like), eig.to(like), T_mean)
 
 
-def _layer_size(told: dict[str, Any]) -> LayerSize:
+def _layer_size(told: dict[str, Any], parts: int) -> LayerSize:
     """A layer, from what the manifest tells of it."""
     O, I = told["shape"]
-    return LayerSize(told["name"], O, I, told["A_of"], told["block"])
+    return LayerSize(told["name"], O, I, told["A_of"], told["block"], parts)
 
 
 class Factors:
@@ -110,7 +117,7 @@ class Factors:
         if not done:
             raise InputError(foreign)
         self.manifest = read_head(self.path / "manifest.json", FitManifest, foreign, ADVICE)
-        self.layers = [_layer_size(x) for x in self.manifest["layers"]]
+        self.layers = [_layer_size(x, self.options.blocks) for x in self.manifest["layers"]]
 
     @property
     def options(self) -> FitOptions:

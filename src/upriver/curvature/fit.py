@@ -90,8 +90,8 @@ def fit(
     """Fit the EK-FAC factors of ``model`` on ``data`` into the folder ``out``; reuse what is there when it is the same.
 
     Args:
-        given: ``layers``, ``fisher``, ``max_tokens``, ``until``, ``dtype``, ``tf32``, ``batch_tokens``, ``seed``, ``memory``;
-            see :class:`FitOptions`.
+        given: ``layers``, ``fisher``, ``max_tokens``, ``until``, ``blocks``, ``dtype``, ``tf32``, ``batch_tokens``, ``seed``,
+            ``memory``; see :class:`FitOptions`.
 
     Raises:
         InputError: an option, the model, or the folder cannot be used.
@@ -126,7 +126,7 @@ def fit(
 
 
 def prepared(top: Artifact, model: Model, data: Sequences, opts: FitOptions, progress: Progress, say: Say) -> Work:
-    layers = tracked_layers(model, data, opts.layers)
+    layers = tracked_layers(model, data, opts.layers, opts.blocks)
     check_loss(model, data, opts.fisher == "sampled")
     shape, budget = model_shape(model, layers, data), memory_budget(model, data, opts.batch_tokens, opts.memory)
     division = settled(top.path, divide_fit(shape, budget), model.device, say)
@@ -147,6 +147,7 @@ def _run(work: Work, opts: FitOptions, say: Say) -> None:
     say(
         f"fit: {'at most ' if opts.until else ''}{work.tokens:,} tokens in {len(work.rows):,} of {len(work.data):,} "
         f"sequences, {opts.fisher} labels, seed {opts.seed}"
+        + (f", A and S in {opts.blocks} diagonal blocks" if opts.blocks > 1 else "")
     )
     asked = {"dtype": opts.dtype, "batch_tokens": opts.batch_tokens, "rounds": opts.until is not None}
     request = request_for(work.data.lengths_N, fit_tokens=work.tokens, memory=None, **asked)
@@ -168,7 +169,13 @@ def _run(work: Work, opts: FitOptions, say: Say) -> None:
     manifest = {
         "layers": [x.told() for x in part.layers],
         "coverage": cover._asdict() | {"share": cover.share},
-        "fit": {"sequences": len(part.rows), "tokens": part.tokens, "halves": halves, "clamped": clamped},
+        "fit": {
+            "sequences": len(part.rows),
+            "tokens": part.tokens,
+            "halves": halves,
+            "clamped": clamped,
+            "blocks": opts.blocks,
+        },
         "data": getattr(part.data, "info", {}),
         "n_train": len(part.data),
         "timings": times

@@ -113,7 +113,7 @@ def plan_model(
     machine = hardware(hardware_name) if hardware_name else None
     if isinstance(model, Path):
         return plan_config(model, spec, request, machine)
-    layers = tracked_layers(model, data, spec)
+    layers = tracked_layers(model, data, spec, request.blocks)
     if machine is None:
         probes = FIT_PROBES | ({"scan": scan_probe(request.asked)} if request.queries else {})
         return plan_here(model, layers, data, request, probes, left=left)

@@ -52,6 +52,11 @@ class Given:
         fitted = self.factors.options.dtype if self.factors else self.opts.dtype
         return "float64" if "float64" in (fitted, self.opts.dtype) else "float32"
 
+    def tracked(self, model: Model) -> list[Layer]:
+        """The layers of one of the models, their second moments in as many blocks as those of the factors."""
+        blocks = self.factors.options.blocks if self.factors else 1
+        return tracked_layers(model, self.data, str(self.opts.layers), blocks)
+
     @property
     def sample(self) -> np.ndarray:
         """The sequences that a matrix-free solver goes over: those of the fit, or some of as many tokens as are asked for."""
@@ -178,7 +183,7 @@ def jobs(first: Job, asked: Given) -> Iterator[Job]:
     for number, (which, weight) in enumerate(asked.checkpoints or [(asked.model, 1.0)]):
         model, layers = loaded(which, asked.model), first.layers
         if model is not asked.model:
-            layers = tracked_layers(model, asked.data, str(asked.opts.layers))
+            layers = asked.tracked(model)
         if [x[2:] for x in layers] != [x[2:] for x in first.layers]:
             raise ConfigError(
                 f"checkpoint {number + 1} has other layers than the model; give one of the same architecture"
@@ -193,7 +198,7 @@ def exactly(job: Job, asked: Given) -> Iterator[Job]:
     dtype = job.division.exact
     with job.model.computing_in(dtype, handed=torch.float32 if dtype == "bfloat16" else None) as model:
         own = model.module is job.model.module
-        layers = job.layers if own else tracked_layers(model, asked.data, str(asked.opts.layers))
+        layers = job.layers if own else asked.tracked(model)
         chosen = asked.solvers.get(job.part) or chosen_solver(model, layers, asked, job.division)
         if own:
             asked.solvers[job.part] = chosen

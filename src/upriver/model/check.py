@@ -137,9 +137,14 @@ NARROW_APART, NARROW_TINY = 0.4, 1e-4  # in bfloat16, where another label may be
 RULE = "give a sum over sequences and tokens, never a mean"
 
 
-def tracked_layers(model: Model, data: Sequences, spec: str) -> list[Layer]:
-    """The layers that ``spec`` names, checked on one short sequence, with those that share an input marked."""
-    layers, batch = find_layers(model.module, spec), data.batch(_short(data)).to(model.device)
+def tracked_layers(model: Model, data: Sequences, spec: str, parts: int = 1) -> list[Layer]:
+    """The layers that ``spec`` names, checked on one short sequence, with those that share an input marked.
+
+    Args:
+        parts: diagonal blocks of their second moments, at most.
+    """
+    batch = data.batch(_short(data)).to(model.device)
+    layers = [x._replace(parts=parts) for x in find_layers(model.module, spec)]
     model.task.prepare(model.module)
     T = model.task.positions(batch)
     return checked_layers(model.module, layers, 1, T, lambda: model.task.loss(model.module, batch))

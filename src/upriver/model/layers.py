@@ -33,6 +33,7 @@ class Layer(NamedTuple):
     bias: bool
     block: int | None  # depth
     A_of: str  # the layer whose input moment A this one shares (itself when alone)
+    parts: int = 1  # diagonal blocks of A and S, at most
 
     @property
     def kind(self) -> str:

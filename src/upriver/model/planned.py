@@ -154,6 +154,7 @@ def plan_config(path: Path, spec: str, request: Request, machine: Machine | None
         ModelError: the configuration cannot be used, or there is no such layer.
     """
     shape = config_shape(path, spec, [request.dtype, request.scan])[1]
+    shape = shape._replace(layers=tuple(x._replace(parts=request.blocks) for x in shape.layers))
     return plan_run(request, shape, machine or _without(shape, request))
 
 

@@ -55,7 +55,7 @@ def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: C
     low = lowest_block(layers)
     passed = [(n, m) for n, (m, back) in seen.inputs.items() if back and block_number(n) == low]
     return Shape(
-        layers=tuple(LayerSize(x.name, x.O, x.I, x.A_of, x.block) for x in layers),
+        layers=tuple(LayerSize(x.name, x.O, x.I, x.A_of, x.block, x.parts) for x in layers),
         blocks=tuple(Block(blocks[i], attention) for i in range(max(blocks, default=-1) + 1)),
         below=outside[False],
         head=outside[True],
@@ -92,7 +92,7 @@ def batch_shape(model: Model, layers: list[Layer], batch: Batch, forward: Callab
     checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.module.modules())
     how = model.dtype, _kernel(model), checkpointing  # what decides how much a pass keeps may be switched meanwhile
     form = tuple((name, tuple(x.shape)) for name, x in batch.inputs.items())
-    key = (tuple((x.name, x.A_of) for x in layers), form, model.n_parameters, *how)
+    key = (tuple((x.name, x.A_of, x.parts) for x in layers), form, model.n_parameters, *how)
     known = _SEEN.setdefault(model.module, {})
     if key not in known:
         batch = batch.to(model.device)

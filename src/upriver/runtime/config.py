@@ -104,6 +104,7 @@ class FitOptions(Options):
     fisher: Literal["sampled", "empirical"] = "sampled"
     max_tokens: int | None = Field(1_000_000, ge=1)
     until: float | None = Field(None, gt=0, le=1)
+    blocks: int = Field(1, ge=1)  # along the diagonals of A and S; what is between them is left out
     dtype: Dtype | None = None  # None: float32; on a GPU, that of the model
     tf32: bool = False  # products of float32 on CUDA may be rounded to TF32
     batch_tokens: int | None = Field(None, ge=1)  # None: 2,048; on a GPU 16,384

@@ -6,6 +6,7 @@ operations (with its addition).
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 from upriver.runtime.config import MIXED
@@ -23,6 +24,7 @@ WAITING_BYTES, WAITING_SHARE = 768 << 20, 1.5  # of batches that wait, at most, 
 ENOUGH = 3  # batches wait until multiplying out takes a third of forming their gradients
 MOVED = 32  # multiplications in the time of a number to or from the memory
 OVERSAMPLE, PRODUCTS = 16, 10  # of the randomised singular value decomposition: extra columns, products with the matrix
+NARROW = 16  # the narrowest side of a diagonal block: with fewer numbers in a row no product is fast
 COMPARED = 8  # sequences that are scored on each other at once, where the fit's convergence is read
 
 
@@ -39,16 +41,20 @@ class Sized(Protocol):
     def A_of(self) -> str: ...
     @property
     def block(self) -> int | None: ...
+    @property
+    def parts(self) -> int: ...
 
 
 class LayerSize(NamedTuple):
-    """The plain data of a tracked layer; ``A_of`` is the layer whose input it shares, itself when alone."""
+    """The plain data of a tracked layer; ``A_of`` is the layer whose input it shares, itself when alone, and ``parts`` the most
+    diagonal blocks that its second moments are kept in."""
 
     name: str
     O: int
     I: int
     A_of: str
     block: int | None
+    parts: int = 1
 
 
 Layers = Sequence[Sized]
@@ -80,9 +86,26 @@ def widest(layers: Layers) -> int:
     return max(max(x.O, x.I) for x in layers)
 
 
+def diagonal(n: int, parts: int) -> list[int]:
+    """The sides of ``parts`` blocks along the diagonal of an ``n x n`` matrix: even to one, and fewer than that where they would
+    be less than ``NARROW`` wide."""
+    count = max(1, min(parts, n // NARROW))
+    return [end - start for start, end in pairwise(i * n // count for i in range(count + 1))]
+
+
+def square(n: int, parts: int) -> int:
+    """Numbers in these blocks."""
+    return sum(k * k for k in diagonal(n, parts))
+
+
+def sides(x: Sized) -> list[int]:
+    """The sides of all blocks of a layer's ``S``, and of its ``A`` where it leads."""
+    return diagonal(x.O, x.parts) + (diagonal(x.I, x.parts) if leads(x) else [])
+
+
 def moments_size(layers: Layers) -> int:
     """``S`` of each layer and ``A`` of each input, or their eigenvectors."""
-    return SUM * sum(x.O**2 + (x.I**2 if leads(x) else 0) for x in layers)
+    return SUM * sum(n * n for x in layers for n in sides(x))
 
 
 def lam_size(layers: Layers) -> int:
@@ -91,13 +114,14 @@ def lam_size(layers: Layers) -> int:
 
 def _bases_and_lam(layers: Layers) -> float:
     """Eigenvectors (of a shared input once) and the sums of ``lam`` in two halves."""
-    return SUM * (sum({x.A_of: x.I**2 for x in layers}.values()) + sum(x.O**2 + 2 * x.O * x.I for x in layers))
+    A = {x.A_of: square(x.I, x.parts) for x in layers}
+    return SUM * (sum(A.values()) + sum(square(x.O, x.parts) + 2 * x.O * x.I for x in layers))
 
 
 def rotations(x: Sized, T: float) -> float:
     """A sequence's gradient in the eigenbases, a token: formed, and each side rotated where that is cheaper."""
-    O, I = float(x.O), float(x.I)
-    return O * I + min(O * O, O * O * I / T) + min(I * I if leads(x) else 0.0, O * I * I / T)
+    O, I, S, A = float(x.O), float(x.I), float(square(x.O, x.parts)), float(square(x.I, x.parts))
+    return O * I + min(S, S * I / T) + min(A if leads(x) else 0.0, O * A / T)
 
 
 def _gradients_work(layers: Layers, tokens: int) -> float:
@@ -108,7 +132,7 @@ COVARIANCE = Spec(
     "covariance",
     moments_size,
     lambda layers, tokens: SUM * tokens * widest(layers),
-    lambda x, T: (x.O**2 + (x.I**2 if leads(x) else 0)) / 2,
+    lambda x, T: sum(n * n for n in sides(x)) / 2,
 )
 CORRECTION = Spec(
     "correction",
@@ -195,14 +219,14 @@ def orders(O: int, I: int, M: float, N: float, Q: int, R: int) -> Orders:
 
 def solving(x: Sized, t: float, R: int | None) -> float:
     """One query of ``t`` tokens in one layer: into the eigenbasis, divided, compressed (or kept whole), and back."""
-    O, I = x.O, x.I
-    into = t * (O * O + I * I + O * I)
+    O, I, S, A = x.O, x.I, square(x.O, x.parts), square(x.I, x.parts)
+    into = t * (S + A + O * I)
     if R is None or min(O, I) <= R:
-        return into + O * I * (O + I)
+        return into + S * I + O * A
     width = R + OVERSAMPLE
     exact = width >= min(O, I) // 2
     compress = 10 * min(O, I) * O * I if exact else PRODUCTS * O * I * width + 10 * (O + I) * width * width
-    return into + compress + R * (O * O + I * I)
+    return into + compress + R * (S + A)
 
 
 class Asked(NamedTuple):

@@ -24,11 +24,13 @@ from upriver.runtime.cost import (
     Shape,
     Spec,
     contraction,
+    diagonal,
     groups,
     largest,
     leads,
     query_size,
     solved_size,
+    square,
 )
 from upriver.runtime.progress import show_bytes
 
@@ -132,9 +134,13 @@ def batch_size(shape: Shape, tokens: int, dtype: str, work: float = 0) -> int:
 
 
 def eigen_size(layers: Layers, workers: int, item: int = WIDE) -> int:
-    """The largest matrices, a worker each, in numbers of so many bytes."""
-    sides = sorted([x.O for x in layers] + [x.I for x in layers if leads(x)], reverse=True)
-    return EIGEN_COPIES * item * sum(n * n for n in sides[:workers])
+    """The largest matrices, a worker each; of those in diagonal blocks the largest block, and the eigenvectors of the others."""
+    sizes = []
+    for x in layers:
+        blocks = [diagonal(n, x.parts) for n in ([x.O, x.I] if leads(x) else [x.O])]
+        others = SUM * sum(sum(k * k for k in b) - max(b) ** 2 for b in blocks)
+        sizes += [EIGEN_COPIES * item * max(b) ** 2 + others for b in blocks]
+    return sum(sorted(sizes, reverse=True)[:workers])
 
 
 def divide_fit(shape: Shape, budget: Budget) -> Division:
@@ -208,7 +214,8 @@ def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
 
     def solve(some: Layers, wanted: Asked, at_once: int, tokens: int) -> float:
         """Some queries in some layers, and either their batch or, layer by layer, its curvature and their gradients in it."""
-        block = SUM * max(x.O**2 + x.I**2 + x.O * x.I for x in some)  # bases and eigenvalues of the largest layer
+        # bases and eigenvalues of the largest layer
+        block = SUM * max(square(x.O, x.parts) + square(x.I, x.parts) + x.O * x.I for x in some)
         batch, dense = max(wanted.tokens, min(tokens, at_once * wanted.tokens)), SUM * largest(some)
         layer = block + at_once * 3 * dense if wanted.rank is None else SIDES * (block + 2 * dense)
         passing = max(batch_size(shape, batch, budget.exact), layer)

@@ -23,9 +23,9 @@ from upriver.runtime.cost import (
     Asked,
     Shape,
     lam_size,
-    leads,
     moments_size,
     orders,
+    sides,
     solved_size,
     solving,
 )
@@ -57,6 +57,7 @@ class Request:
     refine: int = 0  # products of an iterative solver for each query
     refine_tokens: int = 0  # that one of them goes over; 0: the sample
     held_out: int | None = None
+    blocks: int = 1  # of second moments, along their diagonals
     dtype: str = "float32"
     scan_dtype: str = ""  # as dtype
     batch_tokens: int = BATCH_TOKENS
@@ -251,7 +252,7 @@ def _fit_passes(r: Request, shape: Shape, machine: Machine, division: Division) 
         found.append(
             Pass(spec.name, "fit", len(groups), tokens, through + work, moved, seconds, division.peak[spec.name])
         )
-    cubes = len(sizes) * sum(float(n) ** 3 for x in layers for n in ([x.O, x.I] if leads(x) else [x.O]))
+    cubes = len(sizes) * sum(float(n) ** 3 for x in layers for n in sides(x))
     each = machine.eigen * (FLOAT32_EIGEN if r.dtype == "bfloat16" else 1.0)
     seconds = each * cubes / division.eigen_workers / machine.devices
     eigen = Pass(

@@ -163,8 +163,9 @@ def _method(manifest: Json) -> Iterator[Json]:
         note = notes.get(labels, "training labels: for comparison only")
         yield _fact("Fisher labels", labels, note, None if labels in notes else "warn")
     if fit.get("sequences"):
-        tokens = f"{fit['tokens']:,} tokens" if fit.get("tokens") else ""
-        yield _fact("Factors fitted on", f"{fit['sequences']:,} sequences", tokens)
+        notes = [f"{fit['tokens']:,} tokens"] if fit.get("tokens") else []
+        notes += [f"A and S in {fit['blocks']} diagonal blocks"] if fit.get("blocks", 1) > 1 else []
+        yield _fact("Factors fitted on", f"{fit['sequences']:,} sequences", ", ".join(notes))
     if manifest.get("rank") is not None:
         yield _fact("Rank of the scan", str(manifest["rank"]), "the passages shown are rescored at full rank")
     some = (
