@@ -37,6 +37,7 @@ from upriver.runtime.plan import Request, budget_for, plan_run
 from upriver.runtime.progress import mute, silent
 from upriver.show.report import write_report
 from upriver.tensors import BlockDiagonal, Scratch, product, rotated_gradients
+from upriver.text.batch import Batch
 
 DAMPING = Damping.parse("0.1x")
 STORED = 1e-6  # scores are kept in float32
@@ -310,6 +311,7 @@ def test_second_moments_of_wide_inputs_are_the_blocks_of_the_whole(dtype):
     layer = Layer("x", (), 20, 1300, False, 0, "x", 3)
     a, g, sums = torch.randn(2, 40, 1300).to(dtype), torch.randn(2, 40, 20).to(dtype), {}
     consumer = Covariance(sums, torch.float32)
+    consumer.begin(Batch(np.arange(2), np.arange(2, dtype=np.uint64), {}, None))
     for _ in range(2):
         consumer(layer, a, g)
     assert set(sums) == {"A.0:x", "A.1:x", "A.2:x", "S:x", "count:x"}

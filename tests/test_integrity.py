@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -173,19 +174,17 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("place", FOREIGN)
-@pytest.mark.parametrize("content", ["{}", "[1]"])
-def test_overwrite_refuses_and_keeps_what_we_did_not_write(tiny, tmp_path, call, place, content):
+def test_overwrite_refuses_and_keeps_what_we_did_not_write(tiny, tmp_path, call):
     out = tmp_path / "out"
     assert call(*fit(tiny, out)).status == 0
-    (out / place).parent.mkdir(parents=True, exist_ok=True)
-    (out / place).write_text(content)
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    assert_one_error(
-        call(*fit(tiny, out, "--seed", 1, "--overwrite")), 2, str(out / place), "did not write", "move it away"
-    )
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
-    (out / place).rename(tmp_path / "notes")
+    for place, content in product(FOREIGN, ("{}", "[1]")):
+        (out / place).parent.mkdir(parents=True, exist_ok=True)
+        (out / place).write_text(content)
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        ran = call(*fit(tiny, out, "--seed", 1, "--overwrite"))
+        assert_one_error(ran, 2, str(out / place), "did not write", "move it away")
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+        (out / place).rename(tmp_path / "notes")
     assert call(*fit(tiny, out, "--seed", 1, "--overwrite")).status == 0
     assert sorted(p.name for p in out.iterdir()) == [".lock", "correction", "eigen", "key.json", "manifest.json"]
 
@@ -213,12 +212,12 @@ def test_output_inside_another_artifact_is_refused(verb, tiny, tmp_path, call):
         pass
 
 
-@pytest.mark.parametrize("content", ["", "mine", "[1]", '{"machine": "mine"}', '{"fit": {"tokens": 1}}'])
-def test_a_plan_replaces_nothing_but_a_plan(tiny, tmp_path, call, content):
+def test_a_plan_replaces_nothing_but_a_plan(tiny, tmp_path, call):
     place = tmp_path / "plan.json"
-    place.write_text(content)
-    assert_one_error(call("plan", tiny.model, "100x16", "--out", place), 2, "--out", str(place), "is no plan")
-    assert place.read_text() == content
+    for content in ("", "mine", "[1]", '{"machine": "mine"}', '{"fit": {"tokens": 1}}'):
+        place.write_text(content)
+        assert_one_error(call("plan", tiny.model, "100x16", "--out", place), 2, "--out", str(place), "is no plan")
+        assert place.read_text() == content
     place.unlink()
     for size in ("100x16", "200x16"):
         assert call("plan", tiny.model, size, "--out", place).status == 0

@@ -335,7 +335,7 @@ def test_a_smaller_limit_costs_passes_and_the_numbers_stay():
     tight = plan_run(Request(1000, 128, memory=int(1.28e9), batch_tokens=128), SMALL, HERE)
     assert wide.fit is not None
     assert tight.fit is not None
-    assert [len(found) for found in wide.fit.groups.values()] == [1, 1]
+    assert [len(found) for found in wide.fit.groups.values()] == [1, 1, 1]
     assert tight.peak("fit") <= 1.28e9 < wide.peak("fit")
     with pytest.raises(ConfigError, match="least that would do"):
         plan_run(Request(1000, 128, memory=10**9), SMALL, HERE)

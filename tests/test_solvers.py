@@ -242,13 +242,17 @@ CONTRACT = {kind: {} for kind in SOLVERS_BY_NAME} | {
 UNFINISHED = ("lissa", "astra", "rank 5", "2 steps")
 
 
-@pytest.mark.parametrize(
-    "damping", [Damping(0.1), Damping(1.0), Damping(0.3, relative=False)], ids=["0.1x", "1x", "0.3"]
-)
+DAMPINGS = {"0.1x": Damping(0.1), "1x": Damping(1.0), "0.3": Damping(0.3, relative=False)}
+DAMPED = [
+    ("llama", "1x"),
+    *((name, at) for name in ("classifier", "regressor") for at in DAMPINGS),
+]  # and through a trace
+
+
 @pytest.mark.parametrize("solver_name", CONTRACT)
-@pytest.mark.parametrize("name", ["llama", "classifier", "regressor"])
-def test_every_solver_solves_its_system_or_says_truly_how_far_it_is_from_it(name, solver_name, damping):
-    c, kind = case(name), solver_name.split()[0]
+@pytest.mark.parametrize(("name", "at"), DAMPED)
+def test_every_solver_solves_its_system_or_says_truly_how_far_it_is_from_it(name, solver_name, at):
+    c, kind, damping = case(name), solver_name.split()[0], DAMPINGS[at]
     factors = fitted(name) if needs_factors(kind) or "factors" in solver_name else None
     curvature = solver(kind, c.model, c.layers, c.data, np.arange(len(c.data)), factors, **CONTRACT[solver_name])
     q, space = stacked(name, range(3)), Space.of(c.layers)

@@ -17,7 +17,7 @@ from torch import nn
 from cases import case, close, gradients
 from in_memory import TokenCorpus
 from test_resume import GIVEN, Count, Died, killed, results, tiny_corpus, tiny_model, tiny_queries
-from upriver.curvature.consumers import Agreement
+from upriver.curvature.consumers import FIT_PROBES, Agreement
 from upriver.curvature.diagonal import fit_diagonal
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError
@@ -276,3 +276,20 @@ def test_the_diagonal_in_groups_and_of_what_was_fitted_on(tmp_path, monkeypatch)
         assert len(seen) == (3 if name == "groups" else 1)
         assert not division_file(tmp_path / name).exists()
     assert factors_of(tmp_path / "whole") == factors_of(tmp_path / "groups")
+
+
+@pytest.mark.parametrize("name", ["covariance", "correction"])
+def test_what_a_pass_has_summed_up_is_gone_with_its_consumer(name):
+    """Hooks and passes know each other: what they hold must not wait until cycles are collected."""
+    c = case("llama")
+    layers = tracked_layers(c.model, c.data, c.spec)
+    source = Source.of(c.data, np.arange(len(c.data)), 30)
+    gc.disable()
+    try:
+        consumer, _ = FIT_PROBES[name](c.model, layers, source, source.rows)
+        sweep(c.model, layers, source, source.rows, consumer)
+        held = weakref.ref(consumer)
+        del consumer
+        assert held() is None
+    finally:
+        gc.enable()

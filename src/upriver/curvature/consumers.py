@@ -162,20 +162,20 @@ def compare(
     data: Sequences,
     fitted: int,
     moments: dict[str, Moments],
-    sums: Path,
+    files: dict[str, Path],
     batch_tokens: int,
 ) -> Tensor | None:
     """Scores of a few random sequences on each other in a group of layers, ``[2, L, P]``; None when a half is empty.
 
     Args:
         fitted: how many sequences the eigenvalues were measured on.
-        sums: the file of a correction pass.
+        files: of a correction pass, with the sums of each layer.
     """
-    n_2, denominators = read_tensor(sums, "sequences"), {}
+    n_2, denominators = read_tensor(files[group[0].name], "sequences"), {}
     if not int(n_2.min()):
         return None
     for x in group:
-        lam_2OI = read_tensor(sums, f"lam:{x.name}") / n_2[:, None, None]
+        lam_2OI = read_tensor(files[x.name], f"lam:{x.name}") / n_2[:, None, None]
         lam_2OI.add_(torch.tensor([Damping().of(lam) for lam in lam_2OI])[:, None, None])
         denominators[x.name] = lam_2OI.to(model.like)
     count = max(COMPARED, min(PROBES, fitted // SHARE))

@@ -9,7 +9,7 @@ from upriver.model.model import Model
 from upriver.model.planned import division_file
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, discard, locked
-from upriver.runtime.cost import CORRECTION, DIAGONAL
+from upriver.runtime.cost import DIAGONAL
 from upriver.runtime.device import float32_products
 from upriver.runtime.progress import Progress, mute, silent
 from upriver.text.batch import Sequences
@@ -29,7 +29,7 @@ def fit_diagonal(
             factors.check_unchanged()
             work = prepared(Artifact(factors.path, factors.manifest["key"]), computing, data, opts, progress, mute)
             files: dict[str, Path] = {}
-            for group in work.groups(CORRECTION):  # which hold at least as much
+            for group in work.groups("correction"):  # which hold at least as much
                 sums = summed(work, DIAGONAL, group, lambda sums: Correction(sums, work.dtype, None))
                 files |= dict.fromkeys((x.name for x in group), sums)
             dist.on_first(lambda: write_lam(folder / "lam.safetensors", files))

@@ -68,8 +68,8 @@ class Work(NamedTuple):
     def dtype(self) -> torch.dtype:
         return accumulator_dtype(self.model.dtype)
 
-    def groups(self, spec: Spec) -> list[list[Layer]]:
-        return [[self.layers[i] for i in group] for group in self.division.groups[spec.name]]
+    def groups(self, name: str) -> list[list[Layer]]:
+        return [[self.layers[i] for i in group] for group in self.division.groups[name]]
 
     def open(self, name: str, **key: Any) -> Artifact:
         """An inner stage; sums of other batches or other units must not be added to its own."""
@@ -220,7 +220,7 @@ def _bases(work: Work, times: Times, keep: bool) -> float:
         keep: the sums, because a next round adds to them.
     """
     stage = work.open("eigen", units=len(work.units))
-    for group in work.groups(COVARIANCE):
+    for group in work.groups("covariance"):
         if all(stage.has(work.layers.index(x)) for x in group):
             continue
         with times("covariance"):
@@ -253,17 +253,22 @@ def _decompose(stage: Artifact, work: Work, group: list[Layer], sums: Path) -> N
 def _eigenvalues(work: Work, times: Times) -> dict[str, Any]:
     """The correction pass, group by group; writes ``lam`` of every layer and returns how well the halves' scores agree."""
     files: dict[str, Path] = {}
-    pairs = []
-    for group in work.groups(CORRECTION):
-        moments = read_moments(work.top.path, work.layers, group, work.model.like)
+    for group in work.groups("correction"):
         with times("correction"):
+            moments = read_moments(work.top.path, work.layers, group, work.model.like)
             make = lambda sums, m=moments: Correction(sums, work.dtype, m)  # noqa: E731
             sums = summed(work, CORRECTION, group, make, units=len(work.units))
-        with times("agreement"):
-            fitted, batch_tokens = len(work.rows), work.division.batch_tokens
-            pairs.append(compare(work.model, group, work.data, fitted, moments, sums, batch_tokens))
             moments.clear()
             give_back()
         files |= dict.fromkeys((x.name for x in group), sums)
+    pairs = []
+    for group in work.groups("agreement"):
+        with times("agreement"):
+            moments = read_moments(work.top.path, work.layers, group, work.model.like)
+            pairs.append(
+                compare(work.model, group, work.data, len(work.rows), moments, files, work.division.batch_tokens)
+            )
+            moments.clear()
+            give_back()
     dist.on_first(lambda: write_lam(work.top.path / "correction" / "lam.safetensors", files))
     return agreement(pairs)

@@ -31,6 +31,9 @@ Consume = Callable[[Layer, Tensor, Tensor], None]
 Call = tuple[Tensor, Tensor]  # a_NTI, g_NTO
 
 
+def _nobody(layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None: ...
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Evaluation mode and frozen parameters inside; modes, ``requires_grad`` and attributes as before afterwards.
@@ -93,6 +96,7 @@ def capture(
     finally:
         for hook in hooks:
             hook.remove()
+        run.let_go()
 
 
 class Run:
@@ -135,6 +139,10 @@ class Run:
         losses, self._losses = self._losses, None
         if losses is not None and not math.isfinite(value := float(losses)):
             raise NumericalError(f"the loss of a batch is {value}; check the weights for NaN, or use --dtype float32")
+
+    def let_go(self) -> None:
+        """Forget who consumes and what waits: hooks and passes know each other, and would keep it until cycles are collected."""
+        self._consume, self._waiting = _nobody, {}
 
     def on_call(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The forward hook: keep the input, and ask for the gradient at the output."""

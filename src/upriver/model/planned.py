@@ -4,7 +4,6 @@ Axes: N sequences, T positions, I inputs of a layer, O outputs, Q queries, R ran
 """
 
 import dataclasses
-import gc
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -141,8 +140,6 @@ def _rate(
         flop = source.tokens(rows) * each + work
         seconds = timed(partial(sweep, model, layers, source, rows, consumer), model.device, 2)
         known[name, str(model.like.dtype), len(rows)] = flop / seconds
-        del consumer
-        gc.collect()  # a pass and its hooks know each other, and so what it has summed up
     return known[name, str(model.like.dtype), len(rows)]
 
 

@@ -4,12 +4,12 @@ import copy
 import ctypes
 import mmap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from upriver.errors import ConfigError, MismatchError
@@ -31,7 +31,10 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     """The most precise type of the weights in a folder's safetensors files; None where there are none that tell."""
     found = set()
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as held:
+        with (
+            suppress(SafetensorError, OSError),
+            safe_open(file, "pt") as held,
+        ):  # who loads it says what is wrong with it
             found |= {STORED.get(held.get_slice(name).get_dtype()) for name in held.keys()}  # noqa: SIM118 - not a mapping
     return min(found - {None}, key=lambda kind: torch.finfo(kind).eps, default=None)  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ All sizes are bytes.  ``fixed`` is what is there before a pass begins: the libra
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from upriver.errors import ConfigError
@@ -22,6 +23,7 @@ from upriver.runtime.cost import (
     Contraction,
     Layers,
     Shape,
+    Sized,
     Spec,
     contraction,
     diagonal,
@@ -149,7 +151,7 @@ def divide_fit(shape: Shape, budget: Budget) -> Division:
     Raises:
         ConfigError: not even one layer and one sequence at a time fit; the sentence says what would do.
     """
-    layers, specs = shape.layers, (COVARIANCE, CORRECTION)
+    layers = shape.layers
     budget = budget._replace(fixed=budget.fixed + budget.copy)
 
     def batch(spec: Spec, tokens: int) -> int:
@@ -161,28 +163,27 @@ def divide_fit(shape: Shape, budget: Budget) -> Division:
         sequences = min(COMPARED, max(2, budget.together(tokens)))
         return batch_size(shape, tokens, budget.dtype, 3 * sequences * SUM * largest(layers))
 
-    def beside(spec: Spec, tokens: int) -> int:
-        return max(batch(spec, tokens), compared(tokens) if spec is CORRECTION else 0)
-
-    def one(spec: Spec) -> float:
-        return max(spec.held([x]) for x in layers)
+    # the name of each pass, what it holds of its layers, and what it takes beside that in a batch of so many tokens
+    passes: dict[str, tuple[Callable[[Layers], float], Callable[[int], int]]] = {
+        spec.name: (spec.held, partial(batch, spec)) for spec in (COVARIANCE, CORRECTION)
+    }
+    passes["agreement"] = CORRECTION.held, compared
 
     def least(tokens: int) -> float:
-        return max(one(spec) + beside(spec, tokens) for spec in specs)
+        return max(max(held([x]) for x in layers) + beside(tokens) for held, beside in passes.values())
 
     item = SUM if budget.dtype == "bfloat16" else WIDE  # decompositions are in float32 then
     budget.check("fit", max(least(budget.longest), eigen_size(layers, 1, item)))
     ways = [
-        (tokens, {s.name: groups(layers, s.held, budget.free - beside(s, tokens)) for s in specs})
+        (tokens, {name: groups(layers, held, budget.free - beside(tokens)) for name, (held, beside) in passes.items()})
         for tokens in budget.halvings
         if least(tokens) <= budget.free
     ]
     tokens, found = min(ways, key=lambda way: sum(map(len, way[1].values())))
     workers = max(k for k in range(1, budget.cores + 1) if k == 1 or eigen_size(layers, k, item) <= budget.free)
-    held = {s.name: max(s.held([layers[i] for i in g]) for g in found[s.name]) for s in specs}
-    sizes = {s.name: held[s.name] + batch(s, tokens) for s in specs}
-    sizes["eigendecomposition"] = eigen_size(layers, workers, item)
-    sizes["agreement"] = held["correction"] + compared(tokens)
+    sizes = {"eigendecomposition": eigen_size(layers, workers, item)}
+    for name, (held, beside) in passes.items():
+        sizes[name] = max(held([layers[i] for i in group]) for group in found[name]) + beside(tokens)
     return Division(tokens, found, budget.peaks(sizes), budget.limit, workers)
 
 
@@ -190,6 +191,70 @@ def scan_held(layers: Layers, asked: Asked, budget: Budget, tokens: int, room: f
     """How some layers are contracted with the queries, in a batch of so many tokens at most."""
     number = HANDED[budget.dtype]
     return contraction(layers, tokens, budget.together(tokens), asked, room, number, budget.accelerator)
+
+
+class Sizes(NamedTuple):
+    """What the passes of a trace take, for some layers, queries at once, and tokens of a batch."""
+
+    shape: Shape
+    asked: Asked
+    budget: Budget
+
+    def gradients(self, some: Layers, number: int, tokens: int) -> float:
+        """Of the largest layer, that meet the queries at once."""
+        one = number * largest(some)
+        return max(one, min(SCORED_BYTES, self.budget.together(tokens) * one))
+
+    def solve(self, some: Layers, asked: Asked, at_once: int, tokens: int) -> float:
+        """Some queries in some layers, and either their batch or, layer by layer, its curvature and their gradients in it."""
+        # bases and eigenvalues of the largest layer
+        block = SUM * max(square(x.O, x.parts) + square(x.I, x.parts) + x.O * x.I for x in some)
+        batch, dense = max(asked.tokens, min(tokens, at_once * asked.tokens)), SUM * largest(some)
+        layer = block + at_once * 3 * dense if asked.rank is None else SIDES * (block + 2 * dense)
+        passing = max(batch_size(self.shape, batch, self.budget.exact), layer)
+        return self.budget.widened + passing + at_once * query_size(some, asked)
+
+    def answer(self, some: Layers, at_once: int, tokens: int) -> float:
+        """Queries solved in some layers; what is solved of them in the others is in the memory too, or in the host's."""
+        solved = solved_size(self.shape.layers, self.asked) - solved_size(some, self.asked)
+        others = 0 if self.budget.accelerator else at_once * solved
+        return self.solve(some, self.asked, at_once, tokens) + others
+
+    def rescore(self, some: Layers, at_once: int, tokens: int) -> float:
+        """Some queries at full rank, and then a batch of sequences with their gradients in a layer."""
+        full = self.asked._replace(rank=None)
+        work = max(self.gradients(some, SUM, tokens), SUM * tokens * self.shape.widest)
+        batch = self.budget.widened + batch_size(self.shape, tokens, self.budget.exact, work)
+        return max(self.solve(some, full, at_once, tokens), batch + at_once * query_size(some, full))
+
+    def batch(self, tokens: int) -> float:
+        """The model in its compute type, and one batch with the gradients of its sequences: all of a scan but what is held."""
+        asked, budget, layers = self.asked, self.budget, self.shape.layers
+        by_token = 2 * HANDED[budget.dtype] * asked.queries * (asked.rank or 0)
+        products = max(budget.longest * by_token, min(SCORED_BYTES, tokens * by_token))
+        kept = SUM * asked.queries * len(layers) * budget.together(tokens) if asked.layer_scores else 0
+        kept = kept and 2 * max(LAYER_SCORES_BYTES, kept)
+        work = max(self.gradients(layers, HANDED[budget.dtype], tokens), products)
+        return budget.copy + REBUILD_BYTES + kept + batch_size(self.shape, tokens, budget.dtype, work)
+
+    def held(self, some: Layers, room: float, tokens: int) -> float:
+        return scan_held(some, self.asked, self.budget, tokens, room).held
+
+    def least(self, tokens: int) -> float:
+        """With one layer and one query at a time."""
+        layers = [[x] for x in self.shape.layers]
+        scan = self.batch(tokens) + max(self.held(x, 0, tokens) for x in layers)
+        return max(scan, *(max(self.answer(x, 1, tokens), self.rescore(x, 1, tokens)) for x in layers))
+
+    def passes(self, tokens: int) -> dict[str, list[list[int]]]:
+        """The layers that go together in each pass."""
+        layers, free = self.shape.layers, self.budget.free
+        room = free - self.batch(tokens)
+        return {
+            "scan": groups(layers, lambda some: self.held(some, room, tokens), room),
+            "rescore": groups(layers, lambda some: self.rescore(some, 1, tokens), free),
+            "queries": groups(layers, lambda some: self.answer(some, 1, tokens), free),
+        }
 
 
 def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
@@ -200,83 +265,31 @@ def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
     Raises:
         ConfigError: not even one query, one layer and one sequence at a time fit; the sentence says what would do.
     """
-    layers, free, full = shape.layers, budget.free, asked._replace(rank=None)
-
-    def answered(some: Layers, q: int, tokens: int) -> float:
-        """Some queries solved in some layers; what is solved of them in the others is in the memory too, or in the host's."""
-        others = 0 if budget.accelerator else solved_size(layers, asked) - solved_size(some, asked)
-        return solve(some, asked, q, tokens) + q * others
-
-    def gradients(some: Layers, number: int, tokens: int) -> float:
-        """Of the largest layer, that meet the queries at once."""
-        one = number * largest(some)
-        return max(one, min(SCORED_BYTES, budget.together(tokens) * one))
-
-    def solve(some: Layers, wanted: Asked, at_once: int, tokens: int) -> float:
-        """Some queries in some layers, and either their batch or, layer by layer, its curvature and their gradients in it."""
-        # bases and eigenvalues of the largest layer
-        block = SUM * max(square(x.O, x.parts) + square(x.I, x.parts) + x.O * x.I for x in some)
-        batch, dense = max(wanted.tokens, min(tokens, at_once * wanted.tokens)), SUM * largest(some)
-        layer = block + at_once * 3 * dense if wanted.rank is None else SIDES * (block + 2 * dense)
-        passing = max(batch_size(shape, batch, budget.exact), layer)
-        return budget.widened + passing + at_once * query_size(some, wanted)
-
-    def rescore(some: Layers, at_once: int, tokens: int) -> float:
-        """Some queries at full rank, and then a batch of sequences with their gradients in a layer."""
-        work = max(gradients(some, SUM, tokens), SUM * tokens * shape.widest)
-        batch = budget.widened + batch_size(shape, tokens, budget.exact, work)
-        return max(solve(some, full, at_once, tokens), batch + at_once * query_size(some, full))
-
-    def batch(tokens: int) -> float:
-        """The model in its compute type, and one batch with the gradients of its sequences: all but what is held."""
-        by_token = 2 * HANDED[budget.dtype] * asked.queries * (asked.rank or 0)
-        products = max(budget.longest * by_token, min(SCORED_BYTES, tokens * by_token))
-        kept = SUM * asked.queries * len(layers) * budget.together(tokens) if asked.layer_scores else 0
-        kept = kept and 2 * max(LAYER_SCORES_BYTES, kept)
-        work = max(gradients(layers, HANDED[budget.dtype], tokens), products)
-        return budget.copy + REBUILD_BYTES + kept + batch_size(shape, tokens, budget.dtype, work)
-
-    def held(room: float, tokens: int) -> Callable[[Layers], float]:
-        return lambda some: scan_held(some, asked, budget, tokens, room).held
-
-    def least(tokens: int) -> float:
-        scan = batch(tokens) + max(held(0, tokens)([x]) for x in layers)
-        return max(scan, *(max(answered([x], 1, tokens), rescore([x], 1, tokens)) for x in layers))
-
-    def at_once(most: int, together: list[list[int]], size: Callable[[Layers, int], float]) -> int:
-        """The most queries, at least one, for which each group of layers fits."""
-        some = [[layers[i] for i in group] for group in together]
-        return _most(most, free, lambda q: max(size(group, q) for group in some))
-
-    budget.check("trace", least(budget.longest))
-    ways = [
-        (
-            t,
-            {
-                "scan": groups(layers, held(free - batch(t), t), free - batch(t)),
-                "rescore": groups(layers, lambda some, t=t: rescore(some, 1, t), free),  # type: ignore[misc]
-                "queries": groups(layers, lambda some, t=t: answered(some, 1, t), free),  # type: ignore[misc]
-            },
-        )
-        for t in budget.halvings
-        if least(t) <= free
-    ]
-    tokens, found = min(ways, key=lambda way: [len(found) for found in way[1].values()])
-    room = free - batch(tokens)
-    most = max(QUERY_BYTES, budget.limit // 4)
-    each = query_size(layers, asked), max(query_size([layers[i] for i in group], full) for group in found["rescore"])
+    sizes, layers, free = Sizes(shape, asked, budget), shape.layers, budget.free
+    budget.check("trace", sizes.least(budget.longest))
+    ways = [(tokens, sizes.passes(tokens)) for tokens in budget.halvings if sizes.least(tokens) <= free]
+    tokens, found = min(ways, key=lambda way: list(map(len, way[1].values())))
+    together = {name: [[layers[i] for i in group] for group in some] for name, some in found.items()}
+    most, full = max(QUERY_BYTES, budget.limit // 4), asked._replace(rank=None)
+    each = query_size(layers, asked), max(query_size(some, full) for some in together["rescore"])
     # but on accelerators, reading the factors again takes little of the time of multiplying a batch of tokens with them
     enough = asked.queries if budget.accelerator else min(asked.queries, -(-tokens // asked.tokens))
-    solved = at_once(min(enough, most // each[0]), found["queries"], lambda some, q: answered(some, q, tokens))
-    rescored = at_once(min(asked.queries, most // each[1]), found["rescore"], lambda some, q: rescore(some, q, tokens))
-    sizes = {
-        "queries": lambda some: answered(some, solved, tokens),
-        "scan": lambda some: batch(tokens) + held(room, tokens)(some),
-        "rescore": lambda some: rescore(some, rescored, tokens),
-    }
-    peak = {name: max(size([layers[i] for i in group]) for group in found[name]) for name, size in sizes.items()}
-    bytes_held = solved * each[0], rescored * each[1], int(min(room, 4 * DENSE_BYTES + each[0] * asked.queries))
-    return Division(tokens, found, budget.peaks(peak), budget.limit, 1, *bytes_held, budget.exact)
+    counts = {"queries": min(enough, most // each[0]), "rescore": min(asked.queries, most // each[1])}
+    room, size = free - sizes.batch(tokens), {"queries": sizes.answer, "rescore": sizes.rescore}
+    peak = {"scan": max(sizes.batch(tokens) + sizes.held(some, room, tokens) for some in together["scan"])}
+    for name, at_most in counts.items():
+        of_all = partial(_largest, together[name], size[name], tokens)
+        counts[name] = _most(at_most, free, of_all)
+        peak[name] = of_all(counts[name])
+    held = int(min(room, 4 * DENSE_BYTES + each[0] * asked.queries))
+    at_once = counts["queries"] * each[0], counts["rescore"] * each[1]
+    return Division(tokens, found, budget.peaks(peak), budget.limit, 1, *at_once, held, budget.exact)
+
+
+def _largest(
+    together: list[list[Sized]], size: Callable[[Layers, int, int], float], tokens: int, queries: int
+) -> float:
+    return max(size(some, queries, tokens) for some in together)
 
 
 def _most(at_most: int, room: float, size: Callable[[int], float]) -> int:

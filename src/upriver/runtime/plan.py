@@ -263,6 +263,7 @@ def _fit_passes(r: Request, shape: Shape, machine: Machine, division: Division) 
     last = found[1]
     agreement = last._replace(
         name="agreement",
+        sweeps=len(division.groups["agreement"]),
         tokens=few,
         flop=share * last.flop,
         moved=0.0,
