@@ -1,4 +1,4 @@
-"""Rewrite the blocks of docs/cost.md that are counted, not measured: below each command what it prints.
+"""Rewrite the blocks of docs/cost.md and docs/gpu.md that are counted, not measured: below each command what it prints.
 
     python benchmarks/blocks.py
 
@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "cost.md"
-COUNTED = ("layer", "limits", "plan 52b", "plan 7b")
+PAGES = {"cost.md": ("layer", "limits", "plan 52b", "plan 7b"), "gpu.md": ("one card",)}
 PROGRAMS = {"python": [sys.executable], "upriver": [sys.executable, "-m", "upriver.cli"]}
 
 
@@ -31,12 +30,13 @@ def renewed(block: re.Match[str]) -> str:
 
 
 def main() -> None:
-    text = PAGE.read_text()
-    for name in COUNTED:
-        block = re.compile(rf"(<!-- {name}: begin -->\n)(.*?)(\n<!-- {name}: end -->)", re.DOTALL)
-        text, found = block.subn(renewed, text)
-        assert found == 1, f"{PAGE} has {found} blocks {name!r}"
-    PAGE.write_text(text)
+    for page, names in PAGES.items():
+        text = (ROOT / "docs" / page).read_text()
+        for name in names:
+            block = re.compile(rf"(<!-- {name}: begin -->\n)(.*?)(\n<!-- {name}: end -->)", re.DOTALL)
+            text, found = block.subn(renewed, text)
+            assert found == 1, f"{page} has {found} blocks {name!r}"
+        (ROOT / "docs" / page).write_text(text)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/half.py [--memory 3.5GB] [--blocks 72] [--out build/half]
 
 A Llama type of random weights in bfloat16, 1,024 wide with MLPs of 2,816 in 72 blocks (925 million parameters, 3.7 GB in
-float32), of which the MLPs of ten blocks are tracked.  Each command is a process of its own; prints its peak resident memory and time.
+float32), of which the MLPs of ten blocks are tracked.  Each command is a process of its own; prints its peak resident memory
+and time.
 """
 
 import argparse

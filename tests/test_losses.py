@@ -19,6 +19,7 @@ from upriver.model.layers import find_layers
 from upriver.model.load import Model
 from upriver.model.losses import LanguageModel, Regression, Sampler, drawn_exactly, sample
 from upriver.model.sweep import Labels
+from upriver.runtime.cost import CACHES
 from upriver.tensors import sequence_gradients
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
@@ -223,7 +224,7 @@ def test_the_short_way_past_the_logits_refuses_a_second_derivative():
 @pytest.fixture
 def tiny_chunks(monkeypatch):
     """Two loss tokens a chunk, and one at a time of these."""
-    monkeypatch.setattr("upriver.model.head.HEAD_BYTES", 2 * 4 * V)
+    monkeypatch.setattr("upriver.model.head.chunks", lambda gpu: CACHES._replace(logits=2 * 4 * V))
     monkeypatch.setattr("upriver.model.head.PART_BYTES", 4 * V)
 
 
@@ -282,7 +283,7 @@ def test_no_more_logits_are_made_at_once_than_a_chunk(name, monkeypatch):
     monkeypatch.setattr(
         type(head), "forward", lambda m, x: (m is head and most.append(x.numel() // x.shape[-1]), linear(m, x))[1]
     )
-    monkeypatch.setattr("upriver.model.head.HEAD_BYTES", 8 * 4 * V)
+    monkeypatch.setattr("upriver.model.head.chunks", lambda gpu: CACHES._replace(logits=8 * 4 * V))
     with frozen(c.model.module):
         whole = c.model.task.loss(c.model.module, batch)
         c.model.task.prepare(c.model.module)

@@ -20,8 +20,8 @@ from upriver.model.model import Model
 from upriver.model.planned import Probe
 from upriver.model.sweep import Consumer, Source, sweep
 from upriver.runtime.artifact import Tensors, read_tensor
-from upriver.runtime.cost import COMPARED, CORRECTION, COVARIANCE, GRADIENT_BYTES, Spec, diagonal
-from upriver.tensors import Scratch, accumulator_dtype, even_parts, numbered, rotated_gradients, square
+from upriver.runtime.cost import COMPARED, CORRECTION, COVARIANCE, Spec, chunks, diagonal
+from upriver.tensors import Scratch, accumulator_dtype, even_parts, numbered, on_cpu, rotated_gradients, square
 from upriver.text.batch import Batch, Sequences
 
 
@@ -93,7 +93,8 @@ class Correction:
                 a_NTI, Q_A_II = self._rotated[1], None
             if T <= I:
                 g_NTO, Q_S_OO = self._scratch.product("g", g_NTO, Q_S_OO), None
-        for part in even_parts(N, max(1, GRADIENT_BYTES // (g_NTO.element_size() * O * a_NTI.shape[2]))):
+        at_once = chunks(not on_cpu(g_NTO)).gradients
+        for part in even_parts(N, max(1, at_once // (g_NTO.element_size() * O * a_NTI.shape[2]))):
             G_NOI = rotated_gradients(a_NTI[part], g_NTO[part], Q_A_II, Q_S_OO, self._scratch)
             for half, G_OI in zip(self._half_N[part], G_NOI[..., :I].to(self.dtype), strict=True):
                 self.sums[name][half].addcmul_(G_OI, G_OI)

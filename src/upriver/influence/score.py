@@ -25,7 +25,7 @@ from torch import Tensor
 
 from upriver.kernels import SIDES, aligned, matmul, side_by_side
 from upriver.model.layers import Layer
-from upriver.runtime.cost import REBUILD_BYTES, SCORED_BYTES, Order
+from upriver.runtime.cost import Order, chunks
 from upriver.tensors import LowRank, Scratch, accumulator_dtype, on_cpu, sequence_gradients
 from upriver.text.batch import Batch
 
@@ -99,8 +99,8 @@ def _by_tokens(U_OP: Tensor, V_IP: Tensor, Q: int, a_NTI: Tensor, g_NTO: Tensor)
 
 
 def _few(a_NTI: Tensor, g_NTO: Tensor, numbers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """As many sequences at once as make ``SCORED_BYTES`` of so many numbers each."""
-    step = max(1, SCORED_BYTES // (a_NTI.element_size() * numbers))
+    """As many sequences at once as are worked on at once, of so many numbers each."""
+    step = max(1, chunks(not on_cpu(a_NTI)).scored // (a_NTI.element_size() * numbers))
     return zip(a_NTI.split(step), g_NTO.split(step), strict=True)
 
 
@@ -134,7 +134,8 @@ class Score:
 
     Args:
         hold: how many batches wait, where queries are multiplied out for them.
-        rebuild_bytes: of the rows of queries multiplied out at once in a layer, and of the gradients that meet them.
+        rebuild_bytes: of the rows of queries multiplied out at once in a layer, and of the gradients that meet them; None: what
+            suits the device.
         scratch: memory to work in; one for all consumers of a scan.
     """
 
@@ -144,7 +145,7 @@ class Score:
         Q: int,
         keep_layers: bool,
         hold: int = 1,
-        rebuild_bytes: int = REBUILD_BYTES,
+        rebuild_bytes: int | None = None,
         scratch: Scratch | None = None,
     ):
         self.routes, self.Q, self.keep_layers = routes, Q, keep_layers
@@ -207,7 +208,7 @@ class Score:
             right = [self.scratch.padded("a", x_NTI) for x_NTI in right]
         V_QRI = self.scratch.padded("V", V_QRI)
         (Q, O), I, N = U_QOR.shape[:2], V_QRI.shape[2], sum(map(len, right))
-        room = self.rebuild_bytes // (2 * SIDES * U_QOR.element_size() * I)
+        room = (self.rebuild_bytes or chunks(not on_cpu(U_QOR)).rebuilt) // (2 * SIDES * U_QOR.element_size() * I)
         most = (ROWS, FEW_ROWS) if on_cpu(U_QOR) else (O, O)
         rows, few = max(1, min(most[0], room // N)), max(1, min(most[1], room // Q))
         middle = min(O, -(-O // (2 * FEW_ROWS)) * FEW_ROWS)

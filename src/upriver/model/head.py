@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from upriver.errors import ModelError
 from upriver.kernels import matmul
 from upriver.model.capture import frozen
-from upriver.runtime.divide import HEAD_BYTES, HEAD_ROWS
+from upriver.runtime.cost import chunks
 from upriver.tensors import on_cpu
 
 PART_BYTES = 2 << 20  # probabilities at once on the CPU: what stays in the caches
@@ -193,7 +193,8 @@ class _TokenLosses(torch.autograd.Function):
         labels_M = torch.empty(len(hidden_MH), dtype=torch.int64, device=hidden_MH.device)
         gradient_MH = torch.empty_like(hidden_MH) if ctx.needs_input_grad[0] else None
         row = 4 * ending.head.out_features
-        many = max(1, min(HEAD_ROWS, HEAD_BYTES // row) // ending.copies)
+        at_once = chunks(not on_cpu(hidden_MH))
+        many = max(1, min(at_once.logit_rows, at_once.logits // row) // ending.copies)
         few = max(1, PART_BYTES // row) if on_cpu(hidden_MH) else PART_ROWS
         for rows in _slices(0, len(hidden_MH), many):
             logits_mV, back = ending.logits(hidden_MH[rows], gradient_MH is not None)

@@ -16,9 +16,6 @@ SUM = 4  # bytes of a number in a sum, a basis or a full-rank query, whatever th
 ITEM = {"float32": 4, "bfloat16": 2, "float64": 8, MIXED: 4}
 HANDED = ITEM | {MIXED: 2}  # of a number of what layers saw, and of queries that meet it
 
-GRADIENT_BYTES = 4 << 20  # gradients of single sequences held at once: what stays in the caches of a core
-SCORED_BYTES = 256 << 20  # gradients of sequences, or products of their tokens, that meet the queries at once
-REBUILD_BYTES = 64 << 20  # rows of multiplied-out queries held at once in one layer, with those of gradients
 DENSE_BYTES = 1 << 30  # queries, or batches that wait for them, held through a scan; twice as much gains little
 WAITING_BYTES, WAITING_SHARE = 768 << 20, 1.5  # of batches that wait, at most, or so many times the solved queries
 ENOUGH = 3  # batches wait until multiplying out takes a third of forming their gradients
@@ -26,6 +23,24 @@ MOVED = 32  # multiplications in the time of a number to or from the memory
 OVERSAMPLE, PRODUCTS = 16, 10  # of the randomised singular value decomposition: extra columns, products with the matrix
 NARROW = 16  # the narrowest side of a diagonal block: with fewer numbers in a row no product is fast
 COMPARED = 8  # sequences that are scored on each other at once, where the fit's convergence is read
+
+
+class Chunks(NamedTuple):
+    """Bytes that are worked on at once: what stays in the caches of a CPU, or what keeps a GPU busy."""
+
+    gradients: int  # of single sequences
+    scored: int  # gradients of sequences, or products of their tokens, that meet the queries
+    rebuilt: int  # rows of multiplied-out queries of a layer, with those of gradients
+    logits: int  # in float32
+    logit_rows: int  # of them; more make no product faster
+
+
+CACHES = Chunks(4 << 20, 256 << 20, 64 << 20, 128 << 20, 1024)
+DEVICE = Chunks(256 << 20, 1 << 30, 512 << 20, 512 << 20, 4096)
+
+
+def chunks(accelerator: bool) -> Chunks:
+    return DEVICE if accelerator else CACHES
 
 
 class Sized(Protocol):
@@ -69,7 +84,7 @@ class Spec(NamedTuple):
 
     name: str
     held: Callable[[Layers], float]
-    work: Callable[[Layers, int], float]  # of so many tokens
+    work: Callable[[Layers, int, Chunks], float]  # of so many tokens
     multiplications: Callable[[Sized, float], float]  # a token, in sequences of T tokens, beside the model's own
 
 
@@ -124,20 +139,20 @@ def rotations(x: Sized, T: float) -> float:
     return O * I + min(S, S * I / T) + min(A if leads(x) else 0.0, O * A / T)
 
 
-def _gradients_work(layers: Layers, tokens: int) -> float:
-    return 3 * max(GRADIENT_BYTES, SUM * largest(layers))
+def _gradients_work(layers: Layers, tokens: int, at_once: Chunks) -> float:
+    return 3 * max(at_once.gradients, SUM * largest(layers))
 
 
 COVARIANCE = Spec(
     "covariance",
     moments_size,
-    lambda layers, tokens: SUM * tokens * widest(layers),
+    lambda layers, tokens, _: SUM * tokens * widest(layers),
     lambda x, T: sum(n * n for n in sides(x)) / 2,
 )
 CORRECTION = Spec(
     "correction",
     _bases_and_lam,
-    lambda layers, tokens: 2 * SUM * tokens * widest(layers) + _gradients_work(layers, tokens),
+    lambda layers, tokens, at_once: 2 * SUM * tokens * widest(layers) + _gradients_work(layers, tokens, at_once),
     rotations,
 )
 DIAGONAL = Spec("diagonal", lambda layers: 2 * lam_size(layers), _gradients_work, lambda x, T: x.O * x.I)

@@ -10,21 +10,22 @@ from typing import NamedTuple
 from upriver.errors import ConfigError
 from upriver.kernels import SIDES
 from upriver.runtime.cost import (
+    CACHES,
     COMPARED,
     CORRECTION,
     COVARIANCE,
     DENSE_BYTES,
     HANDED,
     ITEM,
-    REBUILD_BYTES,
-    SCORED_BYTES,
     SUM,
     Asked,
+    Chunks,
     Contraction,
     Layers,
     Shape,
     Sized,
     Spec,
+    chunks,
     contraction,
     diagonal,
     groups,
@@ -37,7 +38,6 @@ from upriver.runtime.cost import (
 from upriver.runtime.progress import show_bytes
 
 WIDE = 8  # float64, in eigendecompositions
-HEAD_BYTES, HEAD_ROWS = 128 << 20, 1024  # float32 logits held at once; more rows make no product faster
 HEAD_COPIES = 2  # logits, which become their gradient, and what is made of a few of them, or by a tail of half as many
 EIGEN_COPIES = 6  # n x n in float64: matrix, its copy, eigenvectors, workspace of two, what the layer's other side left
 TRANSIENT = 4  # tensors of the widest layer alive at once in the backward pass
@@ -68,6 +68,10 @@ class Budget(NamedTuple):
     def doubled(self) -> int:
         """In float64 all sums take twice what is counted."""
         return 2 if self.dtype == "float64" else 1
+
+    @property
+    def chunks(self) -> Chunks:
+        return chunks(self.accelerator)
 
     @property
     def free(self) -> int:
@@ -123,13 +127,13 @@ class Division(NamedTuple):
         return max(0, int((1 - MARGIN) * self.limit) - self.peak[name])
 
 
-def batch_size(shape: Shape, tokens: int, dtype: str, work: float = 0) -> int:
+def batch_size(shape: Shape, tokens: int, dtype: str, work: float = 0, at_once: Chunks = CACHES) -> int:
     """Activations of a batch, and the larger of what comes after them: the head's chunks of logits, or the backward pass.
 
     Args:
         work: what a layer's consumer takes in the backward pass.
     """
-    logits = min(HEAD_BYTES, SUM * shape.vocabulary * min(HEAD_ROWS, tokens))
+    logits = min(at_once.logits, SUM * shape.vocabulary * min(at_once.logit_rows, tokens))
     numbers = shape.narrow if dtype == "bfloat16" and shape.narrow else shape.activation
     backward = ITEM[dtype] * TRANSIENT * shape.widest * tokens + work
     return int(ITEM[dtype] * numbers * tokens + max(HEAD_COPIES * logits, backward))
@@ -155,13 +159,14 @@ def divide_fit(shape: Shape, budget: Budget) -> Division:
     budget = budget._replace(fixed=budget.fixed + budget.copy)
 
     def batch(spec: Spec, tokens: int) -> int:
-        return batch_size(shape, tokens, budget.dtype, spec.work(layers, tokens))
+        work = spec.work(layers, tokens, budget.chunks)
+        return batch_size(shape, tokens, budget.dtype, work, budget.chunks)
 
     def compared(tokens: int) -> int:
         """A batch of which a few sequences are scored on each other."""
         tokens = max(tokens, 2 * budget.longest)
         sequences = min(COMPARED, max(2, budget.together(tokens)))
-        return batch_size(shape, tokens, budget.dtype, 3 * sequences * SUM * largest(layers))
+        return batch_size(shape, tokens, budget.dtype, 3 * sequences * SUM * largest(layers), budget.chunks)
 
     # the name of each pass, what it holds of its layers, and what it takes beside that in a batch of so many tokens
     passes: dict[str, tuple[Callable[[Layers], float], Callable[[int], int]]] = {
@@ -203,7 +208,7 @@ class Sizes(NamedTuple):
     def gradients(self, some: Layers, number: int, tokens: int) -> float:
         """Of the largest layer, that meet the queries at once."""
         one = number * largest(some)
-        return max(one, min(SCORED_BYTES, self.budget.together(tokens) * one))
+        return max(one, min(self.budget.chunks.scored, self.budget.together(tokens) * one))
 
     def solve(self, some: Layers, asked: Asked, at_once: int, tokens: int) -> float:
         """Some queries in some layers, and either their batch or, layer by layer, its curvature and their gradients in it."""
@@ -211,7 +216,7 @@ class Sizes(NamedTuple):
         block = SUM * max(square(x.O, x.parts) + square(x.I, x.parts) + x.O * x.I for x in some)
         batch, dense = max(asked.tokens, min(tokens, at_once * asked.tokens)), SUM * largest(some)
         layer = block + at_once * 3 * dense if asked.rank is None else SIDES * (block + 2 * dense)
-        passing = max(batch_size(self.shape, batch, self.budget.exact), layer)
+        passing = max(batch_size(self.shape, batch, self.budget.exact, 0, self.budget.chunks), layer)
         return self.budget.widened + passing + at_once * query_size(some, asked)
 
     def answer(self, some: Layers, at_once: int, tokens: int) -> float:
@@ -224,18 +229,19 @@ class Sizes(NamedTuple):
         """Some queries at full rank, and then a batch of sequences with their gradients in a layer."""
         full = self.asked._replace(rank=None)
         work = max(self.gradients(some, SUM, tokens), SUM * tokens * self.shape.widest)
-        batch = self.budget.widened + batch_size(self.shape, tokens, self.budget.exact, work)
+        batch = self.budget.widened + batch_size(self.shape, tokens, self.budget.exact, work, self.budget.chunks)
         return max(self.solve(some, full, at_once, tokens), batch + at_once * query_size(some, full))
 
     def batch(self, tokens: int) -> float:
         """The model in its compute type, and one batch with the gradients of its sequences: all of a scan but what is held."""
         asked, budget, layers = self.asked, self.budget, self.shape.layers
         by_token = 2 * HANDED[budget.dtype] * asked.queries * (asked.rank or 0)
-        products = max(budget.longest * by_token, min(SCORED_BYTES, tokens * by_token))
+        products = max(budget.longest * by_token, min(budget.chunks.scored, tokens * by_token))
         kept = SUM * asked.queries * len(layers) * budget.together(tokens) if asked.layer_scores else 0
         kept = kept and 2 * max(LAYER_SCORES_BYTES, kept)
         work = max(self.gradients(layers, HANDED[budget.dtype], tokens), products)
-        return budget.copy + REBUILD_BYTES + kept + batch_size(self.shape, tokens, budget.dtype, work)
+        made = batch_size(self.shape, tokens, budget.dtype, work, budget.chunks)
+        return budget.copy + budget.chunks.rebuilt + kept + made
 
     def held(self, some: Layers, room: float, tokens: int) -> float:
         return scan_held(some, self.asked, self.budget, tokens, room).held

@@ -361,4 +361,10 @@ def describe(plan: Plan) -> list[str]:
         f"plan: {plan.machine.name}, {f'each of {devices} devices' if devices > 1 else 'memory'} limited to {limit}, "
         f"{show_seconds(plan.machine.start)} to start, batches of {' and '.join(f'{t:,}' for t in tokens)} tokens"
     )
+    if plan.trace and plan.trace.exact != plan.request.scan:
+        lines.append(f"types: the scan in {plan.request.scan}, questions and the second look in {plan.trace.exact}")
+    if plan.machine.accelerator:
+        lines.append(
+            "where: on the device the model, and sums, bases or solved questions of a group of layers; on the disk those of others"
+        )
     return lines + plan.advice
