@@ -365,6 +365,6 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f"types: the scan in {plan.request.scan}, questions and the second look in {plan.trace.exact}")
     if plan.machine.accelerator:
         lines.append(
-            "where: on the device the model, and sums, bases or solved questions of a group of layers; on the disk those of others"
+            "where: on the device the model, and sums, bases or solved questions of a group of layers; the others on the disk"
         )
     return lines + plan.advice
