@@ -1,12 +1,12 @@
 """Speed and memory against an earlier commit, in alternation, in one run.
 
     git worktree add /tmp/before fdbafaa
-    python benchmarks/before_after.py /tmp/before [--jobs demo,neox] [--queries 8,64,256] [--repeats 3]
+    python benchmarks/before_after.py /tmp/before [--jobs demo,neox] [--queries 8,64,256] [--repeats 3] [--dtype bfloat16]
 
 Fit, and trace with 8, 64 and 256 questions, of the demo and of a random GPT-NeoX type (benchmarks/plan.py), with sampled labels;
 each command is a process of its own on the sources of its side.  Figures are ratios, new over old, of medians: the passes as the
 manifests tell them, the whole process, and its peak resident memory.  The new side runs with `--held-out 0`: the old one judged
-no solutions.  Each side traces by its own factors.
+no solutions.  Each side traces by its own factors; the last column is the correlation of their scores, of the worst question.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from command import upriver
 from plan import JOBS, Case
 
@@ -44,8 +45,8 @@ def questions(case: Case, count: int, place: Path) -> Path:
 class Side:
     """One commit's sources, and a folder for what it makes."""
 
-    def __init__(self, source: Path, folder: Path, flags: tuple[str, ...]):
-        self.source, self.folder, self.flags = source, folder, flags
+    def __init__(self, source: Path, folder: Path, dtype: str, flags: tuple[str, ...]):
+        self.source, self.folder, self.dtype, self.flags = source, folder, dtype, flags
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, verb: str, out: str, passes: tuple[str, ...], *args: Any) -> dict[str, float]:
@@ -61,11 +62,18 @@ class Side:
 
     def fit(self, case: Case) -> dict[str, float]:
         return self.run("fit", "factors", FIT, case.model, case.corpus, "--seq-len", case.seq_len,
-                        "--max-tokens", case.max_tokens)  # fmt: skip
+                        "--max-tokens", case.max_tokens, "--dtype", self.dtype)  # fmt: skip
 
     def trace(self, case: Case, queries: Path) -> dict[str, float]:
         return self.run("trace", "scores", TRACE, case.model, case.corpus, queries, "--factors", self.folder / "factors",
                         "--top", 2, *self.flags)  # fmt: skip
+
+
+def correlation(old: Side, new: Side) -> float:
+    """Of both sides' scores, of the worst question."""
+    tables = [pd.read_parquet(side.folder / "scores" / "scores.parquet").sort_values("sequence") for side in (old, new)]
+    names = [x for x in tables[0] if x in tables[1] and x not in ("sequence", "document", "start", "end")]
+    return float(min(tables[0][x].corr(tables[1][x]) for x in names))
 
 
 def compare(old: Side, new: Side, run: Any, repeats: int, warm: bool) -> dict[str, tuple[float, float]]:
@@ -85,14 +93,19 @@ def main() -> None:
     parser.add_argument("--jobs", default="demo,neox")
     parser.add_argument("--queries", default="8,64,256")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=Path("build/before_after"))
     args = parser.parse_args()
-    print("| job | run | passes, s: old to new (ratio) | process | peak memory |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| job | run | passes, s: old to new (ratio) | process | peak memory | scores |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     for job in args.jobs.split(","):
         folder = args.out / job
         (folder / "job").mkdir(parents=True, exist_ok=True)
         case = JOBS[job](folder / "job")
-        sides = Side(args.before.resolve(), folder / "old", ()), Side(HERE, folder / "new", ("--held-out", "0"))
+        old = Side(args.before.resolve(), folder / "old", args.dtype, ())
+        sides = old, Side(HERE, folder / "new", args.dtype, ("--held-out", "0"))
         runs = {"fit": lambda side, case=case: side.fit(case)}
         for count in map(int, args.queries.split(",")):
             asked = questions(case, count, folder / "job" / f"queries-{count}.jsonl")
@@ -104,7 +117,8 @@ def main() -> None:
                 *(x / 1e9 for x in rows["memory"]), rows["memory"][1] / rows["memory"][0]
             )
             passes = ", ".join(f"{key} {cell}" for key, cell in cells.items() if key not in ("process", "memory"))
-            print(f"| {job} | {name} | {passes} | {cells['process']} | {memory} |", flush=True)
+            same = "" if name == "fit" else f"{correlation(*sides):.6f}"
+            print(f"| {job} | {name} | {passes} | {cells['process']} | {memory} | {same} |", flush=True)
     print(f"medians of {args.repeats}", file=sys.stderr)
 
 
