@@ -157,6 +157,11 @@ def test_a_pass_waits_for_the_device_twice_a_batch(kind):
         sweep(model, layers, source, rows, consume)
         if hasattr(consume, "result"):
             consume.result()
+    each = {
+        what: f"{seen.count(what) / batches:.2f} {what}"
+        for what in ("wait", "to host", "to device", "to device beside")
+    }
+    print(f"\n{kind}, {batches} batches, for each: {', '.join(each.values())}")
     assert batches >= 3
     assert seen.count("wait") <= WAITS * batches + ONCE, seen
     assert seen.count("to host") <= ONCE, seen
