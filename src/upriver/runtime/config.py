@@ -23,6 +23,7 @@ CONVENTIONS = {
 UNIT_TOKENS = (
     65_536  # work that a kill can cost; with it artifact.SCHEMA must change: a run in progress counts in units
 )
+COMMIT_SHARE = 0.05  # of the time, at most, goes into writing sums
 # tokens of a batch: two cores are as fast with 1,024 as with 4,096, and activations take memory; a GPU wants more
 BATCH_TOKENS, ACCELERATOR_TOKENS = 2048, 16_384
 POSITIVE = "Positive means: training on this passage raises the probability of the answer."

@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from upriver.errors import ConfigError
-from upriver.runtime.config import BATCH_TOKENS, HELD_OUT, MIXED, UNIT_TOKENS, weights_in
+from upriver.runtime.config import BATCH_TOKENS, COMMIT_SHARE, HELD_OUT, MIXED, UNIT_TOKENS, weights_in
 from upriver.runtime.cost import (
     CORRECTION,
     COVARIANCE,
@@ -247,8 +247,11 @@ def _fit_passes(r: Request, shape: Shape, machine: Machine, division: Division) 
         groups = division.groups[spec.name]
         through = again * tokens * _through(shape, T, groups)
         work = again * tokens * 2 * sum(spec.multiplications(x, T) for x in layers)
-        moved = again * size * max(1.0, tokens / UNIT_TOKENS)
-        seconds = rates.seconds(spec.name, through, work) / machine.devices + moved / machine.disk
+        computing = rates.seconds(spec.name, through, work) / machine.devices
+        once = again * size * max(1, machine.devices)
+        # sums are written after a unit where that takes little of the time, and at the end
+        moved = min(once * max(1.0, tokens / UNIT_TOKENS), once + COMMIT_SHARE * computing * machine.disk)
+        seconds = computing + moved / machine.disk
         found.append(
             Pass(spec.name, "fit", len(groups), tokens, through + work, moved, seconds, division.peak[spec.name])
         )

@@ -19,10 +19,9 @@ import torch
 from upriver.errors import UpriverError
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, Tensors, read_tensors, write_tensors
-from upriver.runtime.config import UNIT_TOKENS
+from upriver.runtime.config import COMMIT_SHARE, UNIT_TOKENS
 from upriver.runtime.device import within_memory
 
-COMMIT_SHARE = 0.05  # of the time, at most, goes into writing sums
 UNITS = "units"  # in a file of sums: how many of this process's units are in them
 
 _stopping, _running = threading.Event(), threading.Event()
