@@ -105,9 +105,8 @@ class Corpus(Sequences):
         sources = open_corpus(Path(path), bad)
         written = [source.written for source in sources]
         hashed = [source.fingerprint for source in sources]
-        key = {"schema": [SCHEMA, heads.SCHEMA], "sources": hashed}
-        key |= {"tokenizer": tokenizer_fingerprint(tokenizer), "settings": settings._asdict()}
-        folder = _cache_folder(cache) / "corpus" / digest(key)
+        found = corpus_digest(hashed, tokenizer_fingerprint(tokenizer), settings._asdict())
+        folder = _cache_folder(cache) / "corpus" / found
         reused = os.path.exists(folder)  # false also where it cannot be known: building then says why
         if not reused:
             with exclusive(folder.with_name(f".{folder.name}.lock")):
@@ -174,6 +173,11 @@ class Corpus(Sequences):
     def metadata(self, document: int) -> dict[str, Any]:
         """The further fields of a document's record."""
         return self._line(document)["metadata"]
+
+
+def corpus_digest(sources: list[list[str]], tokenizer: str, settings: dict[str, Any]) -> str:
+    """The fingerprint of a corpus: of its files, of the tokenizer, and of how it is cut."""
+    return digest({"schema": [SCHEMA, heads.SCHEMA], "sources": sources, "tokenizer": tokenizer, "settings": settings})
 
 
 def _stored(folder: Path) -> dict[str, Any]:

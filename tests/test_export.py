@@ -1,0 +1,122 @@
+"""The user's own records with their scores, and the corpora that are left when some are dropped."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import upriver as up
+from cli_cases import assert_one_error, build, fit, trace, upriver
+from text_cases import write_jsonl
+from upriver.errors import MismatchError
+
+RECORDS = [
+    {
+        "id": f"d{i}",
+        "text": f"the people of state {i} " + "and the union " * (1 + i % 5),
+        "year": 1900 + i,
+        "note": {"a": [i, None]},
+    }
+    for i in range(12)
+] + [{"text": "=cmd the last one has no name", "tags": ["x", 1], "year": None}]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("export")
+    tiny = build(root)
+    return tiny._replace(corpus=write_jsonl(root / "corpus.jsonl", RECORDS))
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tiny):
+    monkeypatch.setenv("UPRIVER_CACHE", str(tiny.root / "cache"))
+    return lambda *args: upriver(capsys, monkeypatch, *args)
+
+
+@pytest.fixture
+def scores(tiny, call):
+    out = tiny.root / "scores"
+    if not (out / "manifest.json").exists():
+        assert call(*fit(tiny, tiny.root / "factors")).status == 0
+        assert call(*trace(tiny, out, factors=tiny.root / "factors")).status == 0
+    return out
+
+
+def expected(scores) -> dict[str, np.ndarray]:
+    found = up.Scores(scores)
+    columns = [q["id"] for q in found.queries]
+    table = found.documents()
+    return dict(zip(table["document"], table[columns].to_numpy(float) / found.manifest["n_train"], strict=True))
+
+
+def test_records_keep_every_field_and_get_their_scores(scores, call, tmp_path):
+    out = tmp_path / "scored.jsonl"
+    assert call("export", scores, "--out", out).status == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    names = [f"influence:{q['id']}" for q in up.Scores(scores).queries]
+    assert [{name: x for name, x in row.items() if name not in names} for row in rows] == RECORDS
+    values = expected(scores)
+    for number, row in enumerate(rows, 1):
+        of_row = values[row.get("id", f"corpus.jsonl:{number}")]
+        np.testing.assert_allclose([row[name] for name in names], of_row, rtol=1e-6)
+
+
+def test_parquet_and_csv_hold_the_same(scores, call, tmp_path):
+    for kind in ("parquet", "csv"):
+        assert call("export", scores, "--out", tmp_path / f"scored.{kind}").status == 0
+    names = [f"influence:{q['id']}" for q in up.Scores(scores).queries]
+    table = pq.read_table(tmp_path / "scored.parquet").to_pylist()
+    with open(tmp_path / "scored.csv", newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert [row["text"] for row in table] == [record["text"] for record in RECORDS]
+    assert [row["year"] for row in table] == [record["year"] for record in RECORDS]
+    for row, cell in zip(table, cells, strict=True):
+        assert [row[name] for name in names] == pytest.approx([float(cell[name]) for name in names])
+    assert cells[-1]["text"].startswith("'=cmd"), "a spreadsheet must not run it"
+
+
+@pytest.mark.parametrize(("how", "flags"), [("keep", ()), ("drop", ()), ("drop", ("--lowest",))])
+@pytest.mark.parametrize(("size", "count"), [("4", 4), ("25%", 3), ("0.25", 3)])
+def test_a_filtered_corpus_holds_the_records_as_they_were(scores, call, tmp_path, how, flags, size, count):
+    query = up.Scores(scores).queries[0]["id"]
+    out = tmp_path / "left.jsonl"
+    assert call("export", scores, "--out", out, f"--{how}", size, "--by", query, *flags).status == 0
+    values = {name: x[0] for name, x in expected(scores).items()}
+    chosen = set(sorted(values, key=lambda name: values[name], reverse=not flags)[:count])
+    ids = [record.get("id", f"corpus.jsonl:{i}") for i, record in enumerate(RECORDS, 1)]
+    left = [record for name, record in zip(ids, RECORDS, strict=True) if (name in chosen) == (how == "keep")]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == left
+
+
+def test_what_it_is_told_wrongly_is_one_sentence(scores, call, tmp_path, tiny):
+    out = tmp_path / "x.jsonl"
+    for flags, parts in (
+        (("--out", tmp_path / "x.xls"), ("--out", ".jsonl")),
+        (("--out", out, "--keep", "0"), ("--by",)),
+        (("--out", out, "--keep", "0", "--by", "nobody"), ("--by", "nobody")),
+        (("--out", out, "--keep", "1", "--drop", "1"), ("exclude each other",)),
+        (("--out", out, "--by", "q"), ("--keep or --drop",)),
+        (("--out", scores / "x.jsonl"), ("inside another artifact",)),
+        (("--out", out, "--corpus", tiny.queries), ("not those that were scored",)),
+    ):
+        assert_one_error(call("export", scores, *flags), 2, *parts)
+        assert not out.exists()
+    query = up.Scores(scores).queries[0]["id"]
+    for size in ("0", "1.5", "-1", "150%", "many"):
+        assert_one_error(call("export", scores, "--out", out, "--drop", size, "--by", query), 2, "--drop", size)
+    out.write_text("mine")
+    assert_one_error(call("export", scores, "--out", out), 2, str(out), "is there")
+    assert out.read_text() == "mine"
+
+
+def test_records_that_were_changed_are_refused(scores, tiny, tmp_path):
+    before = tiny.corpus.read_text()
+    try:
+        tiny.corpus.write_text(before.replace("people", "person"))
+        with pytest.raises(MismatchError, match="were changed since"):
+            up.export(scores, tmp_path / "x.jsonl")
+    finally:
+        tiny.corpus.write_text(before)
