@@ -2,6 +2,7 @@
 
     git worktree add /tmp/before fdbafaa
     python benchmarks/before_after.py /tmp/before [--jobs demo,neox] [--queries 8,64,256] [--repeats 3] [--dtype bfloat16]
+                                              [--max-tokens N] [--cold]
 
 Fit, and trace with 8, 64 and 256 questions, of the demo and of a random GPT-NeoX type (benchmarks/plan.py), with sampled labels;
 each command is a process of its own on the sources of its side.  Figures are ratios, new over old, of medians: the passes as the
@@ -94,6 +95,8 @@ def main() -> None:
     parser.add_argument("--queries", default="8,64,256")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--max-tokens", type=int, help="to fit on; default: the job's")
+    parser.add_argument("--cold", action="store_true", help="count the first fit, which fills the caches")
     parser.add_argument("--out", type=Path, default=Path("build/before_after"))
     args = parser.parse_args()
     print(
@@ -104,6 +107,7 @@ def main() -> None:
         folder = args.out / job
         (folder / "job").mkdir(parents=True, exist_ok=True)
         case = JOBS[job](folder / "job")
+        case = case._replace(max_tokens=args.max_tokens or case.max_tokens)
         old = Side(args.before.resolve(), folder / "old", args.dtype, ())
         sides = old, Side(HERE, folder / "new", args.dtype, ("--held-out", "0"))
         runs = {"fit": lambda side, case=case: side.fit(case)}
@@ -111,7 +115,7 @@ def main() -> None:
             asked = questions(case, count, folder / "job" / f"queries-{count}.jsonl")
             runs[f"{count} questions"] = lambda side, case=case, asked=asked: side.trace(case, asked)
         for name, run in runs.items():
-            rows = compare(*sides, run, args.repeats, name == "fit")
+            rows = compare(*sides, run, args.repeats, name == "fit" and not args.cold)
             cells = {key: f"{old:.2f} to {new:.2f} ({new / max(old, 1e-9):.2f})" for key, (old, new) in rows.items()}
             memory = "{:.2f} to {:.2f} GB ({:.2f})".format(
                 *(x / 1e9 for x in rows["memory"]), rows["memory"][1] / rows["memory"][0]
