@@ -3,7 +3,7 @@
     python benchmarks/half.py [--memory 3.5GB] [--blocks 72] [--out build/half]
 
 A Llama type of random weights in bfloat16, 1,024 wide with MLPs of 2,816 in 72 blocks (925 million parameters, 3.7 GB in
-float32), of which the MLPs of ten blocks are tracked.  Each command is a process of its own; prints its peak resident memory
+float32), of which the MLPs of three blocks are tracked.  Each command is a process of its own; prints its peak resident memory
 and time.
 """
 
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from upriver.runtime.config import parse_memory
 
-WORDS, TOKENS, SEQUENCES = 512, 64, 16
+WORDS, TOKENS, SEQUENCES = 512, 64, 8
 
 
 def write_job(folder: Path, blocks: int) -> int:
@@ -62,7 +62,7 @@ def main() -> None:
         "--seq-len",
         TOKENS,
         "--layers",
-        "model.layers.1?.mlp.*",
+        "model.layers.1[0-2].mlp.*",
         "--batch-tokens",
         256,
     )
