@@ -7,7 +7,6 @@ import tomllib
 import traceback
 import warnings
 import webbrowser
-from collections.abc import Callable
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -19,21 +18,28 @@ from rich.console import Console
 import upriver.flags as flags
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, StorageError, UpriverError
+from upriver.given import check_seq_len, how_read, query_size, read_corpus, read_for_others, read_model, read_queries
 from upriver.influence.forecast import plan_model
-from upriver.model.generate import complete
-from upriver.model.load import Model, load_model
+from upriver.model.load import Model
 from upriver.model.planned import Blank
 from upriver.model.shape import config_only
 from upriver.pipeline import trace
 from upriver.runtime.artifact import load_json, refuse_inside, write_json
-from upriver.runtime.config import FitOptions, RunOptions, TraceOptions, default_how, options, parse_memory, weights_in
+from upriver.runtime.config import (
+    AuditOptions,
+    FitOptions,
+    RunOptions,
+    TraceOptions,
+    default_how,
+    options,
+    parse_memory,
+)
 from upriver.runtime.hardware import hardware
 from upriver.runtime.plan import Request, describe, parse_sizes, request_for
-from upriver.runtime.system import give_back, resident_memory
 from upriver.runtime.units import stop
 from upriver.show.report import report_files, write_report
-from upriver.show.terminal import bars, running_bar, say, terminal_summary
-from upriver.text.corpus import Corpus
+from upriver.show.terminal import audit_summary, bars, say, terminal_summary
+from upriver.suspects import audit
 from upriver.text.queries import Queries
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -68,7 +74,7 @@ def fit_command(
     memory: flags.Memory = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampled labels and of the choice of sequences.", min=0)] = 0,
     device: flags.Device = "auto",
-    on_bad_record: Annotated[str, typer.Option(help="error, or skip and list.")] = "error",
+    on_bad_record: flags.OnBadRecord = "error",
     overwrite: flags.Overwrite = False,
 ) -> None:
     """Fit the EK-FAC factors of MODEL on CORPUS: once per model, for any number of questions."""
@@ -78,8 +84,8 @@ def fit_command(
     }  # fmt: skip
     options(FitOptions, given)  # a mistake is known before a model is loaded
     refuse_inside(out)
-    loaded = _load_model(model, device, dtype)
-    read = _read_corpus(corpus, loaded, seq_len, pack, on_bad_record)
+    loaded = read_model(model, device, dtype)
+    read = read_corpus(corpus, loaded, seq_len, pack, on_bad_record)
     factors = fit(loaded, read, out, overwrite=overwrite, progress=bars, say=say, **given)
     say(f"factors written to {factors.path}; next: upriver trace {model} {corpus} QUERIES --factors {out} --out SCORES")
 
@@ -124,17 +130,13 @@ def trace_command(
     rates = _checkpoints(checkpoints)
     refuse_inside(out)
     fitted = Factors(factors) if factors else None
-    how = fitted.reading if fitted else {"seq_len": seq_len or 512, "pack": False, "on_bad_record": "error"}
-    if seq_len not in (None, how["seq_len"]):
-        raise ConfigError(
-            f"bad value for --seq-len: got {seq_len}; the factors were fitted on sequences of {how['seq_len']}, leave it out"
-        )
+    how = how_read(fitted, seq_len)
     Queries.read(queries, complete=complete)  # a mistake in them is known before a model is loaded
-    loaded = _load_model(model, device, dtype or (fitted.options.dtype if fitted else None))
+    loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
     if fitted:
         fitted.check(loaded)
-    read = _read_corpus(corpus, loaded, **how)
-    asked = _read_queries(queries, loaded, complete)
+    read = read_corpus(corpus, loaded, **how)
+    asked = read_queries(queries, loaded, complete)
     given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
     result = trace(
         loaded, read, asked, fitted, out, checkpoints=rates, overwrite=overwrite, progress=bars, say=say, **given
@@ -172,6 +174,54 @@ def report_command(
         webbrowser.open(page.resolve().as_uri())
 
 
+@app.command("audit")
+def audit_command(
+    model: flags.ModelArg,
+    data: Annotated[str, typer.Argument(help="The training records, as CORPUS of fit.", metavar="DATA")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    factors: Annotated[
+        Path | None, typer.Option(help="Folder written by fit. Default: fits its own, in AUDIT.")
+    ] = None,
+    queries: Annotated[
+        str | None, typer.Option(help="Failed samples with the right answers, as QUERIES of trace: adds harm to them.")
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="self_influence, loss, gradient_norm or harm. Default: DEFAULT_BY.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Records on the page.", min=1)] = 100,
+    curvature: Annotated[str, typer.Option(help="ekfac, kfac, diagonal or identity.")] = "ekfac",
+    damping: Annotated[str, typer.Option(help="0.1x of the mean eigenvalue, or an absolute number.")] = "0.1x",
+    layers: flags.TraceLayers = None,
+    seq_len: flags.TraceSeqLen = None,
+    max_tokens: flags.MaxTokens = 1_000_000,
+    dtype: flags.ScanDtype = None,
+    batch_tokens: flags.TraceBatchTokens = None,
+    seed: flags.TraceSeed = None,
+    memory: flags.Memory = None,
+    device: flags.Device = "auto",
+    on_bad_record: flags.OnBadRecord = "error",
+    overwrite: flags.Overwrite = False,
+) -> None:
+    """Rank the records of DATA by how likely they are mislabelled or harmful."""
+    given: dict[str, Any] = {
+        "by": by, "top": top, "curvature": curvature, "damping": damping, "layers": layers, "max_tokens": max_tokens,
+        "dtype": dtype, "seed": seed, "memory": memory,
+    }  # fmt: skip
+    options(AuditOptions, given)
+    refuse_inside(out)
+    fitted = Factors(factors) if factors else None
+    if queries:
+        Queries.read(queries)  # a mistake in them is known before a model is loaded
+    loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
+    read = read_corpus(data, loaded, how_read(fitted, seq_len)["seq_len"], False, on_bad_record)
+    asked = read_queries(queries, loaded, None) if queries else None
+    given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
+    common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
+    found = audit(loaded, read, out, queries=asked, factors=fitted, **common, **given)
+    audit_summary(found, stdout)
+    say(f"audit: {found.page}")
+
+
 @app.command("plan")
 def plan_command(
     model: Annotated[
@@ -200,14 +250,14 @@ def plan_command(
         _check_plan_file(out)
     options(FitOptions, {"max_tokens": max_tokens, "dtype": dtype, "batch_tokens": batch_tokens})
     alone, size = config_only(model), parse_sizes(corpus)
-    what = alone or _load_model(model, "auto", dtype)
+    what = alone or read_model(model, "auto", dtype)
     if isinstance(what, Path) and size is None:
         raise ConfigError(
             f"a configuration has no tokenizer to read a corpus with: got {corpus!r}; give its size, as 1000000x512"
         )
     if size is not None:
         if isinstance(what, Model):
-            _check_length(what, size[1])
+            check_seq_len(what, size[1])
         data, left = Blank(*size), 0
     else:
         assert isinstance(what, Model)
@@ -218,7 +268,7 @@ def plan_command(
         "blocks": blocks, "memory": parse_memory(memory),
         **default_how(gpu, dtype, batch_tokens, "bfloat16"),
     }  # fmt: skip
-    asked |= _query_size(queries, what)
+    asked |= query_size(queries, what)
     request = Request(size[0], size[1], **asked) if size else request_for(data.lengths_N, **asked)
     plan = plan_model(what, data, layers, request, machine, left)
     for line in describe(plan):
@@ -243,29 +293,6 @@ def _check_plan_file(out: Path) -> None:
             raise ConfigError(
                 f"bad value for --out: got {str(out)!r}, which is there and is no plan; choose another file, or move it away"
             )
-
-
-def read_for_others(
-    corpus: str, model: Model, seq_len: int, resident: Callable[[], int | None] = resident_memory
-) -> tuple[Corpus, int]:
-    """Read the corpus, and measure what that has left in memory: a fit and a trace after this find its tokens made."""
-    give_back()
-    before = resident() or 0
-    data = _read_corpus(corpus, model, seq_len, False, "error")
-    give_back()
-    return data, 0 if data.reused or model.device.type == "cuda" else max(0, (resident() or 0) - before)
-
-
-def _query_size(queries: str, model: Model | Path) -> dict[str, int]:
-    """Count the queries, and their tokens where that can be told."""
-    if queries.isdecimal():
-        return {"queries": int(queries)}
-    if isinstance(model, Path):
-        raise ConfigError(f"no tokenizer to read queries with: got {queries!r}; give their number")
-    read = Queries.read(queries, model.tokenizer, complete=1)
-    if read.needs_completion:
-        return {"queries": len(read)}
-    return {"queries": len(read), "query_tokens": max(1, round(float(read.lengths.mean())))}
 
 
 @app.command("run")
@@ -300,9 +327,9 @@ def _run(opts: RunOptions, overwrite: bool) -> Path:
     folder = Path(opts.out)
     Queries.read(opts.queries, complete=opts.complete)  # a mistake in them is known before a model is loaded
     report_files(folder / "report.html")
-    model = _load_model(opts.model, opts.device, opts.dtype)
-    corpus = _read_corpus(opts.corpus, model, opts.seq_len, opts.pack, opts.on_bad_record)
-    queries = _read_queries(opts.queries, model, opts.complete)
+    model = read_model(opts.model, opts.device, opts.dtype)
+    corpus = read_corpus(opts.corpus, model, opts.seq_len, opts.pack, opts.on_bad_record)
+    queries = read_queries(opts.queries, model, opts.complete)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
     given = [{name: getattr(opts, name) for name in kind.model_fields} for kind in (FitOptions, TraceOptions)]
     factors = fit(model, corpus, folder / "factors", **common, **given[0])
@@ -319,39 +346,6 @@ def _write_report(scores: Path, out: Path | None) -> Path:
         say(f"note: {warning.message}")
     say(f"report: {page}")
     return page
-
-
-def _load_model(name: str, device: str, dtype: str | None) -> Model:
-    """The model in the type that it will compute in, so that it is there once."""
-    model = load_model(name, dtype and weights_in(dtype), device)
-    say(f"model: {name}, {model.info['architecture']}, {model.n_parameters:,} parameters, {model.attention} attention")
-    return model
-
-
-def _read_corpus(path: str, model: Model, seq_len: int, pack: bool, on_bad_record: str) -> Corpus:
-    if on_bad_record not in ("error", "skip"):
-        raise ConfigError(f"bad value for --on-bad-record: got {on_bad_record!r}; error or skip")
-    _check_length(model, seq_len)
-    with running_bar("corpus (bytes)") as progress:
-        corpus = Corpus.read(path, model.tokenizer, seq_len, pack, on_bad_record, progress=progress)
-    say(f"corpus: {path}, {corpus.n_documents:,} documents, {len(corpus):,} sequences, {corpus.n_tokens:,} tokens")
-    skipped = corpus.info["skipped"]
-    if skipped["count"]:
-        say(f"skipped {skipped['count']:,} bad records; the first:")
-        for bad in skipped["first"]:
-            say(f"  {bad['where']}: {bad['reason']}")
-    return corpus
-
-
-def _check_length(model: Model, seq_len: int) -> None:
-    if model.positions and seq_len > model.positions:
-        most = f"the model takes at most {model.positions} tokens, give that or less"
-        raise ConfigError(f"bad value for --seq-len: got {seq_len}; {most}")
-
-
-def _read_queries(path: str, model: Model, most: int | None) -> Queries:
-    queries = Queries.read(path, model.tokenizer, seq_len=model.longest, complete=most)
-    return complete(model, queries, most) if most is not None and queries.needs_completion else queries
 
 
 def main() -> None:
