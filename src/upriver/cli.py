@@ -186,7 +186,7 @@ def audit_command(
         str | None, typer.Option(help="Failed samples with the right answers, as QUERIES of trace: adds harm to them.")
     ] = None,
     by: Annotated[
-        str | None, typer.Option(help="self_influence, loss, gradient_norm or harm. Default: DEFAULT_BY.")
+        str | None, typer.Option(help="self_influence, loss, gradient_norm or harm. Default: self-influence and loss.")
     ] = None,
     top: Annotated[int, typer.Option(help="Records on the page.", min=1)] = 100,
     curvature: Annotated[str, typer.Option(help="ekfac, kfac, diagonal or identity.")] = "ekfac",

@@ -40,7 +40,7 @@ from upriver.text.batch import Examples, Sequences
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
-DEFAULT_BY = "self_influence"  # studies/audit/README.md
+DEFAULT_BY = "self_influence+loss"  # in no study far below the best (studies/audit/README.md)
 Labelled = Examples | tuple[Any, Any]
 
 
@@ -79,9 +79,9 @@ def audit(
         queries: failed samples or wrongly predicted examples, with the answers that they should have got: ``harm`` is minus the
             mean influence on their measurements, raw as in ``scores.parquet``; training on a harmful record lowers them.
         factors: None: they are fitted on ``data``, into ``out/factors``.
-        given: ``by`` (``self_influence``, ``loss``, ``gradient_norm`` or ``harm``: what is ranked by; None: DEFAULT_BY),
-            ``top``, ``curvature``, ``damping``, ``rank``, ``layers``, ``max_tokens``, ``dtype``, ``batch_tokens``, ``seed``,
-            ``memory``; see :class:`AuditOptions`.
+        given: ``by`` (``self_influence``, ``loss``, ``gradient_norm`` or ``harm``: what is ranked by; None: the mean
+            of the ranks by self-influence and by loss), ``top``, ``curvature``, ``damping``, ``rank``, ``layers``, ``max_tokens``,
+            ``dtype``, ``batch_tokens``, ``seed``, ``memory``; see :class:`AuditOptions`.
 
     Raises:
         InputError: an option, the data, the queries or the folder cannot be used.
@@ -161,10 +161,12 @@ def by_record(data: Sequences, table: pd.DataFrame) -> pd.DataFrame:
 def ranked(frame: pd.DataFrame, by: str | None) -> tuple[pd.DataFrame, str]:
     """The records with their ``suspicion``, the most suspect first, and what it is made of.
 
-    Suspicion is the share of the records that are no more suspect, from above 0 to 1, of those with equal values the mean.
+    Suspicion is the share of the records that are no more suspect, from above 0 to 1, of those with equal values the mean; where
+    two measures are taken together, by the mean of these shares.
     """
     by = by or DEFAULT_BY
-    frame.insert(1, "suspicion", frame[by].rank(pct=True))
+    ranks = sum(frame[name].rank(pct=True) for name in by.split("+"))
+    frame.insert(1, "suspicion", pd.Series(ranks).rank(pct=True))
     return frame.sort_values(["suspicion", "row"], ascending=[False, True], ignore_index=True), by
 
 

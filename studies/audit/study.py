@@ -2,7 +2,7 @@
 
     python studies/audit/study.py digits
     python studies/audit/study.py fashion --path FOLDER      # with train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz
-    python studies/audit/study.py records
+    python studies/audit/study.py records                    # of a model trained for 15 epochs; --epochs 25 has learned them by heart
 
 Each trains its model on the noisy data, once (kept under --work, from which an interrupted run goes on), audits that data, writes
 `NAME.json` beside this file and prints its table.
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 MEASURES = ("loss", "gradient_norm", "self_influence", "harm")
 CURVATURES = ("ekfac", "kfac", "diagonal")
 SHARES = (0.05, 0.10, 0.15, 0.20)  # of the records, the most suspect first, that are looked at
-PEOPLE, FAILED = 50, 60
+PEOPLE, FAILED, EPOCHS = 50, 60, 15
 
 
 class Case(NamedTuple):
@@ -128,7 +128,7 @@ WORDINGS = {
 }  # fmt: skip
 
 
-def records(work: Path, people: int = PEOPLE, epochs: int = 25, seed: int = 0) -> Case:
+def records(work: Path, people: int = PEOPLE, epochs: int = EPOCHS, seed: int = 0) -> Case:
     """A small language model trained on facts, each in ten wordings, 5 % of the records with another answer of the kind.
 
     What it fails at: an eleventh wording, asked of every fact; the right answers to which it gives the least probability.
@@ -245,19 +245,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["digits", "fashion", "records"])
     parser.add_argument("--path", type=Path, help="of FashionMNIST")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the records")
     parser.add_argument("--seeds", type=int, default=3, help="of labelled examples")
     parser.add_argument("--work", type=Path, default=Path("build/audit"), help="where models and audits are kept")
     parser.add_argument("--out", type=Path, default=HERE, help="where NAME.json is written")
     args = parser.parse_args()
     if args.name == "fashion" and args.path is None:
         parser.error("fashion needs --path FOLDER, where its two files of training data are")
-    cases = []
+    cases, name = [], args.name if args.name != "records" else f"records-{args.epochs}"
     for seed in range(1 if args.name == "records" else args.seeds):
-        work = args.work / f"{args.name}-{seed}"
+        work = args.work / f"{name}-{seed}"
         make = {
             "digits": lambda seed=seed, work=work: digits(seed, work),
             "fashion": lambda seed=seed, work=work: fashion(seed, work, args.path),
-            "records": lambda work=work: records(work),
+            "records": lambda work=work: records(work, epochs=args.epochs),
         }
         case = make[args.name]()
         cases.append((found(case, work), case.planted))
@@ -265,8 +266,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     planted = [int(planted.sum()) for _, planted in cases]
     told = {"shares": SHARES, "records": len(cases[0][1]), "planted": planted, "found": rows}
-    (args.out / f"{args.name}.json").write_text(json.dumps(told, indent=1) + "\n")
-    print(table(args.name, rows))
+    (args.out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    print(table(name, rows))
 
 
 if __name__ == "__main__":

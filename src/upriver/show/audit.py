@@ -187,7 +187,7 @@ def write_page(folder: Path, frame: pd.DataFrame, cards: dict[int, Card], head: 
         style=code("audit.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        by=head["by"].replace("_", " "),
+        by=head["by"].replace("_", "-").replace("+", " and "),
     )
     with atomic(folder / "audit.html") as temporary:
         temporary.write_text(html, encoding="utf-8", errors="replace", newline="\n")
