@@ -2,7 +2,7 @@
 
     python studies/audit/study.py digits
     python studies/audit/study.py fashion --path FOLDER      # with train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz
-    python studies/audit/study.py records                    # of a model trained for 15 epochs; --epochs 25 has learned them by heart
+    python studies/audit/study.py records                    # 15 epochs of training; with --epochs 25 it knows them by heart
 
 Each trains its model on the noisy data, once (kept under --work, from which an interrupted run goes on), audits that data, writes
 `NAME.json` beside this file and prints its table.
