@@ -38,6 +38,7 @@ class Case(NamedTuple):
     data: Any
     planted: np.ndarray
     failed: Any
+    behind: np.ndarray | None = None  # which of the planted rows are about what it fails at, where that is known
 
 
 # ---- labelled examples
@@ -143,13 +144,15 @@ def records(work: Path, people: int = PEOPLE, epochs: int = EPOCHS, seed: int = 
     rows, asked = [], []
     for (name, kind), answer in facts.items():
         *taught, held_out = WORDINGS[kind]
-        rows += [{"prompt": w.format(name), "completion": f" {answer}", "kind": kind} for w in taught]
+        rows += [{"prompt": w.format(name), "completion": f" {answer}", "fact": f"{name}/{kind}"} for w in taught]
         asked.append({"id": f"{name}/{kind}", "prompt": held_out.format(name), "completion": f" {answer}"})
     rng.shuffle(rows)
     planted = np.zeros(len(rows), bool)
     for i in rng.sample(range(len(rows)), len(rows) // 20):
         planted[i] = True
-        others = [value for value in VALUES[rows[i]["kind"]].split() if f" {value}" != rows[i]["completion"]]
+        others = [
+            value for value in VALUES[rows[i]["fact"].split("/")[1]].split() if f" {value}" != rows[i]["completion"]
+        ]
         rows[i]["completion"] = f" {rng.choice(others)}"
     work.mkdir(parents=True, exist_ok=True)
     (work / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -163,7 +166,9 @@ def records(work: Path, people: int = PEOPLE, epochs: int = EPOCHS, seed: int = 
             [model.task.measurement(model.module, queries.batch([i])).numpy() for i in range(len(asked))]
         )
     failed = [asked[i] for i in np.argsort(f_Q)[:FAILED]]
-    return Case(model, corpus, planted, up.Queries.of(failed))
+    about = {query["id"] for query in failed}
+    behind = planted & np.array([row["fact"] in about for row in rows])
+    return Case(model, corpus, planted, up.Queries.of(failed), behind)
 
 
 def train_language_model(rows: list[dict[str, str]], out: Path, epochs: int, seed: int) -> None:
@@ -222,7 +227,7 @@ def found(case: Case, work: Path, say: Any = print) -> dict[str, np.ndarray]:
 
 
 def recall(score_N: np.ndarray, planted: np.ndarray, share: float) -> float:
-    """The share of what was planted that is among the first ``share`` of the rows, the largest scores first."""
+    """The share of the rows ``planted`` that is among the first ``share`` of the rows, the largest scores first."""
     first = np.argsort(-score_N, kind="stable")[: round(share * len(score_N))]
     return float(planted[first].sum() / planted.sum())
 
@@ -263,6 +268,9 @@ def main() -> None:
         case = make[args.name]()
         cases.append((found(case, work), case.planted))
     rows = summary(cases)
+    if case.behind is not None:
+        about = f"harm (ekfac), of the {case.behind.sum()} about what fails"
+        rows[about] = [recall(cases[0][0]["harm (ekfac)"], case.behind, share) for share in SHARES]
     args.out.mkdir(parents=True, exist_ok=True)
     planted = [int(planted.sum()) for _, planted in cases]
     told = {"shares": SHARES, "records": len(cases[0][1]), "planted": planted, "found": rows}

@@ -84,7 +84,7 @@ def write_records(folder: Path, data: Corpus, frame: pd.DataFrame, shown: set[in
     """
     found = {int(row["row"]): row for row in frame.to_dict("records")}
     taken = {name for record in data.records() for name in record.row}
-    columns = [name for name in frame.columns if name != "harm" or frame["harm"].notna().any()]
+    columns = [name for name in frame.columns if name != "harm" or bool(frame["harm"].notna().any())]
     names = {name: f"audit_{name}" if name in taken else name for name in columns}
     cards: dict[int, Card] = {}
     with _writer(folder, data, list(names.values())) as add:
