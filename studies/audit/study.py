@@ -144,16 +144,16 @@ def records(work: Path, people: int = PEOPLE, epochs: int = EPOCHS, seed: int = 
     rows, asked = [], []
     for (name, kind), answer in facts.items():
         *taught, held_out = WORDINGS[kind]
-        rows += [{"prompt": w.format(name), "completion": f" {answer}", "fact": f"{name}/{kind}"} for w in taught]
+        fact = {"completion": f" {answer}", "kind": kind, "fact": f"{name}/{kind}"}
+        rows += [{"prompt": w.format(name)} | fact for w in taught]
         asked.append({"id": f"{name}/{kind}", "prompt": held_out.format(name), "completion": f" {answer}"})
     rng.shuffle(rows)
     planted = np.zeros(len(rows), bool)
     for i in rng.sample(range(len(rows)), len(rows) // 20):
         planted[i] = True
-        others = [
-            value for value in VALUES[rows[i]["fact"].split("/")[1]].split() if f" {value}" != rows[i]["completion"]
-        ]
+        others = [value for value in VALUES[rows[i]["kind"]].split() if f" {value}" != rows[i]["completion"]]
         rows[i]["completion"] = f" {rng.choice(others)}"
+    facts_N = [row.pop("fact") for row in rows]
     work.mkdir(parents=True, exist_ok=True)
     (work / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if not (work / "model" / "config.json").exists():
@@ -167,7 +167,7 @@ def records(work: Path, people: int = PEOPLE, epochs: int = EPOCHS, seed: int = 
         )
     failed = [asked[i] for i in np.argsort(f_Q)[:FAILED]]
     about = {query["id"] for query in failed}
-    behind = planted & np.array([row["fact"] in about for row in rows])
+    behind = planted & np.array([fact in about for fact in facts_N])
     return Case(model, corpus, planted, up.Queries.of(failed), behind)
 
 
@@ -235,7 +235,9 @@ def recall(score_N: np.ndarray, planted: np.ndarray, share: float) -> float:
 def summary(cases: list[tuple[dict[str, np.ndarray], np.ndarray]]) -> dict[str, list[float]]:
     """For each measure the mean over the cases of what it finds among the first rows."""
     names = cases[0][0]
-    return {n: [float(np.mean([recall(x[n], planted, s) for x, planted in cases])) for s in SHARES] for n in names}
+    return {
+        n: [round(float(np.mean([recall(x[n], planted, s) for x, planted in cases])), 4) for s in SHARES] for n in names
+    }
 
 
 def table(name: str, rows: dict[str, list[float]]) -> str:
