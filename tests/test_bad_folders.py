@@ -30,7 +30,7 @@ from cli_cases import (
     upriver,
 )
 from text_cases import write_jsonl
-from upriver import cli
+from upriver import cli, given
 from upriver.curvature.fit import Factors
 from upriver.runtime import artifact
 from upriver.runtime.artifact import locked
@@ -93,8 +93,8 @@ def test_factors_of_another_model_name_both_fingerprints(tiny, tmp_path, call):
 
 
 def test_factors_of_another_attention_kernel(tiny, tmp_path, call, monkeypatch):
-    plain = cli.load_model
-    monkeypatch.setattr(cli, "load_model", lambda *args, **kwargs: plain(*args, attention="eager", **kwargs))
+    plain = given.load_model
+    monkeypatch.setattr(given, "load_model", lambda *args, **kwargs: plain(*args, attention="eager", **kwargs))
     ran = call(*trace(tiny, tmp_path / "out"))
     assert_one_error(ran, 2, "another kernel", "got 'eager' now, 'sdpa' then")
 

@@ -17,6 +17,8 @@ DOCUMENTS = [
     *sorted((ROOT / "studies").glob("*/README.md")),
 ]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tasks.md").read_text(), re.DOTALL)
+AUDITS = [example for example in EXAMPLES if "up.audit(" in example]
+EXAMPLES = [example for example in EXAMPLES if example not in AUDITS]
 FOLDERS = ("src", "tests", "docs", "benchmarks", "studies")
 NAMED = re.compile(rf"(?<![\w/])((?:{'|'.join(FOLDERS)})/[\w./-]+\.(?:py|md|json|toml|xz))\b")
 LAYER = re.compile(r"<!-- layer: begin -->\n`python (.*?)`:\n\n(.*?)\n<!-- layer: end -->", re.DOTALL)
@@ -45,6 +47,19 @@ def test_example_of_the_tasks_page_runs_to_its_report(example, tmp_path, monkeyp
     assert "the log-probability" not in report["unit"]
     assert [x["depth"] for x in report["layers"]] == [0, 1]  # in blocks 0 and 2
     assert report["depth"] == [{"first": b, "last": b} for b in (0, 2)]
+
+
+def test_example_of_an_audit_finds_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    (example,) = AUDITS
+    exec(compile(example, "docs/tasks.md", "exec"), names)
+    first = names["frame"].head(180)["row"]
+    assert names["flipped"][first].sum() >= 0.85 * names["flipped"].sum()
+    top = names["behind"]
+    assert (top["score"] < 0).all()
+    assert names["flipped"][top["sequence"]].mean() > 0.5
+    assert (tmp_path / "audit" / "audit.html").exists()
 
 
 def test_anchors_are_those_of_headings():

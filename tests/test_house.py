@@ -23,6 +23,7 @@ ROOMS = [
     "evaluate",
     "show",
     "pipeline",
+    "suspects",
     "flags",
     "given",
     "public",

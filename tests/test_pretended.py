@@ -19,7 +19,7 @@ import upriver as up
 from cases import case, close
 from golden import difference
 from upriver.curvature.choose import SOLVERS
-from upriver.curvature.consumers import Agreement, Correction, Covariance
+from upriver.curvature.consumers import Agreement, Correction, Covariance, SelfInfluence
 from upriver.curvature.factors import read_moments
 from upriver.errors import NumericalError
 from upriver.evaluate.pbrf import ProximalBregman
@@ -137,12 +137,14 @@ def consumer(kind: str, model: Model, layers: list):
         "covariance": lambda: Covariance({}, torch.float32),
         "correction": lambda: Correction({}, torch.float32, moments),
         "agreement": lambda: Agreement(moments, denominators),
+        "self-influence": lambda: SelfInfluence(moments, {n: x[0] for n, x in denominators.items()}),
         "rescore": lambda: TokenScores(layers, {n: x.dense() for n, x in low.items()}, {r: [0, 2] for r in range(14)}),
     }[kind]()
 
 
 @pytest.mark.parametrize(
-    "kind", ["covariance", "correction", "agreement", "scan tokens", "scan dense", "scan rebuilt", "rescore"]
+    "kind",
+    ["covariance", "correction", "agreement", "self-influence", "scan tokens", "scan dense", "scan rebuilt", "rescore"],
 )
 def test_a_pass_waits_for_the_device_twice_a_batch(kind):
     c, drawn = case("llama"), kind in ("covariance", "correction")
@@ -152,6 +154,7 @@ def test_a_pass_waits_for_the_device_twice_a_batch(kind):
         layers = tracked_layers(model, c.data, c.spec)
         consume, rows = consumer(kind, model, layers), np.arange(len(c.data))
         source = Source.of(c.data, rows, BATCH_TOKENS, Labels(0, 1) if drawn else Labels())
+        source = source._replace(loss=getattr(consume, "loss", source.loss))
         batches = len(source.batches(rows))
         seen.by_line.clear()
         sweep(model, layers, source, rows, consume)

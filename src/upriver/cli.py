@@ -18,20 +18,29 @@ from rich.console import Console
 import upriver.flags as flags
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, StorageError, UpriverError
-from upriver.given import check_length, query_size, read_corpus, read_for_others, read_model, read_queries
+from upriver.given import check_seq_len, how_read, query_size, read_corpus, read_for_others, read_model, read_queries
 from upriver.influence.forecast import plan_model
 from upriver.model.load import Model
 from upriver.model.planned import Blank
 from upriver.model.shape import config_only
 from upriver.pipeline import trace
 from upriver.runtime.artifact import load_json, refuse_inside, write_json
-from upriver.runtime.config import FitOptions, RunOptions, TraceOptions, default_how, options, parse_memory
+from upriver.runtime.config import (
+    AuditOptions,
+    FitOptions,
+    RunOptions,
+    TraceOptions,
+    default_how,
+    options,
+    parse_memory,
+)
 from upriver.runtime.hardware import hardware
 from upriver.runtime.plan import Request, describe, parse_sizes, request_for
 from upriver.runtime.units import stop
 from upriver.show.export import export
 from upriver.show.report import report_files, write_report
-from upriver.show.terminal import bars, say, terminal_summary
+from upriver.show.terminal import audit_summary, bars, say, terminal_summary
+from upriver.suspects import audit
 from upriver.text.queries import Queries
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -66,7 +75,7 @@ def fit_command(
     memory: flags.Memory = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampled labels and of the choice of sequences.", min=0)] = 0,
     device: flags.Device = "auto",
-    on_bad_record: Annotated[str, typer.Option(help="error, or skip and list.")] = "error",
+    on_bad_record: flags.OnBadRecord = "error",
     overwrite: flags.Overwrite = False,
 ) -> None:
     """Fit the EK-FAC factors of MODEL on CORPUS: once per model, for any number of questions."""
@@ -122,11 +131,7 @@ def trace_command(
     rates = _checkpoints(checkpoints)
     refuse_inside(out)
     fitted = Factors(factors) if factors else None
-    how = fitted.reading if fitted else {"seq_len": seq_len or 512, "pack": False, "on_bad_record": "error"}
-    if seq_len not in (None, how["seq_len"]):
-        raise ConfigError(
-            f"bad value for --seq-len: got {seq_len}; the factors were fitted on sequences of {how['seq_len']}, leave it out"
-        )
+    how = how_read(fitted, seq_len)
     Queries.read(queries, complete=complete)  # a mistake in them is known before a model is loaded
     loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
     if fitted:
@@ -184,6 +189,54 @@ def export_command(
     say(f"written: {export(scores, out, corpus=corpus, keep=keep, drop=drop, by=by, lowest=lowest)}")
 
 
+@app.command("audit")
+def audit_command(
+    model: flags.ModelArg,
+    data: Annotated[str, typer.Argument(help="The training records, as CORPUS of fit.", metavar="DATA")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    factors: Annotated[
+        Path | None, typer.Option(help="Folder written by fit. Default: fits its own, in AUDIT.")
+    ] = None,
+    queries: Annotated[
+        str | None, typer.Option(help="Failed samples with the right answers, as QUERIES of trace: adds harm to them.")
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="self_influence, loss, gradient_norm or harm. Default: self-influence and loss.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Records on the page.", min=1)] = 100,
+    curvature: Annotated[str, typer.Option(help="ekfac, kfac, diagonal or identity.")] = "ekfac",
+    damping: Annotated[str, typer.Option(help="0.1x of the mean eigenvalue, or an absolute number.")] = "0.1x",
+    layers: flags.TraceLayers = None,
+    seq_len: flags.TraceSeqLen = None,
+    max_tokens: flags.MaxTokens = 1_000_000,
+    dtype: flags.ScanDtype = None,
+    batch_tokens: flags.TraceBatchTokens = None,
+    seed: flags.TraceSeed = None,
+    memory: flags.Memory = None,
+    device: flags.Device = "auto",
+    on_bad_record: flags.OnBadRecord = "error",
+    overwrite: flags.Overwrite = False,
+) -> None:
+    """Rank the records of DATA by how likely they are mislabelled or harmful."""
+    given: dict[str, Any] = {
+        "by": by, "top": top, "curvature": curvature, "damping": damping, "layers": layers, "max_tokens": max_tokens,
+        "dtype": dtype, "seed": seed, "memory": memory,
+    }  # fmt: skip
+    options(AuditOptions, given)
+    refuse_inside(out)
+    fitted = Factors(factors) if factors else None
+    if queries:
+        Queries.read(queries)  # a mistake in them is known before a model is loaded
+    loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
+    read = read_corpus(data, loaded, how_read(fitted, seq_len)["seq_len"], False, on_bad_record)
+    asked = read_queries(queries, loaded, None) if queries else None
+    given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
+    common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
+    found = audit(loaded, read, out, queries=asked, factors=fitted, **common, **given)
+    audit_summary(found, stdout)
+    say(f"audit: {found.page}")
+
+
 @app.command("plan")
 def plan_command(
     model: Annotated[
@@ -219,7 +272,7 @@ def plan_command(
         )
     if size is not None:
         if isinstance(what, Model):
-            check_length(what, size[1])
+            check_seq_len(what, size[1])
         data, left = Blank(*size), 0
     else:
         assert isinstance(what, Model)

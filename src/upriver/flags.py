@@ -38,6 +38,7 @@ Dtype = Annotated[
     typer.Option(help="Compute type: float32, bfloat16 or mixed. Default: float32, on a GPU that of the checkpoint."),
 ]
 TF32 = Annotated[bool, typer.Option("--tf32", help="Round products of float32 on CUDA to TF32: faster, less exact.")]
+OnBadRecord = Annotated[str, typer.Option(help="error, or skip and list.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the folder.")]
 FactorsFolder = Annotated[
     Path | None, typer.Option(help="Folder written by upriver fit; exact, identity, cg and the like do without.")

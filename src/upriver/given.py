@@ -1,50 +1,18 @@
-"""What the commands are given: model, corpus and questions, read and told of."""
+"""What a command is given, read and told of: the model, the corpus and the queries."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from upriver.curvature.factors import Factors
 from upriver.errors import ConfigError
 from upriver.model.generate import complete
-from upriver.model.load import load_model
-from upriver.model.model import Model
+from upriver.model.load import Model, load_model
 from upriver.runtime.config import weights_in
 from upriver.runtime.system import give_back, resident_memory
 from upriver.show.terminal import running_bar, say
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
-
-
-def read_model(name: str, device: str, dtype: str | None) -> Model:
-    """The model in the type that it will compute in, so that it is there once."""
-    model = load_model(name, dtype and weights_in(dtype), device)
-    say(f"model: {name}, {model.info['architecture']}, {model.n_parameters:,} parameters, {model.attention} attention")
-    return model
-
-
-def read_corpus(path: str, model: Model, seq_len: int, pack: bool, on_bad_record: str) -> Corpus:
-    if on_bad_record not in ("error", "skip"):
-        raise ConfigError(f"bad value for --on-bad-record: got {on_bad_record!r}; error or skip")
-    check_length(model, seq_len)
-    with running_bar("corpus (bytes)") as progress:
-        corpus = Corpus.read(path, model.tokenizer, seq_len, pack, on_bad_record, progress=progress)
-    say(f"corpus: {path}, {corpus.n_documents:,} documents, {len(corpus):,} sequences, {corpus.n_tokens:,} tokens")
-    skipped = corpus.info["skipped"]
-    if skipped["count"]:
-        say(f"skipped {skipped['count']:,} bad records; the first:")
-        for bad in skipped["first"]:
-            say(f"  {bad['where']}: {bad['reason']}")
-    return corpus
-
-
-def check_length(model: Model, seq_len: int) -> None:
-    if model.positions and seq_len > model.positions:
-        most = f"the model takes at most {model.positions} tokens, give that or less"
-        raise ConfigError(f"bad value for --seq-len: got {seq_len}; {most}")
-
-
-def read_queries(path: str, model: Model, most: int | None) -> Queries:
-    queries = Queries.read(path, model.tokenizer, seq_len=model.longest, complete=most)
-    return complete(model, queries, most) if most is not None and queries.needs_completion else queries
 
 
 def read_for_others(
@@ -68,3 +36,46 @@ def query_size(queries: str, model: Model | Path) -> dict[str, int]:
     if read.needs_completion:
         return {"queries": len(read)}
     return {"queries": len(read), "query_tokens": max(1, round(float(read.lengths.mean())))}
+
+
+def read_model(name: str, device: str, dtype: str | None) -> Model:
+    """The model in the type that it will compute in, so that it is there once."""
+    model = load_model(name, dtype and weights_in(dtype), device)
+    say(f"model: {name}, {model.info['architecture']}, {model.n_parameters:,} parameters, {model.attention} attention")
+    return model
+
+
+def read_corpus(path: str, model: Model, seq_len: int, pack: bool, on_bad_record: str) -> Corpus:
+    if on_bad_record not in ("error", "skip"):
+        raise ConfigError(f"bad value for --on-bad-record: got {on_bad_record!r}; error or skip")
+    check_seq_len(model, seq_len)
+    with running_bar("corpus (bytes)") as progress:
+        corpus = Corpus.read(path, model.tokenizer, seq_len, pack, on_bad_record, progress=progress)
+    say(f"corpus: {path}, {corpus.n_documents:,} documents, {len(corpus):,} sequences, {corpus.n_tokens:,} tokens")
+    skipped = corpus.info["skipped"]
+    if skipped["count"]:
+        say(f"skipped {skipped['count']:,} bad records; the first:")
+        for bad in skipped["first"]:
+            say(f"  {bad['where']}: {bad['reason']}")
+    return corpus
+
+
+def how_read(factors: Factors | None, seq_len: int | None) -> dict[str, Any]:
+    """How a corpus is read that is looked at with some factors: as that which they were fitted on."""
+    how = factors.reading if factors else {"seq_len": seq_len or 512, "pack": False, "on_bad_record": "error"}
+    if seq_len not in (None, how["seq_len"]):
+        raise ConfigError(
+            f"bad value for --seq-len: got {seq_len}; the factors were fitted on sequences of {how['seq_len']}, leave it out"
+        )
+    return how
+
+
+def check_seq_len(model: Model, seq_len: int) -> None:
+    if model.positions and seq_len > model.positions:
+        most = f"the model takes at most {model.positions} tokens, give that or less"
+        raise ConfigError(f"bad value for --seq-len: got {seq_len}; {most}")
+
+
+def read_queries(path: str, model: Model, most: int | None) -> Queries:
+    queries = Queries.read(path, model.tokenizer, seq_len=model.longest, complete=most)
+    return complete(model, queries, most) if most is not None and queries.needs_completion else queries

@@ -4,22 +4,24 @@ from upriver.curvature.base import Curvature, Damping, Solution
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import UpriverError
 from upriver.influence.queries import Measurements, gradients
+from upriver.influence.self_influence import self_influence
 from upriver.model.check import tracked_layers
 from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
 from upriver.model.losses import Classification, LanguageModel, Regression, Task
 from upriver.model.sweep import Labels, Source, sweep
 from upriver.pipeline import trace
+from upriver.show.audit import Audit
 from upriver.show.export import export
 from upriver.show.report import write_report as report
 from upriver.show.scores import Scores
+from upriver.suspects import audit
 from upriver.text.batch import Examples
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
 __all__ = [
-    "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels", "LanguageModel", "Measurements",
-    "Model", "Queries", "Regression", "Scores", "Solution", "Source", "Task", "UpriverError", "complete", "export", "fit",
-    "gradients",
-    "load_model", "report", "sweep", "trace", "tracked_layers",
+    "Audit", "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels", "LanguageModel",
+    "Measurements", "Model", "Queries", "Regression", "Scores", "Solution", "Source", "Task", "UpriverError", "audit",
+    "complete", "export", "fit", "gradients", "load_model", "report", "self_influence", "sweep", "trace", "tracked_layers",
 ]  # fmt: skip

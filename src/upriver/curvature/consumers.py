@@ -1,9 +1,10 @@
-"""What the passes of a fit sum up: second moments, the eigenvalues in their bases, and how far both have converged.
+"""What passes over a corpus make of gradients: second moments, the eigenvalues in their bases, how far both have converged, and
+the self-influence of every sequence.
 
 Axes: N sequences, T positions, M real tokens, I inputs of a layer (+1 with a bias), O outputs, W = O I; P pairs, L layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,36 +55,28 @@ class Covariance:
                 self.sums[count] = self.sums.get(count, torch.zeros(1, dtype=torch.int64)) + len(x_MI)
 
 
-class Correction:
-    """Consumer: sums squared rotated sequence gradients (eq. 20), in two halves by the parity of the sequences' keys.
+class Rotation:
+    """The gradients of the sequences of a batch in the eigenbases, some at a time; tokens are summed before anything is squared.
 
-    Into ``sums`` it adds ``lam:layer`` ``[2, O, I]``, and ``sequences`` ``[2]``, how many are in each half.  A rotated input is
-    wider than I, with zeros at its end: a product into rows that do not start at multiples of 64 bytes takes up to a third
-    longer, and those of a layer with a bias, with its column of ones, never do.
+    A rotated input is wider than I, with zeros at its end: a product into rows that do not start at multiples of 64 bytes takes
+    up to a third longer, and those of a layer with a bias, with its column of ones, never do.
 
     Args:
         moments: the eigenbases; None for the weights' own basis.
     """
 
-    def __init__(self, sums: Tensors, dtype: torch.dtype, moments: dict[str, Moments] | None):
-        self.sums, self.dtype, self.moments = sums, dtype, moments
-        if "sequences" in sums:  # counted on the host, whatever device the sums of an earlier run were read onto
-            sums["sequences"] = sums["sequences"].cpu()
-        self._half_N: list[int] = []
+    def __init__(self, moments: dict[str, Moments] | None):
+        self.moments = moments
         self._scratch = Scratch()
-        self._rotated: tuple[str, Tensor] = ("", torch.empty(0))  # the last input, which the next layer may share
+        self.begin()
 
-    def begin(self, batch: Batch) -> None:
-        half_N = (batch.keys_N & np.uint64(1)).astype(np.int64)
-        both_2 = torch.from_numpy(np.bincount(half_N, minlength=2))
-        self.sums["sequences"] = self.sums["sequences"] + both_2 if "sequences" in self.sums else both_2
-        self._half_N = half_N.tolist()
-        self._rotated = ("", torch.empty(0))
+    def begin(self) -> None:
+        """Another batch: forget the last input, which the next layer may share."""
+        self._rotated: tuple[str, Tensor] = ("", torch.empty(0))
 
-    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        (N, T, I), O, name = a_NTI.shape, g_NTO.shape[2], f"lam:{layer.name}"
-        if name not in self.sums:
-            self.sums[name] = g_NTO.new_zeros(2, O, I, dtype=self.dtype)
+    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Some of the sequences, and their rotated gradients ``[n, O, I]``."""
+        (N, T, I), O = a_NTI.shape, g_NTO.shape[2]
         Q_A_II, Q_S_OO = None, None
         if self.moments is not None:
             Q_A_II, Q_S_OO = self.moments[layer.name].Q_A_II, self.moments[layer.name].Q_S_OO
@@ -96,8 +89,81 @@ class Correction:
         at_once = chunks(not on_cpu(g_NTO)).gradients
         for part in even_parts(N, max(1, at_once // (g_NTO.element_size() * O * a_NTI.shape[2]))):
             G_NOI = rotated_gradients(a_NTI[part], g_NTO[part], Q_A_II, Q_S_OO, self._scratch)
-            for half, G_OI in zip(self._half_N[part], G_NOI[..., :I].to(self.dtype), strict=True):
+            yield part, G_NOI[..., :I]
+
+
+class Correction:
+    """Consumer: sums squared rotated sequence gradients (eq. 20), in two halves by the parity of the sequences' keys.
+
+    Into ``sums`` it adds ``lam:layer`` ``[2, O, I]``, and ``sequences`` ``[2]``, how many are in each half.
+
+    Args:
+        moments: the eigenbases; None for the weights' own basis.
+    """
+
+    def __init__(self, sums: Tensors, dtype: torch.dtype, moments: dict[str, Moments] | None):
+        self.sums, self.dtype, self._rotate = sums, dtype, Rotation(moments)
+        if "sequences" in sums:  # counted on the host, whatever device the sums of an earlier run were read onto
+            sums["sequences"] = sums["sequences"].cpu()
+        self._half_N: list[int] = []
+
+    def begin(self, batch: Batch) -> None:
+        half_N = (batch.keys_N & np.uint64(1)).astype(np.int64)
+        both_2 = torch.from_numpy(np.bincount(half_N, minlength=2))
+        self.sums["sequences"] = self.sums["sequences"] + both_2 if "sequences" in self.sums else both_2
+        self._half_N = half_N.tolist()
+        self._rotate.begin()
+
+    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
+        name = f"lam:{layer.name}"
+        if name not in self.sums:
+            self.sums[name] = g_NTO.new_zeros(2, g_NTO.shape[2], a_NTI.shape[2], dtype=self.dtype)
+        for part, G_NOI in self._rotate(layer, a_NTI, g_NTO):
+            for half, G_OI in zip(self._half_N[part], G_NOI.to(self.dtype), strict=True):
                 self.sums[name][half].addcmul_(G_OI, G_OI)
+
+
+class SelfInfluence:
+    """Consumer, and loss of its own source: what each sequence, trained on, changes of its own loss, and two simpler measures.
+
+    In the eigenbases ``grad L(z)^T (G + lambda I)^-1 grad L(z) = sum G_OI^2 / (lam_OI + lambda)``.
+
+    Args:
+        moments: the eigenbases; None for the weights' own basis.
+        inverse: ``1 / (lam_OI + lambda)`` of each layer.
+        told: whether the task tells the loss of each sequence; otherwise a batch has to be one.
+    """
+
+    def __init__(self, moments: dict[str, Moments] | None, inverse: Tensors, told: bool = True):
+        self._rotate, self.inverse, self.told = Rotation(moments), inverse, told
+        self.rows: list[np.ndarray] = []
+        self.losses_N: list[Tensor] = []
+        self.found_N2: list[Tensor] = []  # self-influence, squared norm of the gradient
+
+    def begin(self, batch: Batch) -> None:
+        self._rotate.begin()
+        self.rows.append(batch.rows_N)
+        self.found_N2.append(torch.zeros(len(batch.rows_N), 2, dtype=torch.float64, device=batch.device))
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """The loss of the batch, summed; that of each sequence is noted."""
+        task = model.task
+        losses_N = task.losses(model.module, batch) if self.told else task.loss(model.module, batch).reshape(1)
+        assert losses_N is not None
+        self.losses_N.append(losses_N.detach().double())
+        return losses_N.sum()
+
+    def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
+        inverse_W = self.inverse[layer.name].flatten()
+        for part, G_NOI in self._rotate(layer, a_NTI, g_NTO):
+            squares_NW = G_NOI.to(inverse_W.dtype).square().flatten(1)
+            self.found_N2[-1][part, 0] += squares_NW @ inverse_W
+            self.found_N2[-1][part, 1] += squares_NW.sum(1)
+
+    def result(self) -> Tensors:
+        """``found`` ``[N, 2]`` and ``loss`` ``[N]`` in the order of the rows, float64, on the host."""
+        order = torch.from_numpy(np.argsort(np.concatenate(self.rows), kind="stable"))
+        return {"found": torch.cat(self.found_N2).cpu()[order], "loss": torch.cat(self.losses_N).cpu()[order]}
 
 
 def _probe(

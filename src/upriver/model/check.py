@@ -226,3 +226,16 @@ def _check_sum(model: Model, together: float, each: list[float], labels: Labels)
             f"the loss of two sequences together is not that of one plus that of the other: got {together:.4g} from "
             f"{type(model.task).__name__}.loss, not {sum(each):.4g}; {RULE}{drawn}"
         )
+
+
+def tells_losses(model: Model, data: Sequences) -> bool:
+    """Whether the task tells the loss of each sequence; one that overrides ``loss`` alone inherits others, which add up to less
+    or more."""
+    batch = data.batch(_with_loss(data)[:2]).to(model.device)
+    with frozen(model.module), torch.no_grad():
+        each_N = model.task.losses(model.module, batch)
+        if each_N is None or each_N.shape != batch.rows_N.shape:
+            return False
+        together = float(model.task.loss(model.module, batch))
+    apart = NARROW if model.dtype.itemsize == 2 else TOLERANCE[torch.float32]
+    return abs(float(each_N.double().sum()) - together) <= apart * float(each_N.double().abs().sum())

@@ -64,6 +64,10 @@ class Task(ABC):
         With a sampler the labels are drawn from the model's own predictive distribution instead of taken from the batch.
         """
 
+    def losses(self, module: nn.Module, batch: Batch) -> Tensor | None:
+        """The loss of each sequence, ``[N]``, whose sum is :meth:`loss` with the batch's own labels; None: not told apart."""
+        return None
+
     @abstractmethod
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         """``f`` for each row of the batch, ``[N]``."""
@@ -103,6 +107,9 @@ class LanguageModel(Task):
         return (
             losses_M.new_zeros(tokens_NT.numel()).index_copy(0, batch.predicted().at_M, -losses_M).view(tokens_NT.shape)
         )
+
+    def losses(self, module: nn.Module, batch: Batch) -> Tensor:
+        return -self.log_probs(module, batch).sum(1)
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         return self.log_probs(module, batch).sum(1)
@@ -145,6 +152,9 @@ class Classification(Task):
             y_N = sample(logits_NC.detach(), sent(sampler.uniform(1)[:, 0, 0], logits_NC.device))
         return F.cross_entropy(_wide(logits_NC), y_N, reduction="sum")
 
+    def losses(self, module: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(_wide(module(_given(module, batch))), batch.inputs["y"], reduction="none")
+
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         return -F.cross_entropy(_wide(module(_given(module, batch))), batch.inputs["y"], reduction="none")
 
@@ -169,6 +179,9 @@ class Regression(Task):
             noise_NK = sent(torch.special.ndtri(sampler.uniform(1, error_NK.shape[1])[:, 0]), error_NK.device)
             error_NK = error_NK - error_NK.detach() + noise_NK.to(error_NK)
         return error_NK.square().sum() / 2
+
+    def losses(self, module: nn.Module, batch: Batch) -> Tensor:
+        return self._error(self.outputs(module, batch), batch).square().sum(1) / 2
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         return -self._error(self.outputs(module, batch), batch).square().sum(1) / 2

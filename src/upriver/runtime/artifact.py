@@ -57,6 +57,7 @@ HEADS = r"(key|manifest|\.division)\.json"
 NAMED = {  # the files of a folder, by its stage
     "fit": re.compile(HEADS),
     "trace": re.compile(HEADS + r"|queries\.json|(scores|documents|top)\.parquet|layers\.npy"),
+    "audit": re.compile(HEADS + r"|audit\.(parquet|html)|records\.(jsonl|parquet)"),
 }
 UNITS = re.compile(
     HEADS + r"|[a-z]+(-\d+)+\.safetensors|sum(-\d+-of-\d+)?\.safetensors|(scores|layers)\.npy"
@@ -300,15 +301,23 @@ def refuse_inside(path: Path) -> None:
                 )
 
 
+_HELD: set[Path] = set()  # folders that this process fills now
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold ``path`` for this run: two runs that fill one folder at the same time would spoil each other's work."""
+    if _HELD.intersection(path.resolve().parents):  # it is a part of what this run fills
+        yield
+        return
     if os.fsencode(path).decode(errors="replace") != str(path):
         raise ConfigError(
             f"the folder's name is not UTF-8, which its files could not be read by: got {str(path)!r}; choose another"
         )
     with ExitStack() as held:
         dist.on_first(lambda: held.enter_context(_locked(path)))
+        _HELD.add(path.resolve())
+        held.callback(_HELD.discard, path.resolve())
         yield
 
 

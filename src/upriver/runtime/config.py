@@ -163,6 +163,25 @@ class TraceOptions(Options):
     _memory = field_validator("memory")(_size)
 
 
+class AuditOptions(Options):
+    """What :func:`upriver.audit` may be told; the rest of a fit and a trace is as by default."""
+
+    by: Literal["self_influence", "loss", "gradient_norm", "harm"] | None = None  # None: see `upriver.audit`
+    top: int = Field(100, ge=1)  # records on the page
+    curvature: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
+    damping: str = "0.1x"
+    rank: int | str = 32  # of the failed samples
+    layers: str | None = None  # None: those of the factors, else mlp; of labelled examples all
+    max_tokens: int = Field(1_000_000, ge=1)  # of its own fit
+    dtype: Dtype | None = None
+    batch_tokens: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    memory: str | None = None
+    unit_tokens: int = Field(UNIT_TOKENS, ge=1)
+
+    _memory = field_validator("memory")(_size)
+
+
 class RunOptions(FitOptions, TraceOptions):
     """A run file: fit + trace + report, with the same keys as the flags."""
 

@@ -6,6 +6,7 @@ operations (with its addition).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
@@ -127,10 +128,10 @@ def lam_size(layers: Layers) -> int:
     return SUM * sum(x.O * x.I for x in layers)
 
 
-def _bases_and_lam(layers: Layers) -> float:
-    """Eigenvectors (of a shared input once) and the sums of ``lam`` in two halves."""
+def _bases_and(numbers: int, layers: Layers) -> float:
+    """Eigenvectors (of a shared input once) and so many numbers for each weight."""
     A = {x.A_of: square(x.I, x.parts) for x in layers}
-    return SUM * (sum(A.values()) + sum(square(x.O, x.parts) + 2 * x.O * x.I for x in layers))
+    return SUM * (sum(A.values()) + sum(square(x.O, x.parts) + numbers * x.O * x.I for x in layers))
 
 
 def rotations(x: Sized, T: float) -> float:
@@ -151,10 +152,11 @@ COVARIANCE = Spec(
 )
 CORRECTION = Spec(
     "correction",
-    _bases_and_lam,
+    partial(_bases_and, 2),  # the sums of lam in two halves
     lambda layers, tokens, at_once: 2 * SUM * tokens * widest(layers) + _gradients_work(layers, tokens, at_once),
     rotations,
 )
+SELF_INFLUENCE = Spec("self-influence", partial(_bases_and, 1), CORRECTION.work, rotations)
 DIAGONAL = Spec("diagonal", lambda layers: 2 * lam_size(layers), _gradients_work, lambda x, T: x.O * x.I)
 
 

@@ -46,6 +46,9 @@ SLACK = 160 << 20  # what the allocator, the BLAS libraries and their threads ke
 MARGIN = 0.05  # of the limit, left free: a promise is kept, an estimate is met on average
 SCORES_BYTES = 32 << 20  # of a unit of a scan, within what is counted as slack:
 LAYER_SCORES_BYTES = 128 << 20  # where scores are kept by layer, which is counted
+Pass = tuple[
+    Callable[[Layers], float], Callable[[int], int]
+]  # what it holds of layers, and takes beside in a batch of tokens
 QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
 
 
@@ -158,38 +161,56 @@ def divide_fit(shape: Shape, budget: Budget) -> Division:
     layers = shape.layers
     budget = budget._replace(fixed=budget.fixed + budget.copy)
 
-    def batch(spec: Spec, tokens: int) -> int:
-        work = spec.work(layers, tokens, budget.chunks)
-        return batch_size(shape, tokens, budget.dtype, work, budget.chunks)
-
     def compared(tokens: int) -> int:
         """A batch of which a few sequences are scored on each other."""
         tokens = max(tokens, 2 * budget.longest)
         sequences = min(COMPARED, max(2, budget.together(tokens)))
         return batch_size(shape, tokens, budget.dtype, 3 * sequences * SUM * largest(layers), budget.chunks)
 
-    # the name of each pass, what it holds of its layers, and what it takes beside that in a batch of so many tokens
-    passes: dict[str, tuple[Callable[[Layers], float], Callable[[int], int]]] = {
-        spec.name: (spec.held, partial(batch, spec)) for spec in (COVARIANCE, CORRECTION)
-    }
+    passes = {spec.name: _pass(shape, spec, budget) for spec in (COVARIANCE, CORRECTION)}
     passes["agreement"] = CORRECTION.held, compared
+    item = SUM if budget.dtype == "bfloat16" else WIDE  # decompositions are in float32 then
+    tokens, found, sizes = _fewest(layers, passes, budget, "fit", eigen_size(layers, 1, item))
+    workers = max(k for k in range(1, budget.cores + 1) if k == 1 or eigen_size(layers, k, item) <= budget.free)
+    sizes["eigendecomposition"] = eigen_size(layers, workers, item)
+    return Division(tokens, found, budget.peaks(sizes), budget.limit, workers)
+
+
+def divide_pass(shape: Shape, spec: Spec, budget: Budget) -> Division:
+    """One pass by itself, likewise."""
+    budget = budget._replace(fixed=budget.fixed + budget.copy)
+    tokens, found, sizes = _fewest(shape.layers, {spec.name: _pass(shape, spec, budget)}, budget, f"pass ({spec.name})")
+    return Division(tokens, found, budget.peaks(sizes), budget.limit)
+
+
+def _pass(shape: Shape, spec: Spec, budget: Budget) -> Pass:
+    def beside(tokens: int) -> int:
+        work = spec.work(shape.layers, tokens, budget.chunks)
+        return batch_size(shape, tokens, budget.dtype, work, budget.chunks)
+
+    return spec.held, beside
+
+
+def _fewest(
+    layers: Layers, passes: dict[str, Pass], budget: Budget, what: str, least_beside: float = 0.0
+) -> tuple[int, dict[str, list[list[int]]], dict[str, float]]:
+    """The tokens of a batch with which the layers go through the passes in the fewest groups, these, and what each takes."""
 
     def least(tokens: int) -> float:
         return max(max(held([x]) for x in layers) + beside(tokens) for held, beside in passes.values())
 
-    item = SUM if budget.dtype == "bfloat16" else WIDE  # decompositions are in float32 then
-    budget.check("fit", max(least(budget.longest), eigen_size(layers, 1, item)))
+    budget.check(what, max(least(budget.longest), least_beside))
     ways = [
         (tokens, {name: groups(layers, held, budget.free - beside(tokens)) for name, (held, beside) in passes.items()})
         for tokens in budget.halvings
         if least(tokens) <= budget.free
     ]
     tokens, found = min(ways, key=lambda way: sum(map(len, way[1].values())))
-    workers = max(k for k in range(1, budget.cores + 1) if k == 1 or eigen_size(layers, k, item) <= budget.free)
-    sizes = {"eigendecomposition": eigen_size(layers, workers, item)}
-    for name, (held, beside) in passes.items():
-        sizes[name] = max(held([layers[i] for i in group]) for group in found[name]) + beside(tokens)
-    return Division(tokens, found, budget.peaks(sizes), budget.limit, workers)
+    sizes = {
+        name: max(held([layers[i] for i in group]) for group in found[name]) + beside(tokens)
+        for name, (held, beside) in passes.items()
+    }
+    return tokens, found, sizes
 
 
 def scan_held(layers: Layers, asked: Asked, budget: Budget, tokens: int, room: float) -> Contraction:

@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
 
+from upriver.show.audit import Audit
 from upriver.show.data import answer, sign, unit
 from upriver.show.folder import Json, read_folder
 from upriver.show.trust import figure, held_out
@@ -143,3 +144,9 @@ def _tint(share: float) -> Style | None:
 
 def _safe(text: str) -> str:
     return UNSAFE.sub(" ", text)
+
+
+def audit_summary(found: Audit, console: Console, rows: int = 10) -> None:
+    """The most suspect records of an audit, a line each."""
+    frame = found.frame().dropna(axis=1, how="all").head(rows)
+    console.print(frame.to_string(index=False, float_format=lambda x: f"{x:.4g}"), markup=False)

@@ -5,6 +5,7 @@ Axes: N sequences.
 
 import json
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from upriver.errors import ConfigError
+from upriver.errors import ConfigError, CorpusError
 from upriver.runtime import heads
 from upriver.runtime.artifact import Info, check, digest, read_head, unreadable
 from upriver.text.batch import Batch, Sequences, pad
 from upriver.text.build import TABLES, Progress, Settings, Stream, build, exclusive
-from upriver.text.records import BadRecords, open_corpus
+from upriver.text.records import BadRecords, Record, open_corpus, read_records
+from upriver.text.sources import Source
 from upriver.text.tokenise import encode, tokenizer_fingerprint
 
 SCHEMA = 4  # raise it when the same files would give other sequences, or the artifact another layout
@@ -114,6 +116,27 @@ class Corpus(Sequences):
                 if not reused:
                     build(folder, sources, bad, tokenizer, settings, list(zip(hashed, written, strict=True)), progress)
         return cls(folder, tokenizer, str(path), reused)
+
+    def sources(self) -> list[Source]:
+        """The files that it was read from."""
+        return open_corpus(Path(self.info["path"]), BadRecords(self.info["on_bad_record"]))
+
+    def records(self) -> Iterator[Record]:
+        """The record of each document, read again from the files, in the order of the documents.
+
+        Raises:
+            CorpusError: they hold other documents by now.
+        """
+        found = 0
+        for record in read_records(self.sources(), BadRecords(self.info["on_bad_record"])):
+            if found < self.n_documents and record.id == self.document_id(found):
+                found += 1
+                yield record
+        if found < self.n_documents:
+            raise CorpusError(
+                f"the corpus changed since it was read: got {self.info['path']}, without the document "
+                f"{self.document_id(found)!r}; give the same command again when nothing writes to it any more"
+            )
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The sequences ``rows`` as one right-padded batch."""

@@ -23,6 +23,7 @@ class Record:
     parts: dict[str, Any]
     metadata: dict[str, Any]
     where: str  # file and line
+    row: dict[str, Any] = field(default_factory=dict, compare=False)  # as it stands in the file
 
 
 class BadRowError(Exception):
@@ -110,7 +111,7 @@ def _record(row: dict[str, Any], where: str, default_id: str) -> Record:
     else:
         _check_unicode("id", str(own))
     metadata = {name: jsonable(value) for name, value in row.items() if name not in (*form, "id")}
-    return Record(str(own), parts, metadata, where)
+    return Record(str(own), parts, metadata, where, row)
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:
