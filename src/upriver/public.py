@@ -3,6 +3,9 @@
 from upriver.curvature.base import Curvature, Damping, Solution
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import UpriverError
+from upriver.evaluate.lds import Bank, lds
+from upriver.evaluate.retrain import leave_out, random_subsets, retrain
+from upriver.evaluate.training import Recipe, Trainer
 from upriver.influence.queries import Measurements, gradients
 from upriver.model.check import tracked_layers
 from upriver.model.generate import complete
@@ -17,7 +20,8 @@ from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
 __all__ = [
-    "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels", "LanguageModel", "Measurements",
-    "Model", "Queries", "Regression", "Scores", "Solution", "Source", "Task", "UpriverError", "complete", "fit", "gradients",
-    "load_model", "report", "sweep", "trace", "tracked_layers",
+    "Bank", "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels", "LanguageModel", "Measurements",
+    "Model", "Queries", "Recipe", "Regression", "Scores", "Solution", "Source", "Task", "Trainer", "UpriverError", "complete",
+    "fit", "gradients", "lds", "leave_out", "load_model", "random_subsets", "report", "retrain", "sweep",
+    "trace", "tracked_layers",
 ]  # fmt: skip

@@ -64,6 +64,10 @@ class Task(ABC):
         With a sampler the labels are drawn from the model's own predictive distribution instead of taken from the batch.
         """
 
+    def losses(self, module: nn.Module, batch: Batch) -> Tensor:
+        """The loss of each row of the batch, ``[N]``; only training with a weight for each example asks for it."""
+        return torch.stack([self.loss(module, batch.row(n)) for n in range(len(batch.rows_N))])
+
     @abstractmethod
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         """``f`` for each row of the batch, ``[N]``."""
@@ -96,6 +100,11 @@ class LanguageModel(Task):
 
     def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
         return self._token_losses(module, batch, sampler).sum()
+
+    def losses(self, module: nn.Module, batch: Batch) -> Tensor:
+        outputs_MC, (N, T) = self.outputs(module, batch), batch.inputs["tokens"].shape
+        losses_M = F.cross_entropy(outputs_MC, _predicted(batch), reduction="none")
+        return losses_M.new_zeros(N).index_add(0, batch.predicted().at_M // T, losses_M)
 
     def log_probs(self, module: nn.Module, batch: Batch) -> Tensor:
         """``log p(z_t | z_<t)`` at every loss token, 0 elsewhere: ``[N, T]``, at the position of the token itself."""
@@ -145,6 +154,9 @@ class Classification(Task):
             y_N = sample(logits_NC.detach(), sent(sampler.uniform(1)[:, 0, 0], logits_NC.device))
         return F.cross_entropy(_wide(logits_NC), y_N, reduction="sum")
 
+    def losses(self, module: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.outputs(module, batch), batch.inputs["y"], reduction="none")
+
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         return -F.cross_entropy(_wide(module(_given(module, batch))), batch.inputs["y"], reduction="none")
 
@@ -169,6 +181,9 @@ class Regression(Task):
             noise_NK = sent(torch.special.ndtri(sampler.uniform(1, error_NK.shape[1])[:, 0]), error_NK.device)
             error_NK = error_NK - error_NK.detach() + noise_NK.to(error_NK)
         return error_NK.square().sum() / 2
+
+    def losses(self, module: nn.Module, batch: Batch) -> Tensor:
+        return self._error(self.outputs(module, batch), batch).square().sum(1) / 2
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         return -self._error(self.outputs(module, batch), batch).square().sum(1) / 2
