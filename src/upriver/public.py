@@ -4,6 +4,7 @@ from upriver.curvature.base import Curvature, Damping, Solution
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import UpriverError
 from upriver.evaluate.lds import Bank, lds
+from upriver.evaluate.metagradient import metagradients
 from upriver.evaluate.retrain import leave_out, random_subsets, retrain
 from upriver.evaluate.training import Recipe, Trainer
 from upriver.influence.queries import Measurements, gradients
@@ -22,6 +23,6 @@ from upriver.text.queries import Queries
 __all__ = [
     "Bank", "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels", "LanguageModel", "Measurements",
     "Model", "Queries", "Recipe", "Regression", "Scores", "Solution", "Source", "Task", "Trainer", "UpriverError", "complete",
-    "fit", "gradients", "lds", "leave_out", "load_model", "random_subsets", "report", "retrain", "sweep",
+    "fit", "gradients", "lds", "leave_out", "load_model", "metagradients", "random_subsets", "report", "retrain", "sweep",
     "trace", "tracked_layers",
 ]  # fmt: skip
