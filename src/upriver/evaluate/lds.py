@@ -174,7 +174,7 @@ def lds(
         raise ConfigError(f"ranks need at least three different subsets: got {len(masks_SN)}; train on more")
     scores_NQ = _scores(bank, scores)
     by_subset = pd.DataFrame(bank.values_MQ).groupby(subset_M)
-    f_SQ = (by_subset.mean() if quantile is None else by_subset.quantile(quantile)).to_numpy()
+    f_SQ = np.asarray(by_subset.mean() if quantile is None else by_subset.quantile(quantile))
     each_Q = _rank_correlations(f_SQ, masks_SN.astype(np.float64) @ scores_NQ)
     drawn = np.random.default_rng(seed).integers(len(each_Q), size=(resamples, len(each_Q)))
     low, high = np.quantile(each_Q[drawn].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])

@@ -46,11 +46,11 @@ def metagradients(trainer: Trainer, queries: Measured, seed: int = 0) -> Metagra
     every = int(np.ceil(np.sqrt(len(plan))))
     nats_NQ = torch.zeros(len(trainer.data), len(queries), dtype=whole.theta_P.dtype, device=whole.theta_P.device)
 
-    def step(theta_P: Tensor, first_P: Tensor, second_P: Tensor, w_B: Tensor, at: int) -> State:
-        return trainer.step(whole, State(theta_P, first_P, second_P), w_B, plan[at], at, len(plan[at]))
+    def step(state: State, w_B: Tensor, at: int) -> State:
+        return trainer.step(whole, state, w_B, plan[at], at, len(plan[at]))
 
     def plain(state: State, at: int) -> State:
-        return step(*state, whole.theta_P.new_ones(len(plan[at])), at)
+        return step(state, whole.theta_P.new_ones(len(plan[at])), at)
 
     with whole.differentiable():
         state = State.start(whole.theta_P)
@@ -66,9 +66,8 @@ def metagradients(trainer: Trainer, queries: Measured, seed: int = 0) -> Metagra
                 between.append(plain(between[-1], at))
             for at in range(start + len(between) - 1, start - 1, -1):
                 ones_B = whole.theta_P.new_ones(len(plan[at]))
-                pull = vjp(lambda *x, at=at: step(*x, at), *between.pop(), ones_B)[1]
-                *back, w_QB = vmap(pull)(adjoint)
-                adjoint = State(*back)
+                pull = vjp(lambda state, w_B, at=at: step(state, w_B, at), between.pop(), ones_B)[1]
+                adjoint, w_QB = vmap(pull)(adjoint)
                 nats_NQ[torch.from_numpy(plan[at])] += w_QB.T
     model = trainer.ended(whole, state)
     return Metagradients(nats_NQ.cpu().double().numpy(), measurements(model, queries), model)
