@@ -62,6 +62,13 @@ def test_example_of_an_audit_finds_what_it_says(tmp_path, monkeypatch):
     assert (tmp_path / "audit" / "audit.html").exists()
 
 
+def test_example_of_the_page_of_truth_runs_to_its_scores(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "truth.md").read_text(), re.DOTALL)
+    exec(compile(example, "docs/truth.md", "exec"), {})
+    assert len(re.findall(r"0\.\d+ \[-?0\.\d+, [01]\.\d+\]", capsys.readouterr().out)) == 2
+
+
 def test_anchors_are_those_of_headings():
     page = "# A page\n\n## `name.json`, version 1\n\n```\n# no heading\n```\n\n### Right-hand_side: *both*\n"
     assert anchors(page) == {"a-page", "namejson-version-1", "right-hand_side-both"}

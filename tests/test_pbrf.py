@@ -13,10 +13,13 @@ from upriver.curvature.products import Products
 from upriver.curvature.spectral import Spectral
 from upriver.errors import ConfigError
 from upriver.evaluate.pbrf import Anchor, ProximalBregman, bregman
+from upriver.influence.queries import Measurements
+from upriver.influence.queries import gradients as query_gradients
 from upriver.model.load import Model
+from upriver.model.losses import Task
 from upriver.text.batch import Examples
 
-LAMBDA = {"classifier": 0.05, "regressor": 0.05, "gpt2": 1.0, "twice": 1.0}
+LAMBDA = {"classifier": 0.05, "regressor": 0.05, "gpt2": 1.0, "twice": 1.0, "llama": 1.0}
 ROW = 3
 
 
@@ -73,7 +76,7 @@ def test_invariant_5_the_gap_falls_with_the_square_of_epsilon():
     assert errors[2] < errors[1] / 50
 
 
-@pytest.mark.parametrize("name", ["classifier", "regressor", "gpt2"])
+@pytest.mark.parametrize("name", LAMBDA)
 def test_invariant_5_the_pbrf_of_a_measurement_is_its_influence(name):
     """``I_f(z) = - grad f^T (G + lambda I)^-1 grad L(z)``: positive where training on ``z`` raises ``f``."""
     c, response = case(name), exact_response(name)
@@ -81,6 +84,41 @@ def test_invariant_5_the_pbrf_of_a_measurement_is_its_influence(name):
     found = pbrf(name).influence(sequence(name), c.queries)
     assert found.converged
     close(torch.from_numpy(found.value_Q), expected, 1e-4)
+
+
+class Counts(Task):
+    """Poisson regression, which none of the tasks here is."""
+
+    name = "counts"
+
+    def outputs(self, module, batch):
+        return module(batch.inputs["x"])
+
+    def loss_of(self, outputs_MC, batch):
+        return (outputs_MC.exp() - batch.inputs["y"] * outputs_MC).sum()
+
+    def loss(self, module, batch, sampler=None):
+        return self.loss_of(self.outputs(module, batch), batch)
+
+    def measurement(self, module, batch):
+        return self.outputs(module, batch)[:, 0]
+
+
+def test_invariant_5_any_task_with_outputs_has_a_pbrf():
+    c, y_NK = case("regressor"), torch.arange(40.0, dtype=torch.float64).reshape(20, 2) % 3
+    model, data = Model(c.model.module, task=Counts()), Examples({"x": c.data.inputs["x"], "y": y_NK})
+    queries = Measurements(Examples({"x": c.queries.examples.inputs["x"], "y": torch.zeros(3, 2)}))
+    p = ProximalBregman(model, c.layers, data, 0.05)
+    z = data.batch(np.array([ROW]))
+    slope_1P = p.function.gradient(p.theta_P, z).detach()[None]
+    exact = Spectral.exact(Products(model, c.layers, data))
+    v_P = p.function.space.flatten(
+        exact.solve(p.function.space.unflatten(slope_1P), Damping(0.05, relative=False)).value
+    )[0]
+    f_QP = p.function.space.flatten(query_gradients(model, c.layers, queries))
+    found = p.influence(z, queries)
+    assert found.converged
+    close(torch.from_numpy(found.value_Q), -f_QP @ v_P, 1e-4)
 
 
 @pytest.mark.parametrize("epsilon", [-0.02, 0.02])

@@ -3,6 +3,10 @@
 from upriver.curvature.base import Curvature, Damping, Solution
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import UpriverError
+from upriver.evaluate.lds import Bank, lds
+from upriver.evaluate.metagradient import metagradients
+from upriver.evaluate.retrain import leave_out, random_subsets, retrain
+from upriver.evaluate.training import Recipe, Trainer
 from upriver.influence.queries import Measurements, gradients
 from upriver.influence.self_influence import self_influence
 from upriver.model.check import tracked_layers
@@ -21,7 +25,8 @@ from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 
 __all__ = [
-    "Audit", "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels", "LanguageModel",
-    "Measurements", "Model", "Queries", "Regression", "Scores", "Solution", "Source", "Task", "UpriverError", "audit",
-    "complete", "export", "fit", "gradients", "load_model", "report", "self_influence", "sweep", "trace", "tracked_layers",
+    "Audit", "Bank", "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels", "LanguageModel",
+    "Measurements", "Model", "Queries", "Recipe", "Regression", "Scores", "Solution", "Source", "Task", "Trainer", "UpriverError",
+    "audit", "complete", "export", "fit", "gradients", "lds", "leave_out", "load_model", "metagradients", "random_subsets",
+    "report", "retrain", "self_influence", "sweep", "trace", "tracked_layers",
 ]  # fmt: skip

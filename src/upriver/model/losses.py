@@ -68,6 +68,13 @@ class Task(ABC):
         """The loss of each sequence, ``[N]``, whose sum is :meth:`loss` with the batch's own labels; None: not told apart."""
         return None
 
+    def row_losses(self, module: nn.Module, batch: Batch) -> Tensor:
+        """The loss of each row, ``[N]``, for training with a weight for each example: differentiable more than once."""
+        found = self.losses(module, batch)
+        if found is not None:
+            return found
+        return torch.stack([self.loss(module, batch.row(n)) for n in range(len(batch.rows_N))])
+
     @abstractmethod
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         """``f`` for each row of the batch, ``[N]``."""
@@ -100,6 +107,11 @@ class LanguageModel(Task):
 
     def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
         return self._token_losses(module, batch, sampler).sum()
+
+    def row_losses(self, module: nn.Module, batch: Batch) -> Tensor:
+        outputs_MC, (N, T) = self.outputs(module, batch), batch.inputs["tokens"].shape
+        losses_M = F.cross_entropy(outputs_MC, _predicted(batch), reduction="none")
+        return losses_M.new_zeros(N).index_add(0, batch.predicted().at_M // T, losses_M)
 
     def log_probs(self, module: nn.Module, batch: Batch) -> Tensor:
         """``log p(z_t | z_<t)`` at every loss token, 0 elsewhere: ``[N, T]``, at the position of the token itself."""

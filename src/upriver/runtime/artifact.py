@@ -56,6 +56,7 @@ from upriver.runtime.heads import MANIFESTS, SCHEMA, FitManifest, Info, Manifest
 HEADS = r"(key|manifest|\.division)\.json"
 NAMED = {  # the files of a folder, by its stage
     "fit": re.compile(HEADS),
+    "bank": re.compile(HEADS + r"|bank\.parquet"),
     "trace": re.compile(HEADS + r"|queries\.json|(scores|documents|top)\.parquet|layers\.npy"),
     "audit": re.compile(HEADS + r"|audit\.(parquet|html)|records\.(jsonl|parquet)"),
 }

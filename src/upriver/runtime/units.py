@@ -7,9 +7,11 @@ stopped, bit for bit.  Where the memory of the device runs out, the process goes
 batches of half the size for the rest of the pass: those results equal the others to rounding.
 """
 
+import fcntl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +20,7 @@ import torch
 
 from upriver.errors import UpriverError
 from upriver.runtime import dist
-from upriver.runtime.artifact import Artifact, Tensors, read_tensors, write_tensors
+from upriver.runtime.artifact import Artifact, Tensors, read_tensors, storage_error, write_tensors
 from upriver.runtime.config import COMMIT_SHARE, UNIT_TOKENS
 from upriver.runtime.device import within_memory
 
@@ -76,6 +78,63 @@ def each(stage: Artifact, count: int, compute: Callable[[int], Tensors]) -> list
         within_memory(go_on, stage.key)
     dist.barrier()
     return [stage.unit_path(unit) for unit in range(count)]
+
+
+class Claims:
+    """Who does what among processes of one machine that know nothing of each other: a lock a unit, gone with its process."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(folder / ".claims", "ab")  # noqa: SIM115 - closed at the end of the block
+        except OSError as error:
+            raise storage_error(folder, error) from error
+
+    def __enter__(self) -> "Claims":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if not (self.folder / "key.json").exists():  # a folder that was refused is left as it was
+            (self.folder / ".claims").unlink(missing_ok=True)
+
+    @contextmanager
+    def of(self, unit: int, wait: bool = False) -> Iterator[bool]:
+        """Hold a unit; whether it was free. With ``wait`` it is waited for."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, unit + 1)
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, unit + 1)
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Hold what comes before and after all units."""
+        with self.of(-1, wait=True):
+            yield
+
+
+def shared(stage: Artifact, claims: Claims, count: int, compute: Callable[[int], Tensors]) -> None:
+    """As :func:`each`, for any number of processes, whoever started them: each takes the next unit that nobody works on.
+
+    All units are there when it returns: those that others hold are waited for, and done here if those processes end before.
+    """
+    for wait in (False, True):
+        for unit in range(count):
+            if stage.has(unit):
+                continue
+            with claims.of(unit, wait) as mine:
+                if mine and not stage.has(unit) and not stage.done:  # whoever ended it removed the units
+                    _running.set()
+                    stage.commit(unit, compute(unit))
+                    _running.clear()
+            if _stopping.is_set():
+                _end()
 
 
 def total(stage: Artifact, count: int, add: Callable[[int, Tensors], None], device: torch.device) -> Path:

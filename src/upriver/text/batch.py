@@ -85,6 +85,14 @@ class Batch:
         )
         return dataclasses.replace(self, inputs=inputs, real_NT=real_NT, weight_N=weight_N, known=moved)
 
+    def row(self, n: int) -> "Batch":
+        """One of its rows as a batch of its own, padded as it was."""
+        at = slice(n, n + 1)
+        inputs = {name: x[at] for name, x in self.inputs.items()}
+        real_NT, weight_N = (None if x is None else x[at] for x in (self.real_NT, self.weight_N))
+        query_N = None if self.query_N is None else self.query_N[at]
+        return Batch(self.rows_N[at], self.keys_N[at], inputs, real_NT, weight_N, query_N)
+
     @property
     def device(self) -> torch.device:
         """Where its inputs are."""
