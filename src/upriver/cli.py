@@ -55,7 +55,8 @@ def fit_command(
     layers: flags.Layers = "mlp",
     seq_len: flags.SeqLen = 512,
     pack: Annotated[bool, typer.Option("--pack", help="Join documents with the end token before cutting.")] = False,
-    fisher: Annotated[str, typer.Option(help="sampled or empirical labels.")] = "sampled",
+    fisher: Annotated[str, typer.Option(help="sampled, empirical or (few outputs) exact labels.")] = "sampled",
+    draws: flags.Draws = 1,
     max_tokens: flags.MaxTokens = 1_000_000,
     until: Annotated[
         float | None,
@@ -73,8 +74,8 @@ def fit_command(
 ) -> None:
     """Fit the EK-FAC factors of MODEL on CORPUS: once per model, for any number of questions."""
     given: dict[str, Any] = {
-        "layers": layers, "fisher": fisher, "max_tokens": max_tokens, "until": until, "blocks": blocks, "dtype": dtype,
-        "batch_tokens": batch_tokens, "memory": memory, "seed": seed, "tf32": tf32,
+        "layers": layers, "fisher": fisher, "draws": draws, "max_tokens": max_tokens, "until": until, "blocks": blocks,
+        "dtype": dtype, "batch_tokens": batch_tokens, "memory": memory, "seed": seed, "tf32": tf32,
     }  # fmt: skip
     options(FitOptions, given)  # a mistake is known before a model is loaded
     refuse_inside(out)
@@ -184,6 +185,7 @@ def plan_command(
     max_tokens: flags.MaxTokens = 1_000_000,
     rank: flags.Rank = "32",
     top: flags.Top = 100,
+    draws: flags.Draws = 1,
     blocks: flags.Blocks = 1,
     dtype: flags.Dtype = None,
     batch_tokens: flags.BatchTokens = None,
@@ -215,7 +217,7 @@ def plan_command(
     gpu = hardware(machine).accelerator if machine else isinstance(what, Model) and what.device.type != "cpu"
     asked: dict[str, Any] = {
         "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top,
-        "blocks": blocks, "memory": parse_memory(memory),
+        "draws": draws, "blocks": blocks, "memory": parse_memory(memory),
         **default_how(gpu, dtype, batch_tokens, "bfloat16"),
     }  # fmt: skip
     asked |= _query_size(queries, what)

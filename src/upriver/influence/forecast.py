@@ -90,7 +90,7 @@ def scan_probe(asked: Asked) -> Probe:
             for x in layers
         }
         routes = {x.name: route(chosen[x.name], partial(zeros.__getitem__, x.name), Q, like) for x in layers}
-        work = sum(getattr(orders(x.O, x.I, M, N, Q, R or 1), chosen[x.name]) for x in layers)
+        work = sum(getattr(orders(x.O, x.I, M * x.rows, N, Q, R or 1), chosen[x.name]) for x in layers)
         return Score(routes, Q, False), 2.0 * work
 
     return probe

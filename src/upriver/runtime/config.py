@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from upriver.errors import ConfigError
 
@@ -101,7 +101,8 @@ class FitOptions(Options):
     """What :func:`upriver.fit` may be told."""
 
     layers: str = "mlp"
-    fisher: Literal["sampled", "empirical"] = "sampled"
+    fisher: Literal["sampled", "empirical", "exact"] = "sampled"
+    draws: int = Field(1, ge=1)  # of sampled labels, whose mean is taken
     max_tokens: int | None = Field(1_000_000, ge=1)
     until: float | None = Field(None, gt=0, le=1)
     blocks: int = Field(1, ge=1)  # along the diagonals of A and S; what is between them is left out
@@ -113,6 +114,13 @@ class FitOptions(Options):
     unit_tokens: int = Field(UNIT_TOKENS, ge=1)
 
     _memory = field_validator("memory")(_size)
+
+    @field_validator("draws")
+    @classmethod
+    def _draws(cls, value: int, given: ValidationInfo) -> int:
+        if value > 1 and given.data.get("fisher") != "sampled":
+            raise ValueError("several draws go with --fisher sampled alone, leave them out")
+        return value
 
 
 class TraceOptions(Options):
