@@ -244,7 +244,11 @@ def test_a_fit_keeps_its_limit_or_says_what_would_do(shape, job):
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes(), jobs, st.builds(Asked, st.integers(1, 300), st.integers(1, 100), st.sampled_from([None, 4, 32])))
+@given(
+    shapes(),
+    jobs,
+    st.builds(Asked, st.integers(1, 300), st.integers(1, 100), st.sampled_from([None, 4, 32]), norms=st.integers(0, 3)),
+)
 def test_a_trace_keeps_its_limit_or_says_what_would_do(shape, job, asked):
     split, job = kept(lambda job: divide_trace(shape, asked, job), job)
     assert max(split.peak.values()) <= job.limit

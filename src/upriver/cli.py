@@ -104,6 +104,7 @@ def trace_command(
     candidates: flags.Candidates = None,
     held_out: flags.HeldOut = None,
     layer_scores: flags.LayerScores = False,
+    unit_norm: flags.UnitNorm = False,
     complete: flags.Complete = None,
     dtype: flags.ScanDtype = None,
     tf32: flags.TraceTF32 = None,
@@ -120,6 +121,7 @@ def trace_command(
         "rank": rank, "damping": damping, "top": top, "candidates": candidates, "curvature": curvature, "refine": refine,
         "refine_tokens": refine_tokens, "solver_rank": solver_rank, "solver_steps": solver_steps, "held_out": held_out,
         "layer_scores": layer_scores, "dtype": dtype, "memory": memory, "layers": layers, "seed": seed, "tf32": tf32,
+        "unit_norm": unit_norm,
     }  # fmt: skip
     options(TraceOptions, given)
     rates = _checkpoints(checkpoints)

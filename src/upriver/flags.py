@@ -64,6 +64,9 @@ HeldOut = Annotated[
     int | None, typer.Option(help="Tokens, unseen by the solver, that judge its solutions; 0: none.", min=0)
 ]
 LayerScores = Annotated[bool, typer.Option("--layer-scores", help="Write layers.npy as well.")]
+UnitNorm = Annotated[
+    bool, typer.Option("--unit-norm", help="Write ID@unit columns as well: scores over the lengths of both gradients.")
+]
 Complete = Annotated[
     int | None, typer.Option(help="Let the model answer queries without completion, in N tokens.", min=1)
 ]

@@ -75,11 +75,11 @@ class Eigenblock(NamedTuple):
         Raises:
             NumericalError: ``lam + lambda`` is zero somewhere, so there is no inverse.
         """
-        return self._back(self._rotate(q_QOI) / self._denominator(damping))
+        return self._back(self._rotate(q_QOI) / self.denominator(damping))
 
     def solve_tokens(self, queries: list[TokenGradient], damping: Damping) -> Tensor:
         """The solutions ``[Q, O, I]`` of queries given by their tokens, which are rotated instead of the dense gradients."""
-        denominator_OI = self._denominator(damping)
+        denominator_OI = self.denominator(damping)
         if self.basis is not None:
             queries = rotate_tokens(self.basis, queries)
         return torch.stack([self._back(q.dense().div_(denominator_OI)) for q in queries])
@@ -91,7 +91,7 @@ class Eigenblock(NamedTuple):
 
         All is done in the eigenbasis, where curvature and weights are diagonal; only the factors are rotated back.
         """
-        denominator_OI = self._denominator(damping)
+        denominator_OI = self.denominator(damping)
         if self.basis is None:
             parts = [
                 compress(q.dense().div_(denominator_OI)[None], rank, metric) for q in queries
@@ -109,7 +109,15 @@ class Eigenblock(NamedTuple):
         U_QOR, V_QRI = (torch.stack(x) for x in zip(*found, strict=True))
         return metric.back_factors(LowRank(U_QOR.div_(s_O[:, None]), V_QRI.div_(a_I)))
 
-    def _denominator(self, damping: Damping) -> Tensor:
+    def energies(self, queries: list[TokenGradient], damping: Damping) -> Tensor:
+        """``q^T (G + lambda I)^-1 q`` of queries given by their tokens, float64 ``[Q]``."""
+        denominator_OI = self.denominator(damping)
+        if self.basis is not None:
+            queries = rotate_tokens(self.basis, queries)
+        return torch.stack([(q.dense().square() / denominator_OI).sum(dtype=torch.float64) for q in queries])
+
+    def denominator(self, damping: Damping) -> Tensor:
+        """``lam + lambda``, ``[O, I]``; refused where it is zero somewhere."""
         denominator_OI = self.lam_OI + damping.of(self.lam_OI)
         mean = float(self.lam_OI.double().mean())
         smallest = float(denominator_OI.min())

@@ -20,7 +20,7 @@ import torch
 
 from upriver.curvature.consumers import FIT_PROBES, Correction, Covariance, agreement, compare
 from upriver.curvature.factors import Factors, decomposed, read_moments, write_lam
-from upriver.curvature.rounds import convergence, doublings, rounds
+from upriver.curvature.rounds import convergence, doublings, labels_of, rounds
 from upriver.kernels import one_core_each
 from upriver.model.check import check_length, check_loss, count_outputs, tracked_layers
 from upriver.model.layers import Coverage, Layer, coverage
@@ -134,14 +134,9 @@ def prepared(top: Artifact, model: Model, data: Sequences, opts: FitOptions, pro
     check_loss(model, data, opts.fisher == "sampled")
     shape, budget = model_shape(model, layers, data), memory_budget(model, data, opts.batch_tokens, opts.memory)
     division = settled(top.path, divide_fit(shape, budget), model.device, say)
+    outputs = count_outputs(model, data) if opts.fisher == "exact" else None
     streams = {"covariance": COVARIANCE_STREAM, "correction": CORRECTION_STREAM}
-    if opts.fisher == "sampled":
-        labels = {
-            name: [Labels(opts.seed, first + 2 * k) for k in range(opts.draws)] for name, first in streams.items()
-        }
-    else:
-        outputs = count_outputs(model, data) if opts.fisher == "exact" else None
-        labels = {name: [Labels(output=k, outputs=outputs) for k in range(outputs or 1)] for name in streams}
+    labels = {name: labels_of(opts, stream, outputs) for name, stream in streams.items()}
     most = opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64))
     unit = opts.unit_tokens
     samples = [data.sample(size, opts.seed) for size in (doublings(most, unit) if opts.until else [most])]

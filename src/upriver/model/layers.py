@@ -242,6 +242,8 @@ def layer_kind(module: nn.Module, name: str) -> str | None:
     inside, classes = parts[start:], [type(m).__name__ for m in around[start + 1 :]]
     if any(ATTENTION.search(label) for label in inside + classes):
         return "attention"
+    if isinstance(module.get_submodule(name), nn.Conv2d):
+        return "other"
     if any(map(MIXER.search, inside)) or any(map(MIXER_CLASS.search, classes)) or ROUTER.search(inside[-1]):
         return "other"
     return "mlp"

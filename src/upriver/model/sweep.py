@@ -63,17 +63,10 @@ class Source(NamedTuple):
     again: tuple[Callable[[Model, Batch], Tensor], ...] = ()  # further scalars: each batch is a batch again with each
 
     @classmethod
-    def of(
-        cls,
-        data: Sequences,
-        rows: np.ndarray,
-        batch_tokens: int,
-        labels: Labels = Labels(),  # noqa: B008
-        *again: Labels,
-    ) -> "Source":
-        """The training loss of some sequences of a corpus, with its own labels or drawn ones, maybe drawn ``again``."""
-        others = tuple(x.loss for x in again)
-        return cls(data.lengths_N, data.batch, labels.loss, np.asarray(rows, np.int64), batch_tokens, others)
+    def of(cls, data: Sequences, rows: np.ndarray, batch_tokens: int, *labels: Labels) -> "Source":
+        """The training loss of some sequences of a corpus, with its own labels, or with each of ``labels`` in turn."""
+        loss, *again = [x.loss for x in labels or (Labels(),)]
+        return cls(data.lengths_N, data.batch, loss, np.asarray(rows, np.int64), batch_tokens, tuple(again))
 
     def units(self, unit_tokens: int | None = None, most_rows: int | None = None) -> list[np.ndarray]:
         """Spans of the rows, each a unit of work; see :func:`upriver.runtime.units.spans`."""

@@ -137,6 +137,7 @@ class TraceOptions(Options):
     candidates: int | None = Field(None, ge=1)
     held_out: int | None = Field(None, ge=0)  # tokens that judge the solutions; 0: none
     layer_scores: bool = False
+    unit_norm: bool = False  # further columns, of scores between -1 and 1
     layers: str | None = None  # None: those of the factors, else mlp
     dtype: Dtype | None = None  # of the scan; None: that of the factors, else of the model
     tf32: bool | None = None  # None: that of the factors, else False

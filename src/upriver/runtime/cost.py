@@ -256,6 +256,14 @@ class Asked(NamedTuple):
     tokens: int  # of one query
     rank: int | None  # None: full
     layer_scores: bool = False
+    norms: int = 0  # dampings for which the lengths of gradients are measured in the scan
+
+
+def norms_size(layers: Layers, asked: Asked) -> int:
+    """Eigenvectors, and an inverse of the eigenvalues for each damping: what unit-norm scores hold through a scan."""
+    return asked.norms and SUM * sum(
+        square(x.O, x.parts) + square(x.I, x.parts) + asked.norms * x.O * x.I for x in layers
+    )
 
 
 def solved_size(layers: Layers, asked: Asked) -> int:

@@ -25,6 +25,7 @@ from upriver.runtime.cost import (
     lam_size,
     moments_size,
     orders,
+    rotations,
     sides,
     solved_size,
     solving,
@@ -67,6 +68,7 @@ class Request:
     fit: bool = True
     rounds: bool = False  # more and more of the sample, until its halves agree: planned to the end of it
     layer_scores: bool = False
+    norms: int = 0  # dampings of unit-norm scores
 
     @property
     def longest_tokens(self) -> int:
@@ -83,7 +85,7 @@ class Request:
 
     @property
     def asked(self) -> Asked:
-        return Asked(self.columns or self.queries, self.query_tokens, self.rank, self.layer_scores)
+        return Asked(self.columns or self.queries, self.query_tokens, self.rank, self.layer_scores, self.norms)
 
 
 def request_for(lengths_N: Any, **asked: Any) -> Request:
@@ -318,6 +320,7 @@ def _trace_passes(r: Request, shape: Shape, machine: Machine, division: Division
             costs, order = orders(x.O, x.I, M * x.rows, N, asked.queries, r.rank or 1), chosen.orders[x.name]
             again = (costs.rebuilt - costs.dense) * (1 - 1 / chosen.hold) if order == "rebuilt" else 0.0
             work += (getattr(costs, order) - again) / M
+            work += r.norms and rotations(x, T) + r.norms * x.O * x.I / T
     add("scan", rates, len(groups), everything, everything * _through(shape, T, groups), everything * 2 * work, "scan")
     pairs = min(r.sequences, 2 * r.top + SAMPLE)
     rows = min(Q * (pairs - SAMPLE) + SAMPLE, max(pairs, r.sequences)) if pairs > SAMPLE else pairs
@@ -346,7 +349,7 @@ def _disk(r: Request, shape: Shape, fit: Division | None, machine: Machine) -> d
     if r.queries:
         sizes["solved queries"] = r.asked.queries * solved_size(layers, r.asked)
         table, by_layer = SUM * r.asked.queries * r.sequences, len(layers) * r.layer_scores
-        sizes["scores"] = (2 + by_layer) * table  # with the sums over documents
+        sizes["scores"] = (2 + by_layer + bool(r.norms)) * table  # with the sums over documents
         sizes["while tracing"] = (3 + 2 * by_layer) * table  # the units of the scan are there besides
     return sizes
 
