@@ -3,6 +3,7 @@
 from upriver.curvature.base import Curvature, Damping, Solution
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import UpriverError
+from upriver.evaluate.baselines import baseline
 from upriver.influence.queries import Measurements, gradients
 from upriver.model.check import tracked_layers
 from upriver.model.generate import complete
@@ -18,6 +19,6 @@ from upriver.text.queries import Queries
 
 __all__ = [
     "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels", "LanguageModel", "Measurements",
-    "Model", "Queries", "Regression", "Scores", "Solution", "Source", "Task", "UpriverError", "complete", "fit", "gradients",
-    "load_model", "report", "sweep", "trace", "tracked_layers",
+    "Model", "Queries", "Regression", "Scores", "Solution", "Source", "Task", "UpriverError", "baseline", "complete", "fit",
+    "gradients", "load_model", "report", "sweep", "trace", "tracked_layers",
 ]  # fmt: skip
