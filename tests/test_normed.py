@@ -13,7 +13,7 @@ from cases import case, close, gradients, measured, truth
 from test_plan import HERE, SMALL
 from upriver.curvature.base import Damping
 from upriver.errors import ConfigError, QueryError
-from upriver.influence.normed import SelfInfluence, unit_norm
+from upriver.influence.normed import Lengths, unit_norm
 from upriver.runtime.cost import Asked, LayerSize, rotations
 from upriver.runtime.divide import Budget, scan_held
 from upriver.runtime.plan import Request, plan_run
@@ -101,7 +101,7 @@ def test_lengths_are_measured_on_the_device(fitted):
 
         model = placed("llama", device, torch.float64)
         layers = up.tracked_layers(model, c.data, c.spec)
-        consumer = SelfInfluence(factors.curvature(), layers, [Damping()], like.to(device))
+        consumer = Lengths(factors.curvature(), layers, [Damping()], like.to(device))
         source = up.Source.of(c.data, np.arange(len(c.data)), 20)
         up.sweep(model, layers, source, source.rows, consumer)
         return consumer.result()["self"]

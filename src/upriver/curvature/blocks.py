@@ -117,7 +117,7 @@ class Eigenblock(NamedTuple):
         return torch.stack([(q.dense().square() / denominator_OI).sum(dtype=torch.float64) for q in queries])
 
     def denominator(self, damping: Damping) -> Tensor:
-        """``lam + lambda``, ``[O, I]``; refused where it is zero somewhere."""
+        """``lam_OI + lambda``, refused where it is zero."""
         denominator_OI = self.lam_OI + damping.of(self.lam_OI)
         mean = float(self.lam_OI.double().mean())
         smallest = float(denominator_OI.min())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from upriver.curvature.base import Damping
 from upriver.curvature.choose import blocks
 from upriver.errors import ConfigError
-from upriver.influence.normed import Normed, SelfInfluence, unit_norm
+from upriver.influence.normed import Lengths, Normed, unit_norm
 from upriver.influence.queries import Measured, gradients
 from upriver.influence.score import Score, route
 from upriver.model.capture import frozen
@@ -89,7 +89,7 @@ def gradient_norm(model: Model, corpus: Sequences, queries: Measured, layers: st
 def _plain(model: Model, corpus: Sequences, spec: str, q: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Gradient dot products with the queries ``[N, Q]`` and squared lengths ``[N, 1]``, in one pass."""
     chosen, Q = tracked_layers(model, corpus, spec), max(map(len, q.values()), default=0)
-    own = SelfInfluence(blocks("identity", chosen, None), chosen, [Damping(0.0, False)], model.like)
+    own = Lengths(blocks("identity", chosen, None), chosen, [Damping(0.0, False)], model.like)
     routes = {x.name: route("dense", lambda name=x.name: q[name], Q, model.like) for x in chosen if q}
     consumer = Normed(Score(routes, Q, False), own) if q else own
     source = Source.of(corpus, np.arange(len(corpus)), BATCH_TOKENS)
@@ -108,18 +108,18 @@ def loss(model: Model, corpus: Sequences, queries: Measured, layers: str, seed: 
 def repsim(model: Model, corpus: Sequences, queries: Measured, layers: str, seed: int) -> np.ndarray:
     """Cosine of the mean hidden states of the sequence and of prompt with completion (contrasts left out)."""
     h_NH = _sequences(model, corpus)
-    asked_QH = torch.stack([_mean(model, queries, q, 1.0, whole=True) for q in range(len(queries))])
+    asked_QH = torch.stack([_mean(model, queries, q, 1.0, True, h_NH[0]) for q in range(len(queries))])
     return nn.functional.cosine_similarity(h_NH[:, None], asked_QH[None], dim=2).numpy()
 
 
 def activations(model: Model, corpus: Sequences, queries: Measured, layers: str, seed: int) -> np.ndarray:
     """Projection of a sequence's mean hidden state, less that of the corpus, on a direction of length 1: from the mean hidden
     state of the contrast (without one: of the corpus) to that of the completion."""
-    h_NH, found = _sequences(model, corpus), []
+    h_NH = _sequences(model, corpus)
+    mean_H, found = h_NH.mean(0), []
     for q in range(len(queries)):
-        away = _mean(model, queries, q, -1.0, whole=False)
-        direction_H = _mean(model, queries, q, 1.0, whole=False) - (h_NH.mean(0) if away is None else away)
-        found.append((h_NH - h_NH.mean(0)) @ nn.functional.normalize(direction_H, dim=0))
+        there_H, away_H = (_mean(model, queries, q, weight, False, mean_H) for weight in (1.0, -1.0))
+        found.append((h_NH - mean_H) @ nn.functional.normalize(there_H - away_H, dim=0))
     return torch.stack(found, 1).numpy()
 
 
@@ -155,18 +155,19 @@ def _sequences(model: Model, corpus: Sequences) -> Tensor:
     return torch.stack([found[row] for row in range(len(corpus))])
 
 
-def _mean(model: Model, queries: Measured, q: int, weight: float, whole: bool) -> Tensor | None:
-    """The mean hidden state over a query's rows of a weight (1: completion, -1: contrast), ``[H]``; None without such a row.
+def _mean(model: Model, queries: Measured, q: int, weight: float, whole: bool, without_H: Tensor) -> Tensor:
+    """The mean hidden state over a query's rows of a weight (1: completion, -1: contrast), ``[H]``.
 
     Args:
         whole: over the prompt too, where there is one.
+        without_H: what is given where there is no such row.
     """
     batch = queries.batch([q]).to(model.device)
-    own_N = np.ones(len(batch.rows_N), bool) if batch.weight_N is None else (batch.weight_N == weight).cpu().numpy()
-    if not own_N.any() or (batch.weight_N is None and weight < 0):
-        return None
+    own_N = torch.ones(len(batch.rows_N)) if batch.weight_N is None else batch.weight_N.cpu()
+    if not (own_N == weight).any():
+        return without_H
     where_NT = batch.real_NT if whole else batch.inputs.get("loss", batch.real_NT)
-    return _averaged(hidden(model, batch), where_NT).cpu()[torch.from_numpy(own_N)].mean(0)
+    return _averaged(hidden(model, batch), where_NT).cpu()[own_N == weight].mean(0)
 
 
 def _averaged(h_NTH: Tensor, where_NT: Tensor | None) -> Tensor:

@@ -27,14 +27,14 @@ from upriver.tensors import accumulator_dtype, even_parts, on_cpu, rotated_gradi
 from upriver.text.batch import Batch
 
 
-class SelfInfluence:
+class Lengths:
     """Consumer: ``self(z)`` of each sequence of a pass for each damping.
 
     Args:
         like: gives the device and dtype of what layers saw; sums are in float32 or wider.
 
     Example:
-        >>> consumer = SelfInfluence(factors.curvature(), layers, [Damping()], model.like)
+        >>> consumer = Lengths(factors.curvature(), layers, [Damping()], model.like)
         >>> sweep(model, layers, source, source.rows, consumer)
         >>> consumer.result()["self"]  # [N, D], in the order of the rows
     """
@@ -75,7 +75,7 @@ class SelfInfluence:
 class Normed:
     """Consumer: scores and self-influence, side by side in one pass."""
 
-    def __init__(self, score: Score, own: SelfInfluence):
+    def __init__(self, score: Score, own: Lengths):
         self.both = (score, own)
         own.begin_unit()
 

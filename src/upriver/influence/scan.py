@@ -18,7 +18,7 @@ import torch
 
 from upriver.errors import NumericalError
 from upriver.influence.job import Job
-from upriver.influence.normed import Normed, SelfInfluence, unit_norm
+from upriver.influence.normed import Lengths, Normed, unit_norm
 from upriver.influence.score import Route, Score, route
 from upriver.influence.solve import read_solved
 from upriver.model.sweep import Source, sweep
@@ -118,7 +118,7 @@ def scan(job: Job, solved: list[Path], say: Say) -> list[Part]:
         scratch, own = Scratch(), None
         if job.opts.unit_norm:
             assert job.by_layer is not None
-            own = SelfInfluence(job.by_layer, layers, job.dampings, job.model.like)
+            own = Lengths(job.by_layer, layers, job.dampings, job.model.like)
         name = "scan" if len(group) == len(job.layers) else f"scan, layers {group[0] + 1} to {group[-1] + 1}"
         with job.progress(name, sum(source.tokens(units[unit]) for unit in remaining(stage, len(units)))) as advance:
 

@@ -154,7 +154,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Linear) and packed(module):
         return module.out_features, module.in_features
     rows, *columns = module.get_parameter("weight").shape
-    return (*columns, rows) if isinstance(module, Conv1D) else (rows, math.prod(columns))
+    return (columns[0], rows) if isinstance(module, Conv1D) else (rows, math.prod(columns))
 
 
 def weight_OI(module: nn.Module) -> torch.Tensor:

@@ -220,7 +220,7 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
             before, back = inputs.get(name, (0.0, False))
             rows = rows_seen(m, a)
             inputs[name] = (before + rows * O * I / tokens, back or a.requires_grad)
-            wide = max(O, I) if not isinstance(m, nn.Conv2d) else rows * O // tokens
+            wide = max(O, I) if not isinstance(m, nn.Conv2d) else int(rows * O // tokens)
             widest = max(widest, wide) if layer_kind(module, name) else widest
             if name in tracked or packed(m):  # which keep it where no hook on saved tensors sees it
                 keep(a.detach())

@@ -261,8 +261,10 @@ class Asked(NamedTuple):
 
 def norms_size(layers: Layers, asked: Asked) -> int:
     """Eigenvectors, and an inverse of the eigenvalues for each damping: what unit-norm scores hold through a scan."""
-    return asked.norms and SUM * sum(
-        square(x.O, x.parts) + square(x.I, x.parts) + asked.norms * x.O * x.I for x in layers
+    return (
+        SUM
+        * bool(asked.norms)
+        * sum(square(x.O, x.parts) + square(x.I, x.parts) + asked.norms * x.O * x.I for x in layers)
     )
 
 
@@ -274,7 +276,8 @@ def solved_size(layers: Layers, asked: Asked) -> int:
 
 def query_size(layers: Layers, asked: Asked) -> int:
     """One query between its backward pass and the end of its solution: its tokens' factors, and what is solved of it."""
-    return SUM * sum((x.O + x.I) * min(asked.tokens * x.rows, x.O, x.I) for x in layers) + solved_size(layers, asked)
+    held = sum((x.O + x.I) * min(asked.tokens * x.rows, x.O, x.I) for x in layers)
+    return int(SUM * held) + solved_size(layers, asked)
 
 
 class Contraction(NamedTuple):

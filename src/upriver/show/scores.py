@@ -49,10 +49,10 @@ class Scores:
         found, column = self.frame(), f"{query}@unit"
         if column not in found:
             raise QueryError(f"no unit-norm scores of {query!r} in {self.path}: trace again with --unit-norm")
-        found = found[["sequence", "document", "start", "end", query, column]]
-        found = found.rename(columns={query: "score", column: "unit"})
-        found = found[found["unit"] > 0 if side == "positive" else found["unit"] < 0]
-        return found.sort_values("unit", ascending=side != "positive", kind="stable").head(k).reset_index(drop=True)
+        places = {name: found[name] for name in ("sequence", "document", "start", "end")}
+        table = pd.DataFrame({**places, "score": found[query], "unit": found[column]})
+        table = table.loc[table["unit"] > 0 if side == "positive" else table["unit"] < 0]
+        return table.sort_values(by="unit", ascending=side != "positive", kind="stable").head(k).reset_index(drop=True)
 
     def frame(self) -> pd.DataFrame:
         """Every scored sequence, a column of raw scores per query."""
