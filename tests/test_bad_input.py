@@ -210,6 +210,8 @@ BAD_FLAGS = {
     ("fit", "--seq-len", "many"): ["--seq-len", "got 'many'", "integer"],
     ("fit", "--dtype", "float16"): ["'dtype'", "got 'float16'", "'bfloat16'"],
     ("fit", "--fisher", "true"): ["'fisher'", "got 'true'", "'empirical'"],
+    ("fit", "--fisher", "exact"): ["takes a pass for each output", "causal language model", "--draws K"],
+    ("fit", "--draws", "2", "--fisher", "empirical"): ["'draws'", "got 2", "sampled"],
     ("fit", "--device", "toaster"): ["'toaster'", "use auto, cpu"],
     ("fit", "--device", "meta"): ["'meta'", "use auto, cpu"],
     ("fit", "--max-tokens", "-5"): ["--max-tokens", "got '-5'"],

@@ -152,7 +152,7 @@ def test_help_is_complete_and_short(call, verb):
     parameters = get_command(cli.app).commands[verb].params  # pyright: ignore
     flags = [p for p in parameters if p.param_type_name == "option"]
     arguments = [p for p in parameters if p.param_type_name == "argument"]
-    assert len(flags) <= 24
+    assert len(flags) <= 25
     assert len(arguments) == VERBS[verb]
     assert all(p.help and p.help.endswith(".") for p in parameters)
     ran = call(verb, "--help")
@@ -295,7 +295,7 @@ def test_manifest_says_how_it_was_made(tiny, scores, manifest):
     assert manifest["key"]["options"]["damping"] == manifest["damping"] == "0.1x"
     assert (manifest["rank"], manifest["top"], manifest["curvature"]) == (32, TOP, "ekfac")
     assert (manifest["model"]["dtype"], manifest["kernel"]) == ("float32", "sdpa")
-    assert manifest["fisher"] == {"labels": "sampled", "seed": 0}
+    assert manifest["fisher"] == {"labels": "sampled", "draws": 1, "seed": 0}
     assert (manifest["coverage"]["tracked"], manifest["coverage"]["total"]) == (9216, 26848)
     assert manifest["corpus"]["documents"] == len(RECORDS)
     assert (manifest["corpus"]["seq_len"], manifest["corpus"]["pack"]) == (SEQ_LEN, False)

@@ -82,7 +82,7 @@ def run(name: str):
 
 @cache
 def shape(name: str, spec: str) -> tuple[Shape, list]:
-    layers = probe(find_layers(module(name), spec), lambda: run(name))
+    layers = probe(find_layers(module(name), spec), lambda: run(name), N * T)
     return module_shape(module(name), layers, N * T, lambda: run(name)), layers
 
 
@@ -244,7 +244,11 @@ def test_a_fit_keeps_its_limit_or_says_what_would_do(shape, job):
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes(), jobs, st.builds(Asked, st.integers(1, 300), st.integers(1, 100), st.sampled_from([None, 4, 32])))
+@given(
+    shapes(),
+    jobs,
+    st.builds(Asked, st.integers(1, 300), st.integers(1, 100), st.sampled_from([None, 4, 32]), norms=st.integers(0, 3)),
+)
 def test_a_trace_keeps_its_limit_or_says_what_would_do(shape, job, asked):
     split, job = kept(lambda job: divide_trace(shape, asked, job), job)
     assert max(split.peak.values()) <= job.limit
@@ -328,6 +332,14 @@ def test_time_is_linear_in_the_sequences_and_memory_is_level_but_for_their_place
     assert scans[2] / scans[0] == pytest.approx(4)
     assert plans[2].peak("trace") - plans[0].peak("trace") == 128 * 3 * 10**5
     assert len({plan.seconds("fit") for plan in plans}) == 1  # the sample has its own size
+
+
+def test_each_draw_of_labels_is_a_pass_over_the_sample():
+    one, three = (plan_run(Request(1000, 128, memory=8 * 10**9, draws=n), SMALL, HERE).passes for n in (1, 3))
+    times = {a.name: (b.flop / a.flop, b.sweeps / max(1, a.sweeps)) for a, b in zip(one, three, strict=True)}
+    assert times["covariance"] == times["correction"] == (pytest.approx(3), 3)
+    assert times["agreement"] == (pytest.approx(1), 1)
+    assert times["eigendecomposition"][0] == pytest.approx(1)
 
 
 def test_a_smaller_limit_costs_passes_and_the_numbers_stay():

@@ -17,14 +17,23 @@ from rich.console import Console
 
 import upriver.flags as flags
 from upriver.curvature.fit import Factors, fit
-from upriver.errors import ConfigError, StorageError, UpriverError
-from upriver.given import check_seq_len, how_read, query_size, read_corpus, read_for_others, read_model, read_queries
+from upriver.errors import ConfigError, UpriverError
+from upriver.given import (
+    check_plan_file,
+    check_seq_len,
+    how_read,
+    query_size,
+    read_corpus,
+    read_for_others,
+    read_model,
+    read_queries,
+)
 from upriver.influence.forecast import plan_model
 from upriver.model.load import Model
 from upriver.model.planned import Blank
 from upriver.model.shape import config_only
 from upriver.pipeline import trace
-from upriver.runtime.artifact import load_json, refuse_inside, write_json
+from upriver.runtime.artifact import refuse_inside, write_json
 from upriver.runtime.config import (
     AuditOptions,
     FitOptions,
@@ -62,7 +71,8 @@ def fit_command(
     layers: flags.Layers = "mlp",
     seq_len: flags.SeqLen = 512,
     pack: Annotated[bool, typer.Option("--pack", help="Join documents with the end token before cutting.")] = False,
-    fisher: Annotated[str, typer.Option(help="sampled or empirical labels.")] = "sampled",
+    fisher: Annotated[str, typer.Option(help="sampled, empirical or (few outputs) exact labels.")] = "sampled",
+    draws: flags.Draws = 1,
     max_tokens: flags.MaxTokens = 1_000_000,
     until: Annotated[
         float | None,
@@ -80,8 +90,8 @@ def fit_command(
 ) -> None:
     """Fit the EK-FAC factors of MODEL on CORPUS: once per model, for any number of questions."""
     given: dict[str, Any] = {
-        "layers": layers, "fisher": fisher, "max_tokens": max_tokens, "until": until, "blocks": blocks, "dtype": dtype,
-        "batch_tokens": batch_tokens, "memory": memory, "seed": seed, "tf32": tf32,
+        "layers": layers, "fisher": fisher, "draws": draws, "max_tokens": max_tokens, "until": until, "blocks": blocks,
+        "dtype": dtype, "batch_tokens": batch_tokens, "memory": memory, "seed": seed, "tf32": tf32,
     }  # fmt: skip
     options(FitOptions, given)  # a mistake is known before a model is loaded
     refuse_inside(out)
@@ -110,6 +120,7 @@ def trace_command(
     candidates: flags.Candidates = None,
     held_out: flags.HeldOut = None,
     layer_scores: flags.LayerScores = False,
+    unit_norm: flags.UnitNorm = False,
     complete: flags.Complete = None,
     dtype: flags.ScanDtype = None,
     tf32: flags.TraceTF32 = None,
@@ -126,6 +137,7 @@ def trace_command(
         "rank": rank, "damping": damping, "top": top, "candidates": candidates, "curvature": curvature, "refine": refine,
         "refine_tokens": refine_tokens, "solver_rank": solver_rank, "solver_steps": solver_steps, "held_out": held_out,
         "layer_scores": layer_scores, "dtype": dtype, "memory": memory, "layers": layers, "seed": seed, "tf32": tf32,
+        "unit_norm": unit_norm,
     }  # fmt: skip
     options(TraceOptions, given)
     rates = _checkpoints(checkpoints)
@@ -249,6 +261,7 @@ def plan_command(
     max_tokens: flags.MaxTokens = 1_000_000,
     rank: flags.Rank = "32",
     top: flags.Top = 100,
+    draws: flags.Draws = 1,
     blocks: flags.Blocks = 1,
     dtype: flags.Dtype = None,
     batch_tokens: flags.BatchTokens = None,
@@ -262,7 +275,7 @@ def plan_command(
     """Passes, operations, time, memory and disk of a fit and a trace, before anything starts."""
     traced = options(TraceOptions, {"rank": rank, "top": top})
     if out:
-        _check_plan_file(out)
+        check_plan_file(out)
     options(FitOptions, {"max_tokens": max_tokens, "dtype": dtype, "batch_tokens": batch_tokens})
     alone, size = config_only(model), parse_sizes(corpus)
     what = alone or read_model(model, "auto", dtype)
@@ -280,7 +293,7 @@ def plan_command(
     gpu = hardware(machine).accelerator if machine else isinstance(what, Model) and what.device.type != "cpu"
     asked: dict[str, Any] = {
         "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top,
-        "blocks": blocks, "memory": parse_memory(memory),
+        "draws": draws, "blocks": blocks, "memory": parse_memory(memory),
         **default_how(gpu, dtype, batch_tokens, "bfloat16"),
     }  # fmt: skip
     asked |= query_size(queries, what)
@@ -290,24 +303,6 @@ def plan_command(
         stdout.print(line, markup=False)
     if out:
         write_json(out, plan.as_dict(), sealed=False)
-
-
-def _check_plan_file(out: Path) -> None:
-    """Refuse a file for a plan that would replace anything but an earlier plan."""
-    if not out.parent.is_dir():
-        raise ConfigError(
-            f"bad value for --out: got {str(out)!r}; there is no folder {str(out.parent)!r}, make it first"
-        )
-    refuse_inside(out)
-    if os.path.lexists(out):
-        try:
-            found = load_json(out)
-        except StorageError:
-            found = None
-        if not isinstance(found, dict) or not {"machine", "passes", "seconds", "peak_bytes", "advice"} <= found.keys():
-            raise ConfigError(
-                f"bad value for --out: got {str(out)!r}, which is there and is no plan; choose another file, or move it away"
-            )
 
 
 @app.command("run")

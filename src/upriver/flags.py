@@ -29,6 +29,9 @@ BatchTokens = Annotated[
 Blocks = Annotated[
     int, typer.Option(help="Diagonal blocks of A and S, for very wide layers; what is between them is left out.", min=1)
 ]
+Draws = Annotated[
+    int, typer.Option(help="Sampled labels of a position, of which the mean is taken; as many passes.", min=1)
+]
 Layers = Annotated[str, typer.Option(help="mlp, attention, all, or globs separated by commas.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence; longer documents are cut into windows.", min=2)]
 Rank = Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")]
@@ -62,6 +65,9 @@ HeldOut = Annotated[
     int | None, typer.Option(help="Tokens, unseen by the solver, that judge its solutions; 0: none.", min=0)
 ]
 LayerScores = Annotated[bool, typer.Option("--layer-scores", help="Write layers.npy as well.")]
+UnitNorm = Annotated[
+    bool, typer.Option("--unit-norm", help="Write ID@unit columns as well: scores over the lengths of both gradients.")
+]
 Complete = Annotated[
     int | None, typer.Option(help="Let the model answer queries without completion, in N tokens.", min=1)
 ]

@@ -1,13 +1,15 @@
 """What a command is given, read and told of: the model, the corpus and the queries."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from upriver.curvature.factors import Factors
-from upriver.errors import ConfigError
+from upriver.errors import ConfigError, StorageError
 from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
+from upriver.runtime.artifact import load_json, refuse_inside
 from upriver.runtime.config import weights_in
 from upriver.runtime.system import give_back, resident_memory
 from upriver.show.terminal import running_bar, say
@@ -79,3 +81,21 @@ def check_seq_len(model: Model, seq_len: int) -> None:
 def read_queries(path: str, model: Model, most: int | None) -> Queries:
     queries = Queries.read(path, model.tokenizer, seq_len=model.longest, complete=most)
     return complete(model, queries, most) if most is not None and queries.needs_completion else queries
+
+
+def check_plan_file(out: Path) -> None:
+    """Refuse a file for a plan that would replace anything but an earlier plan."""
+    if not out.parent.is_dir():
+        raise ConfigError(
+            f"bad value for --out: got {str(out)!r}; there is no folder {str(out.parent)!r}, make it first"
+        )
+    refuse_inside(out)
+    if os.path.lexists(out):
+        try:
+            found = load_json(out)
+        except StorageError:
+            found = None
+        if not isinstance(found, dict) or not {"machine", "passes", "seconds", "peak_bytes", "advice"} <= found.keys():
+            raise ConfigError(
+                f"bad value for --out: got {str(out)!r}, which is there and is no plan; choose another file, or move it away"
+            )

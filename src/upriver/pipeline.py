@@ -12,6 +12,7 @@ from upriver.errors import ConfigError, QueryError
 from upriver.influence.forecast import divide, request, scan_probe
 from upriver.influence.job import Checkpoint, Given, Job, exactly, jobs, loaded, settled_options
 from upriver.influence.judge import judge
+from upriver.influence.normed import query_energies
 from upriver.influence.passages import answers, manifest, ranked, top_rows
 from upriver.influence.queries import Measured
 from upriver.influence.rescore import Pairs, rescore_top
@@ -56,8 +57,8 @@ def trace(
         factors: of the fit; None for a curvature that needs none (``identity``, ``exact``, ``arnoldi``, ``nystrom``, ``cg``,
             ``lissa``, ``tracincp``).
         checkpoints: for ``tracincp``: models (or their folders) with the learning rate that each was trained with.
-        given: ``curvature``, ``refine``, ``rank``, ``damping``, ``top``, ``candidates``, ``layer_scores``, ``dtype`` (of the
-            scan), ``tf32``, ``batch_tokens``, ``memory``, and more; see :class:`TraceOptions`.
+        given: ``curvature``, ``refine``, ``rank``, ``damping``, ``top``, ``candidates``, ``layer_scores``, ``unit_norm``,
+            ``dtype`` (of the scan), ``tf32``, ``batch_tokens``, ``memory``, and more; see :class:`TraceOptions`.
 
     Returns:
         The results in ``out``: raw scores are ``I_f`` (eq. 25); divided by the number of training sequences they are nats.
@@ -113,9 +114,9 @@ def _run(stage: Artifact, asked: Given) -> None:
         say(f"diagonal: measured once, on the {fitted:,} tokens that the factors were fitted on")
         fit_diagonal(asked.model, data, asked.factors, opts.memory, asked.progress)
     job = _first(stage, asked, rows)
-    if len(set(job.columns)) < len(job.columns):
+    if len(set(job.table)) < len(job.table):
         raise QueryError(
-            f"a question is named as the column of another one's damping: got {', '.join(job.columns)}; name it without '@'"
+            f"a question is named as a column of another one: got {', '.join(job.table)}; name it without '@'"
         )
     cover = asked.factors.manifest["coverage"] if asked.factors else _coverage(job)
     say(f"layers: {Coverage.of(cover).line()}")
@@ -129,16 +130,19 @@ def _run(stage: Artifact, asked: Given) -> None:
     probes = {"scan": scan_probe(wanted_of.asked)}
     announce(say, lambda: plan_here(asked.model, job.layers, data, wanted_of, probes, job.division))
     parts: list[Part] = []
+    energy_Q = None
     for each_job in jobs(job, asked):
         with times("queries"), exactly(each_job, asked) as solving:
             solved = solve(solving)
+            energy_Q = query_energies(solving) if opts.unit_norm else None
             give_back()
         with times("scan"), each_job.model.computing_in(str(opts.dtype)) as computing:
             own = computing.module is each_job.model.module
             layers = each_job.layers if own else asked.tracked(computing)
-            parts += scan(each_job._replace(model=computing, layers=layers), solved, say)
+            parts += scan(each_job._replace(model=computing, layers=layers, curvature=solving.curvature), solved, say)
             give_back()
-    scanned = Scanned(scan_units(job), parts, len(job.columns), len(job.layers) if opts.layer_scores else None)
+    n_layers = len(job.layers) if opts.layer_scores else None
+    scanned = Scanned(scan_units(job), parts, len(job.columns), n_layers, energy_Q)
     ends, sample = scanned.extremes(opts.top, len(asked.queries)), scanned.random_rows(int(opts.seed or 0))
     wanted = [np.union1d(rows_q, sample) for rows_q in ends]
     looked: list[list[Pairs]] = []
@@ -181,7 +185,7 @@ def _coverage(job: Job) -> dict[str, Any]:
 
 def _tidy(folder: Path) -> None:
     """Remove what the stages left: all that counts of it is in the tables."""
-    for name in ("solution", "solved", "scan", "rescored", "judged"):
+    for name in ("solution", "solved", "norms", "scan", "rescored", "judged"):
         discard(folder / name)
     division_file(folder).unlink(missing_ok=True)
 

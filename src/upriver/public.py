@@ -3,6 +3,7 @@
 from upriver.curvature.base import Curvature, Damping, Solution
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import UpriverError
+from upriver.evaluate.baselines import baseline
 from upriver.evaluate.lds import Bank, lds
 from upriver.evaluate.metagradient import metagradients
 from upriver.evaluate.retrain import leave_out, random_subsets, retrain
@@ -27,6 +28,6 @@ from upriver.text.queries import Queries
 __all__ = [
     "Audit", "Bank", "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels", "LanguageModel",
     "Measurements", "Model", "Queries", "Recipe", "Regression", "Scores", "Solution", "Source", "Task", "Trainer", "UpriverError",
-    "audit", "complete", "export", "fit", "gradients", "lds", "leave_out", "load_model", "metagradients", "random_subsets",
-    "report", "retrain", "self_influence", "sweep", "trace", "tracked_layers",
+    "audit", "baseline", "complete", "export", "fit", "gradients", "lds", "leave_out", "load_model", "metagradients",
+    "random_subsets", "report", "retrain", "self_influence", "sweep", "trace", "tracked_layers",
 ]  # fmt: skip

@@ -109,6 +109,13 @@ class Eigenblock(NamedTuple):
         U_QOR, V_QRI = (torch.stack(x) for x in zip(*found, strict=True))
         return metric.back_factors(LowRank(U_QOR.div_(s_O[:, None]), V_QRI.div_(a_I)))
 
+    def energies(self, queries: list[TokenGradient], damping: Damping) -> Tensor:
+        """``q^T (G + lambda I)^-1 q`` of queries given by their tokens, float64 ``[Q]``."""
+        denominator_OI = self.denominator(damping)
+        if self.basis is not None:
+            queries = rotate_tokens(self.basis, queries)
+        return torch.stack([(q.dense().square() / denominator_OI).sum(dtype=torch.float64) for q in queries])
+
     def denominator(self, damping: Damping) -> Tensor:
         """``lam_OI + lambda``, refused where it is zero."""
         denominator_OI = self.lam_OI + damping.of(self.lam_OI)

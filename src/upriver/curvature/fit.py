@@ -20,9 +20,9 @@ import torch
 
 from upriver.curvature.consumers import FIT_PROBES, Correction, Covariance, agreement, compare
 from upriver.curvature.factors import Factors, decomposed, read_moments, write_lam
-from upriver.curvature.rounds import convergence, doublings, rounds
+from upriver.curvature.rounds import convergence, doublings, labels_of, rounds
 from upriver.kernels import one_core_each
-from upriver.model.check import check_length, check_loss, tracked_layers
+from upriver.model.check import check_length, check_loss, count_outputs, tracked_layers
 from upriver.model.layers import Coverage, Layer, coverage
 from upriver.model.model import Model
 from upriver.model.planned import announce, division_file, memory_budget, plan_here, settled
@@ -52,7 +52,7 @@ class Work(NamedTuple):
     data: Sequences
     layers: list[Layer]
     units: list[np.ndarray]  # spans of the sample's rows
-    labels: dict[str, Labels]  # by pass
+    labels: dict[str, list[Labels]]  # by pass: each batch goes through it with each of these
     division: Division
     progress: Progress
 
@@ -63,6 +63,10 @@ class Work(NamedTuple):
     @property
     def tokens(self) -> int:
         return int(self.data.lengths_N[self.rows].sum(dtype=np.int64))
+
+    @property
+    def draws(self) -> int:
+        return len(self.labels["correction"])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,8 +94,8 @@ def fit(
     """Fit the EK-FAC factors of ``model`` on ``data`` into the folder ``out``; reuse what is there when it is the same.
 
     Args:
-        given: ``layers``, ``fisher``, ``max_tokens``, ``until``, ``blocks``, ``dtype``, ``tf32``, ``batch_tokens``, ``seed``,
-            ``memory``; see :class:`FitOptions`.
+        given: ``layers``, ``fisher``, ``draws``, ``max_tokens``, ``until``, ``blocks``, ``dtype``, ``tf32``,
+            ``batch_tokens``, ``seed``, ``memory``; see :class:`FitOptions`.
 
     Raises:
         InputError: an option, the model, or the folder cannot be used.
@@ -130,8 +134,9 @@ def prepared(top: Artifact, model: Model, data: Sequences, opts: FitOptions, pro
     check_loss(model, data, opts.fisher == "sampled")
     shape, budget = model_shape(model, layers, data), memory_budget(model, data, opts.batch_tokens, opts.memory)
     division = settled(top.path, divide_fit(shape, budget), model.device, say)
-    drawn = {"covariance": Labels(opts.seed, COVARIANCE_STREAM), "correction": Labels(opts.seed, CORRECTION_STREAM)}
-    labels = drawn if opts.fisher == "sampled" else dict.fromkeys(drawn, Labels())
+    outputs = count_outputs(model, data) if opts.fisher == "exact" else None
+    streams = {"covariance": COVARIANCE_STREAM, "correction": CORRECTION_STREAM}
+    labels = {name: labels_of(opts, stream, outputs) for name, stream in streams.items()}
     most = opts.max_tokens or int(data.lengths_N.sum(dtype=np.int64))
     unit = opts.unit_tokens
     samples = [data.sample(size, opts.seed) for size in (doublings(most, unit) if opts.until else [most])]
@@ -147,10 +152,11 @@ def _run(work: Work, opts: FitOptions, say: Say) -> None:
     say(
         f"fit: {'at most ' if opts.until else ''}{work.tokens:,} tokens in {len(work.rows):,} of {len(work.data):,} "
         f"sequences, {opts.fisher} labels, seed {opts.seed}"
+        + (f", {work.draws} passes a batch" if work.draws > 1 else "")
         + (f", A and S in {opts.blocks} diagonal blocks" if opts.blocks > 1 else "")
     )
-    asked = {"dtype": opts.dtype, "batch_tokens": opts.batch_tokens, "rounds": opts.until is not None}
-    request = request_for(work.data.lengths_N, fit_tokens=work.tokens, memory=None, **asked)
+    asked: dict[str, Any] = {"dtype": opts.dtype, "batch_tokens": opts.batch_tokens, "rounds": opts.until is not None}
+    request = request_for(work.data.lengths_N, fit_tokens=work.tokens, memory=None, draws=work.draws, **asked)
     announce(say, lambda: plan_here(work.model, work.layers, work.data, request, FIT_PROBES, work.division))
     clamped, halves, part = 0.0, {}, work
     for count in rounds(work.top.path, work.units, work.data, opts):
@@ -202,7 +208,7 @@ def summed(work: Work, spec: Spec, group: list[Layer], make: Callable[[Tensors],
     at = work.layers.index(group[0])
     stage = work.open(f"{spec.name}/layers-{at}-{at + len(group) - 1}", **key)
     labels = work.labels.get(spec.name, work.labels["correction"])
-    source = Source.of(work.data, work.rows, work.division.batch_tokens, labels)
+    source = Source.of(work.data, work.rows, work.division.batch_tokens, *labels)
     label = spec.name if len(group) == len(work.layers) else f"{spec.name}, layers {at + 1} to {at + len(group)}"
     left = sum(source.tokens(work.units[unit]) for unit in remaining(stage, len(work.units)))
     with work.progress(label, left) as advance:
@@ -242,7 +248,7 @@ def _decompose(stage: Artifact, work: Work, group: list[Layer], sums: Path) -> N
     def decompose(x: Layer) -> None:
         unit = work.layers.index(x)
         if not stage.has(unit):
-            stage.commit(unit, decomposed(x, sums, len(work.rows), work.model))
+            stage.commit(unit, decomposed(x, sums, work.draws * len(work.rows), work.model))
 
     shown = work.progress("eigendecomposition", len(group))
     with dist.together(), shown as advance, one_core_each(at_once) as pool:

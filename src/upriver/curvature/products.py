@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.pytorch_utils import Conv1D
 
 from upriver.curvature.base import Grads
 from upriver.errors import ModelError
 from upriver.model.capture import frozen
-from upriver.model.layers import Layer, weight_gradient_as_stored
+from upriver.model.layers import Layer, weight_gradient_as_stored, weight_OI
 from upriver.model.model import Model
 from upriver.model.packed import held_in
 from upriver.text.batch import Batch, Sequences
@@ -92,7 +91,7 @@ class Tracked:
     @property
     def theta_P(self) -> Tensor:
         """The weights as they are."""
-        return torch.cat([_weight(x).flatten() for x in self.layers])
+        return torch.cat([weight_OI(x.modules[0]).flatten() for x in self.layers])
 
     def at(self, theta_P: Tensor) -> nn.Module:
         """The module with ``theta_P`` for its tracked weights."""
@@ -229,11 +228,3 @@ def diagonal(A: Callable[[Tensor], Tensor], P: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     z_KP = (torch.randint(2, (PROBES, P), generator=generator) * 2 - 1).to(like)
     return (z_KP * A(z_KP)).mean(0)
-
-
-def _weight(layer: Layer) -> Tensor:
-    """``W_OI``, with the bias as its last column."""
-    module = layer.modules[0]
-    weight = module.get_parameter("weight").detach()
-    weight_OI = weight.T if isinstance(module, Conv1D) else weight
-    return torch.cat([weight_OI, module.get_parameter("bias").detach()[:, None]], 1) if layer.bias else weight_OI

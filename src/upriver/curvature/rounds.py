@@ -1,4 +1,5 @@
-"""How much of a sample a fit takes: all of it, or twice as much again and again until its halves agree (``until``)."""
+"""How much of a sample a fit takes, all of it, or twice as much again and again until its halves agree (``until``); and with
+which labels."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from upriver.model.sweep import Labels
 from upriver.runtime import dist
 from upriver.runtime.artifact import read_json, read_tensor
 from upriver.runtime.config import FitOptions
@@ -18,6 +20,13 @@ def doublings(tokens: int, first: int) -> list[int]:
     while sizes[-1] < tokens:
         sizes.append(2 * sizes[-1])
     return [*sizes[:-1], tokens]
+
+
+def labels_of(opts: FitOptions, stream: int, outputs: int | None) -> list[Labels]:
+    """With which labels each batch goes through a pass; further draws have streams of their own, those of two passes apart."""
+    if opts.fisher == "sampled":
+        return [Labels(opts.seed, stream + 2 * k) for k in range(opts.draws)]
+    return [Labels(output=k, outputs=outputs) for k in range(outputs or 1)]
 
 
 def rounds(folder: Path, units: list[np.ndarray], data: Sequences, opts: FitOptions) -> Iterator[int]:

@@ -44,7 +44,13 @@ def divide(asked: Given, layers: list[Layer], folder: Path | None) -> Division:
         long = batch_shape(model, layers, queries.batch([longest]), lambda b: weighted_measurement(model, b))
         shape = shape._replace(activation=max(shape.activation, long.activation))
     columns = len(queries) * len(opts.dampings)
-    wanted = Asked(columns, int(np.max(queries.lengths)), rank_within(layers, opts), opts.layer_scores)
+    wanted = Asked(
+        columns,
+        int(np.max(queries.lengths)),
+        rank_within(layers, opts),
+        opts.layer_scores,
+        len(opts.dampings) * opts.unit_norm,
+    )
     by_layer = opts.curvature in (*BLOCKS, "tracincp") and not opts.refine
     rougher = [scan] if scan == "bfloat16" and asked.exact == "float32" and by_layer else []
     for exact in (asked.exact, *rougher):
@@ -72,6 +78,7 @@ def request(
         np.asarray(data.lengths_N)[rows], fit=False, queries=len(queries), columns=len(queries) * len(opts.dampings),
         rank=rank_within(layers, opts), top=opts.top, fit_tokens=fitted, scan_dtype=str(opts.dtype), refine=opts.refine,
         refine_tokens=opts.refine_tokens or 0, held_out=held_out, layer_scores=opts.layer_scores,
+        norms=len(opts.dampings) * opts.unit_norm,
         query_tokens=max(1, round(float(np.mean(queries.lengths)))), batch_tokens=opts.batch_tokens,
     )  # fmt: skip
 
@@ -90,7 +97,7 @@ def scan_probe(asked: Asked) -> Probe:
             for x in layers
         }
         routes = {x.name: route(chosen[x.name], partial(zeros.__getitem__, x.name), Q, like) for x in layers}
-        work = sum(getattr(orders(x.O, x.I, M, N, Q, R or 1), chosen[x.name]) for x in layers)
+        work = sum(getattr(orders(x.O, x.I, M * x.rows, N, Q, R or 1), chosen[x.name]) for x in layers)
         return Score(routes, Q, False), 2.0 * work
 
     return probe

@@ -11,7 +11,7 @@ import torch
 
 from upriver.curvature.base import Curvature, Damping, Moments
 from upriver.curvature.blocks import BlockCurvature
-from upriver.curvature.choose import needs_factors, solver
+from upriver.curvature.choose import BLOCKS, needs_factors, solver
 from upriver.curvature.factors import Factors
 from upriver.errors import ConfigError, MismatchError
 from upriver.influence.queries import Measured
@@ -95,6 +95,16 @@ class Job(NamedTuple):
         return [*self.queries.ids, *(f"{name}@{text}" for text in further for name in self.queries.ids)]
 
     @property
+    def norms(self) -> int:
+        """For how many dampings the length of each sequence's gradient is measured; 0 without unit-norm scores."""
+        return len(self.dampings) * self.opts.unit_norm
+
+    @property
+    def table(self) -> list[str]:
+        """The columns of ``scores.parquet``: those of the results, and as ``ID@unit`` again with unit-norm scores."""
+        return [*self.columns, *(f"{name}@unit" for name in self.columns if self.opts.unit_norm)]
+
+    @property
     def n_train(self) -> int | None:
         """What turns a raw score into nats: the sequences that the factors were fitted for; None for gradient dot products."""
         if self.opts.curvature in PLAIN_GRADIENTS:
@@ -144,6 +154,11 @@ def settled_options(
     if kind in PLAIN_GRADIENTS and (len(opts.dampings) > 1 or opts.refine):
         raise ConfigError(
             f"curvature {kind!r} inverts nothing: got --damping {opts.damping} and --refine {opts.refine}"
+        )
+    if opts.unit_norm and (kind not in BLOCKS or opts.refine):
+        raise ConfigError(
+            f"unit-norm scores need every sequence solved in the pass, which only {', '.join(BLOCKS)} do, unrefined: got "
+            f"curvature {kind!r} and --refine {opts.refine}; leave out --unit-norm, or choose one of these"
         )
     told = factors.options if factors else None
     if told and opts.layers not in (None, told.layers):

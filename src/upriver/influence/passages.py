@@ -219,7 +219,7 @@ def manifest(
             "lambda_rule": LAMBDA,
         },
         "damping": opts.damping if job.n_train else "none",
-        "fisher": {"labels": fitted.fisher, "seed": fitted.seed} if fitted else None,
+        "fisher": {"labels": fitted.fisher, "draws": fitted.draws, "seed": fitted.seed} if fitted else None,
         "fit": factors["fit"] if factors else None,
         "rank": opts.rank,
         "rank_error": {

@@ -55,9 +55,13 @@ def write_scores(folder: Path, data: Sequences, columns: list[str], scanned: Sca
         parquet(folder / "scores.parquet", size) as add_scores,
         parquet(folder / "documents.parquet", size) as add_documents,
     ):
-        for rows_C, scores_CQ in scanned.chunks():
+        for unit, (rows_C, scores_CQ) in enumerate(scanned.chunks()):
             places = _places(data, rows_C)
-            add_scores(pd.concat([places, pd.DataFrame(scores_CQ, columns=pd.Index(columns))], axis=1))
+            parts = [places, pd.DataFrame(scores_CQ, columns=pd.Index(columns))]
+            if scanned.energy_Q is not None:
+                named = pd.Index([f"{name}@unit" for name in columns])
+                parts.append(pd.DataFrame(scanned.unit_norm(unit), columns=named))
+            add_scores(pd.concat(parts, axis=1))
             add_documents(documents.add(places["document"].tolist(), scores_CQ))
         add_documents(documents.finish())
     if scanned.n_layers is not None:

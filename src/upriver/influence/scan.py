@@ -18,6 +18,7 @@ import torch
 
 from upriver.errors import NumericalError
 from upriver.influence.job import Job
+from upriver.influence.normed import Lengths, Normed, unit_norm
 from upriver.influence.score import Route, Score, route
 from upriver.influence.solve import read_solved
 from upriver.model.sweep import Source, sweep
@@ -46,6 +47,7 @@ class Scanned(NamedTuple):
     parts: list[Part]
     n_columns: int
     n_layers: int | None  # where scores are kept by layer
+    energy_Q: np.ndarray | None = None  # of each column's query, where unit-norm scores are asked for
 
     @property
     def rows_N(self) -> np.ndarray:
@@ -62,6 +64,12 @@ class Scanned(NamedTuple):
         for part in self.parts:
             out_CQL[:, :, part.layers] += read_tensor(part.files[unit], "layers").numpy()
         return out_CQL
+
+    def unit_norm(self, unit: int) -> np.ndarray:
+        """Unit-norm scores ``[C, Q]``."""
+        assert self.energy_Q is not None
+        own_CD = sum(read_tensor(part.files[unit], "self") for part in self.parts).numpy()  # type: ignore[union-attr]
+        return unit_norm(self.scores(unit), own_CD, self.energy_Q)
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The rows of a unit, and their scores."""
@@ -107,12 +115,16 @@ def scan(job: Job, solved: list[Path], say: Say) -> list[Part]:
         stage = job.open(f"scan/layers-{group[0]}-{group[-1]}", batch_tokens=source.batch_tokens, unit=len(units[0]))
         if not i:
             _tell(say, routes, hold)
-        scratch = Scratch()
+        scratch, own = Scratch(), None
+        if job.opts.unit_norm:
+            assert job.by_layer is not None
+            own = Lengths(job.by_layer, layers, job.dampings, job.model.like)
         name = "scan" if len(group) == len(job.layers) else f"scan, layers {group[0] + 1} to {group[-1] + 1}"
         with job.progress(name, sum(source.tokens(units[unit]) for unit in remaining(stage, len(units)))) as advance:
 
             def compute(unit: int) -> Tensors:
                 consumer = Score(routes, len(job.columns), job.opts.layer_scores, hold, scratch=scratch)  # noqa: B023
+                consumer = Normed(consumer, own) if own else consumer  # noqa: B023
                 sweep(job.model, layers, source, units[unit], consumer, advance)  # noqa: B023
                 return _finite(consumer.result())
 
@@ -137,7 +149,7 @@ def plan_routes(job: Job, solved: list[Path], group: list[int]) -> tuple[dict[st
     budget = Budget(
         0, 0, M, 1, dtype, sequences=max(1, round(M / float(lengths_N.mean()))), accelerator=not on_cpu(like)
     )
-    chosen = scan_held(layers, Asked(Q, 1, job.rank), budget, M, job.division.scan_room)
+    chosen = scan_held(layers, Asked(Q, 1, job.rank, norms=job.norms), budget, M, job.division.scan_room)
     read = {x.name: partial(read_solved, solved, x.name) for x in layers}
     return {name: route(order, read[name], Q, like) for name, order in chosen.orders.items()}, chosen.hold
 

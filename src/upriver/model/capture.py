@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from upriver.errors import ModelError, NumericalError
 from upriver.kernels import FastKernels
-from upriver.model.layers import Layer, given
+from upriver.model.layers import Layer, by_position, given, unfolded
 from upriver.model.packed import packed
 from upriver.runtime import dist
 from upriver.tensors import on_cpu
@@ -163,16 +163,17 @@ class Run:
         if not self._backward:  # a recomputation under activation checkpointing only rebuilds the graph
             self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
             a = given(args, kwargs)
-            output.register_hook(partial(self._on_gradient, layer, a.detach(), a._version))
+            output.register_hook(partial(self._on_gradient, layer, module, a.detach(), a._version))
         return output
 
-    def _on_gradient(self, layer: Layer, a: Tensor, version: int, g: Tensor) -> None:
+    def _on_gradient(self, layer: Layer, module: nn.Module, a: Tensor, version: int, g: Tensor) -> None:
         if a._version != version:  # autograd would say so itself if the weight were not frozen
             raise ModelError(
                 f"the input of layer {layer.name!r} is written over by a later in-place operation of the model; "
                 "leave the layer out with --layers"
             )
         calls = self._waiting.setdefault(layer.name, (layer, []))[1]
+        a, g = unfolded(module, a), by_position(module, g)
         calls.append((self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False)))
         if len(calls) == self._expected[layer.name]:
             self._hand_over(*self._waiting.pop(layer.name))

@@ -43,7 +43,7 @@ def checked_layers(
     losses: list[Tensor] = []
 
     def probed() -> Tensor:
-        found.extend(probe(layers, lambda: losses.append(forward())))
+        found.extend(probe(layers, lambda: losses.append(forward()), N * (T or 1)))
         return losses[0]
 
     try:
@@ -191,6 +191,24 @@ def check_loss(model: Model, data: Sequences, drawn: bool) -> None:
             each = [_loss(model, data, rows[[i]], labels) for i in range(len(rows))]
             if len(rows) == 2:
                 _check_sum(model, _loss(model, data, rows, labels), each, labels)
+
+
+def count_outputs(model: Model, data: Sequences) -> int:
+    """How many outputs an example has, where the expectation over its labels can be taken output by output.
+
+    Raises:
+        ModelError: the task does not offer them, or a sequence has several predictions.
+    """
+    batch = data.batch(_short(data)).to(model.device)
+    with frozen(model.module), torch.no_grad():
+        outputs_MC = model.task.outputs(model.module, batch)
+        model.task.root(outputs_MC, 0)
+    if len(outputs_MC) != len(batch.rows_N):
+        raise ModelError(
+            f"the expectation over all labels is for tasks of one prediction an example: got {len(outputs_MC)} of a sequence; "
+            "fit with sampled labels, and with --draws K for less noise"
+        )
+    return outputs_MC.shape[1]
 
 
 def _with_loss(data: Sequences) -> np.ndarray:

@@ -4,6 +4,7 @@ No table of model names: the blocks of a model are its longest list of alike mod
 its path or an enclosing class says so, and what is left inside a block is its MLP.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -20,6 +21,7 @@ from upriver.model.packed import held_in, packed, parameter_sizes
 ATTENTION = re.compile(r"attn|attention|^wqkv$", re.IGNORECASE)
 MIXER = re.compile(r"mamba|mixer|ssm|recurrent|rglru|conv", re.IGNORECASE)  # of a place in the block
 MIXER_CLASS = re.compile(r"(Mixer|Recurrent\w*Block|RgLru|Conv\w*|DeltaNet)$")  # of a module around the layer
+LINEAR = (nn.Linear, Conv1D, nn.Conv2d)  # what gives W a + b at each position
 ROUTER = re.compile(r"^(gate|router|.*_gate)$|router", re.IGNORECASE)
 
 
@@ -34,6 +36,7 @@ class Layer(NamedTuple):
     block: int | None  # depth
     A_of: str  # the layer whose input moment A this one shares (itself when alone)
     parts: int = 1  # diagonal blocks of A and S, at most
+    rows: float = 1.0  # inputs that it sees for a token of the corpus: positions of an image, calls
 
     @property
     def kind(self) -> str:
@@ -114,7 +117,12 @@ def same_layers(layers: list[Layer], module: nn.Module, copy: nn.Module) -> list
 
 def _layer(name: str, modules: list[nn.Module]) -> Layer:
     """A weight with all the modules that use it: a gradient through only some of them would be a part of its gradient."""
-    other = [type(m).__name__ for m in modules if not isinstance(m, nn.Linear | Conv1D)]
+    other = [type(m).__name__ for m in modules if not isinstance(m, LINEAR)]
+    if any(map(_grouped, modules)):
+        raise ModelError(
+            f"layer {name!r} cannot be tracked: got a convolution in groups, whose weight is several matrices; leave it "
+            "out by giving globs to --layers"
+        )
     if other:
         raise ModelError(
             f"layer {name!r} cannot be tracked: its weight is also that of a module that is not linear: got {other[0]}, as of a "
@@ -145,29 +153,81 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     """``(O, I)`` of a weight, also for GPT-2's transposed ``Conv1D`` and for one that is packed."""
     if isinstance(module, nn.Linear) and packed(module):
         return module.out_features, module.in_features
-    rows, columns = module.get_parameter("weight").shape
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    rows, *columns = module.get_parameter("weight").shape
+    return (columns[0], rows) if isinstance(module, Conv1D) else (rows, math.prod(columns))
+
+
+def weight_OI(module: nn.Module) -> torch.Tensor:
+    """The weight as a matrix, the bias as its last column; a convolution's columns go channel by channel, each row by row."""
+    weight = module.get_parameter("weight").detach()
+    matrix_OI = weight.T if isinstance(module, Conv1D) else weight.flatten(1)
+    return (
+        matrix_OI if module.bias is None else torch.cat([matrix_OI, module.get_parameter("bias").detach()[:, None]], 1)
+    )
+
+
+def unfolded(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a layer multiplies its weight with at each position: its input, of a convolution the patches ``[N, positions, I]``.
+
+    Raises:
+        ModelError: a convolution is given one image instead of a batch.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return x
+    if x.ndim != 4:
+        raise ModelError(
+            f"a convolution sees no batch of images: got an input of shape {tuple(x.shape)}; give [N, C, H, W]"
+        )
+    how = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    around = module._reversed_padding_repeated_twice  # as numbers, also of padding="same"
+    padded = torch.nn.functional.pad(x, around, mode=how)
+    found = torch.nn.functional.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+    return found.transpose(1, 2)
+
+
+def by_position(module: nn.Module, g: torch.Tensor) -> torch.Tensor:
+    """The gradient at a layer's output with the outputs last: of a convolution ``[N, positions, O]``."""
+    return g.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else g
+
+
+def rows_seen(module: nn.Module, x: torch.Tensor) -> int:
+    """How many inputs an input ``x`` of a layer holds, one for each position."""
+    if not isinstance(module, nn.Conv2d):
+        return x.numel() // x.shape[-1]
+    around, sides = module._reversed_padding_repeated_twice, []
+    for axis in (0, 1):
+        left, right = around[2 * (1 - axis) : 2 * (1 - axis) + 2]
+        spread = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        sides.append((x.shape[axis - 2] + left + right - spread) // module.stride[axis] + 1)
+    return x.shape[0] * math.prod(sides)
 
 
 def weight_gradient_as_stored(module: nn.Module, grad_OI: torch.Tensor) -> dict[str, torch.Tensor]:
     """A gradient ``[O, I]`` (bias column last) as the module's own ``weight`` and ``bias``."""
     weight = grad_OI if module.bias is None else grad_OI[:, :-1]
     parts = {} if module.bias is None else {"bias": grad_OI[:, -1]}
+    if isinstance(module, nn.Conv2d):
+        return {"weight": weight.reshape(module.weight.shape), **parts}
     return {"weight": weight.T if isinstance(module, Conv1D) else weight, **parts}
+
+
+def _grouped(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups > 1
 
 
 def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, m in module.named_modules():
-        if isinstance(m, nn.Linear | Conv1D):
+        if isinstance(m, LINEAR):
             weight = m._parameters.get("weight")  # not there when it is computed, as under weight normalisation
-            if weight is not None and ((weight.is_floating_point() and weight.ndim == 2) or packed(m)):
+            axes = 4 if isinstance(m, nn.Conv2d) else 2
+            if weight is not None and ((weight.is_floating_point() and weight.ndim == axes) or packed(m)):
                 yield name, m
 
 
 def _matches(module: nn.Module, name: str, spec: str) -> bool:
     if spec not in ("mlp", "attention", "all"):
         return fnmatch(name, spec)
-    kind = layer_kind(module, name)
+    kind = None if _grouped(module.get_submodule(name)) else layer_kind(module, name)
     return kind is not None and (spec == "all" or spec == kind)
 
 
@@ -182,21 +242,26 @@ def layer_kind(module: nn.Module, name: str) -> str | None:
     inside, classes = parts[start:], [type(m).__name__ for m in around[start + 1 :]]
     if any(ATTENTION.search(label) for label in inside + classes):
         return "attention"
+    if isinstance(module.get_submodule(name), nn.Conv2d):
+        return "other"
     if any(map(MIXER.search, inside)) or any(map(MIXER_CLASS.search, classes)) or ROUTER.search(inside[-1]):
         return "other"
     return "mlp"
 
 
-def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
-    """Run ``forward`` once and note which layers are given the very same input, so that they share one ``A``.
+def probe(layers: list[Layer], forward: Callable[[], Any], tokens: int) -> list[Layer]:
+    """Run ``forward`` once, over so many tokens, and note how many inputs each layer sees for one of them, and which layers
+    are given the very same input, so that they share one ``A``.
 
     Raises:
         ModelError: a layer is never called, as inside a compiled model, whose hooks do not run.
     """
     seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
+    rows = dict.fromkeys(seen, 0)
 
     def note(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen[name].append(given(args, kwargs))
+        rows[name] += rows_seen(module, seen[name][-1])
 
     hooks = [m.register_forward_pre_hook(partial(note, x.name), with_kwargs=True) for x in layers for m in x.modules]
     try:
@@ -211,14 +276,21 @@ def probe(layers: list[Layer], forward: Callable[[], Any]) -> list[Layer]:
             "them, or is compiled; leave them out by giving globs to --layers, or give the plain model (model._orig_mod)"
         )
     leaders: dict[tuple, str] = {}
-    keys = [(layer.bias, *map(id, seen[layer.name])) for layer in layers]
-    return [layer._replace(A_of=leaders.setdefault(key, layer.name)) for layer, key in zip(layers, keys, strict=True)]
+    keys = [(layer.bias, *map(_patches, layer.modules), *map(id, seen[layer.name])) for layer in layers]
+    leads = [leaders.setdefault(key, layer.name) for layer, key in zip(layers, keys, strict=True)]
+    return [x._replace(A_of=A_of, rows=rows[x.name] / tokens) for x, A_of in zip(layers, leads, strict=True)]
+
+
+def _patches(module: nn.Module) -> tuple:
+    """What decides what a layer makes of its input before it multiplies."""
+    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    return tuple(getattr(module, name) for name in names) if isinstance(module, nn.Conv2d) else ()
 
 
 def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
     """What share of the parameters ``layers`` hold; the rest grouped by place, with the reason it is left out."""
     tracked = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
-    linear = {f"{name}.{p}" for name, m in _linear_modules(module) for p in ("weight", "bias")}
+    linear = {f"{name}.{p}" for name, m in _linear_modules(module) if not _grouped(m) for p in ("weight", "bias")}
     sizes = parameter_sizes(module)
     total = sum(sizes.values())
     groups: dict[tuple[str, str], int] = {}
@@ -233,7 +305,7 @@ def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
 
 
 def _why(name: str, parameter: nn.Parameter, linear: bool) -> str:
-    if parameter.ndim >= 3:
+    if parameter.ndim >= 3 and not linear:
         return "expert or convolution weights of three axes cannot be tracked"
     if re.search(r"embed|wte|wpe", name, re.IGNORECASE):
         return "embedding"

@@ -90,6 +90,17 @@ class Task(ABC):
         """The loss of given outputs, summed as :meth:`loss` is: a scalar."""
         raise ModelError(f"the task {self.name!r} has no loss of outputs; give it `outputs` and `loss_of`")
 
+    def root(self, outputs_NC: Tensor, k: int) -> Tensor:
+        """Column ``k`` of a root of the Hessian of each example's loss in its outputs, ``[N, C]``.
+
+        The outer products of all ``C`` columns add up to that Hessian, which is the expectation over labels of the outer
+        product of the loss's slope; only a fit with ``fisher="exact"`` asks for it.
+        """
+        raise ModelError(
+            f"the expectation over all labels takes a pass for each output of an example: got the task {self.name!r}, which "
+            "does not offer them; fit with sampled labels, and with --draws K for less noise"
+        )
+
 
 class LanguageModel(Task):
     """Next-token prediction with a causal language model of ``transformers``.
@@ -176,6 +187,10 @@ class Classification(Task):
     def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs_MC, batch.inputs["y"], reduction="sum")
 
+    def root(self, outputs_NC: Tensor, k: int) -> Tensor:
+        p_NC = outputs_NC.softmax(1)
+        return p_NC[:, k : k + 1].sqrt() * (p_NC - unit(k, p_NC))
+
 
 class Regression(Task):
     """``(y - module(x))^2 / 2`` summed over outputs, with ``inputs = {"x": ..., "y": float [N] or [N, K]}``.
@@ -204,6 +219,9 @@ class Regression(Task):
     def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
         return self._error(outputs_MC, batch).square().sum() / 2
 
+    def root(self, outputs_NC: Tensor, k: int) -> Tensor:
+        return unit(k, outputs_NC).expand_as(outputs_NC)
+
     def _error(self, prediction_NK: Tensor, batch: Batch) -> Tensor:
         y_NK = batch.inputs["y"].reshape(len(prediction_NK), -1)
         if y_NK.shape != prediction_NK.shape:  # torch would repeat one of them
@@ -212,6 +230,11 @@ class Regression(Task):
                 f"{y_NK.shape[1]} in 'y'; give as many labels as the model has outputs"
             )
         return prediction_NK - y_NK
+
+
+def unit(k: int, like_NC: Tensor) -> Tensor:
+    """The unit vector ``[C]`` along output ``k``."""
+    return (torch.arange(like_NC.shape[1], device=like_NC.device) == k).to(like_NC)
 
 
 def _given(module: nn.Module, batch: Batch) -> Tensor:

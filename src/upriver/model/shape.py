@@ -13,13 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.pytorch_utils import Conv1D
 
 from upriver.errors import ModelError
 from upriver.kernels import LONGEST
 from upriver.model.capture import capture, frozen
 from upriver.model.head import hidden_states
-from upriver.model.layers import Layer, block_number, find_layers, given, layer_kind, probe, same_layers, weight_shape
+from upriver.model.layers import (
+    LINEAR,
+    Layer,
+    block_number,
+    find_layers,
+    given,
+    layer_kind,
+    probe,
+    rows_seen,
+    same_layers,
+    weight_shape,
+)
 from upriver.model.model import Model, dtype_named, text_config
 from upriver.model.packed import floating, packed, parameter_sizes
 from upriver.runtime.cost import Block, LayerSize, Shape, lowest_block
@@ -55,7 +65,7 @@ def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: C
     low = lowest_block(layers)
     passed = [(n, m) for n, (m, back) in seen.inputs.items() if back and block_number(n) == low]
     return Shape(
-        layers=tuple(LayerSize(x.name, x.O, x.I, x.A_of, x.block, x.parts) for x in layers),
+        layers=tuple(LayerSize(x.name, x.O, x.I, x.A_of, x.block, x.parts, x.rows) for x in layers),
         blocks=tuple(Block(blocks[i], attention) for i in range(max(blocks, default=-1) + 1)),
         below=outside[False],
         head=outside[True],
@@ -92,7 +102,7 @@ def batch_shape(model: Model, layers: list[Layer], batch: Batch, forward: Callab
     checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.module.modules())
     how = model.dtype, _kernel(model), checkpointing  # what decides how much a pass keeps may be switched meanwhile
     form = tuple((name, tuple(x.shape)) for name, x in batch.inputs.items())
-    key = (tuple((x.name, x.A_of, x.parts) for x in layers), form, model.n_parameters, *how)
+    key = (tuple((x.name, x.A_of, x.parts, x.rows) for x in layers), form, model.n_parameters, *how)
     known = _SEEN.setdefault(model.module, {})
     if key not in known:
         batch = batch.to(model.device)
@@ -179,7 +189,7 @@ def _run_fake(module: Any, spec: str) -> Shape:
         return hidden_states(module, head, tokens_1T)
 
     with frozen(module):
-        layers = probe(find_layers(module, spec), forward)
+        layers = probe(find_layers(module, spec), forward, PROBE_TOKENS)
     return module_shape(module, layers, PROBE_TOKENS, forward)
 
 
@@ -208,15 +218,17 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
             a = given(args, kwargs)
             O, I = weight_shape(m)
             before, back = inputs.get(name, (0.0, False))
-            inputs[name] = (before + a.numel() / I * O * I / tokens, back or a.requires_grad)
-            widest = max(widest, O, I) if layer_kind(module, name) else widest
+            rows = rows_seen(m, a)
+            inputs[name] = (before + rows * O * I / tokens, back or a.requires_grad)
+            wide = max(O, I) if not isinstance(m, nn.Conv2d) else int(rows * O // tokens)
+            widest = max(widest, wide) if layer_kind(module, name) else widest
             if name in tracked or packed(m):  # which keep it where no hook on saved tensors sees it
                 keep(a.detach())
 
         return hook
 
     tracked = {n for n, m in module.named_modules() if any(m is t for x in layers for t in x.modules)}
-    linear = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    linear = [(n, m) for n, m in module.named_modules() if isinstance(m, LINEAR)]
     hooks = [m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in linear]
     saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
     try:

@@ -31,15 +31,24 @@ class Consumer(Protocol):
 
 
 class Labels(NamedTuple):
-    """Whose labels the loss takes: the corpus's own (``stream`` None), or drawn from the model."""
+    """Whose labels the loss takes: the corpus's own (``stream`` None), drawn from the model, or all of them.
+
+    With ``output`` k of ``outputs`` C the scalar is the outputs along column k of a root of the loss's Hessian, times the root
+    of C: the mean over k of what is squared of its gradients is the expectation over labels.
+    """
 
     seed: int = 0
     stream: int | None = None
+    output: int = 0
+    outputs: int | None = None
 
     def sampler(self, batch: Batch) -> Sampler | None:
         return None if self.stream is None else Sampler(self.seed, self.stream, batch.keys_N)
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
+        if self.outputs:
+            h_NC = model.task.outputs(model.module, batch)
+            return self.outputs**0.5 * (h_NC * model.task.root(h_NC.detach(), self.output)).sum()
         return model.task.loss(model.module, batch, self.sampler(batch))
 
 
@@ -51,11 +60,13 @@ class Source(NamedTuple):
     loss: Callable[[Model, Batch], Tensor]
     rows: np.ndarray
     batch_tokens: int
+    again: tuple[Callable[[Model, Batch], Tensor], ...] = ()  # further scalars: each batch is a batch again with each
 
     @classmethod
-    def of(cls, data: Sequences, rows: np.ndarray, batch_tokens: int, labels: Labels = Labels()) -> "Source":  # noqa: B008
-        """The training loss of some sequences of a corpus, with its own labels or drawn ones."""
-        return cls(data.lengths_N, data.batch, labels.loss, np.asarray(rows, np.int64), batch_tokens)
+    def of(cls, data: Sequences, rows: np.ndarray, batch_tokens: int, *labels: Labels) -> "Source":
+        """The training loss of some sequences of a corpus, with its own labels, or with each of ``labels`` in turn."""
+        loss, *again = [x.loss for x in labels or (Labels(),)]
+        return cls(data.lengths_N, data.batch, loss, np.asarray(rows, np.int64), batch_tokens, tuple(again))
 
     def units(self, unit_tokens: int | None = None, most_rows: int | None = None) -> list[np.ndarray]:
         """Spans of the rows, each a unit of work; see :func:`upriver.runtime.units.spans`."""
@@ -88,8 +99,9 @@ def sweep(
     """
     with capture(model.module, layers, consumer, model.handed) as run:
         for batch in _ahead(source, rows, model):
-            consumer.begin(batch)
-            run(len(batch.rows_N), model.task.positions(batch), lambda b=batch: source.loss(model, b))
+            for loss in (source.loss, *source.again):
+                consumer.begin(batch)
+                run(len(batch.rows_N), model.task.positions(batch), lambda b=batch, of=loss: of(model, b))
             advance(source.tokens(batch.rows_N) if batch.query_N is None else len(batch.rows_N))
 
 

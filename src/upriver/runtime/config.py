@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from upriver.errors import ConfigError
 
@@ -102,7 +102,8 @@ class FitOptions(Options):
     """What :func:`upriver.fit` may be told."""
 
     layers: str = "mlp"
-    fisher: Literal["sampled", "empirical"] = "sampled"
+    fisher: Literal["sampled", "empirical", "exact"] = "sampled"
+    draws: int = Field(1, ge=1)  # of sampled labels, whose mean is taken
     max_tokens: int | None = Field(1_000_000, ge=1)
     until: float | None = Field(None, gt=0, le=1)
     blocks: int = Field(1, ge=1)  # along the diagonals of A and S; what is between them is left out
@@ -114,6 +115,13 @@ class FitOptions(Options):
     unit_tokens: int = Field(UNIT_TOKENS, ge=1)
 
     _memory = field_validator("memory")(_size)
+
+    @field_validator("draws")
+    @classmethod
+    def _draws(cls, value: int, given: ValidationInfo) -> int:
+        if value > 1 and given.data.get("fisher") != "sampled":
+            raise ValueError("several draws go with --fisher sampled alone, leave them out")
+        return value
 
 
 class TraceOptions(Options):
@@ -130,6 +138,7 @@ class TraceOptions(Options):
     candidates: int | None = Field(None, ge=1)
     held_out: int | None = Field(None, ge=0)  # tokens that judge the solutions; 0: none
     layer_scores: bool = False
+    unit_norm: bool = False  # further columns, of scores between -1 and 1
     layers: str | None = None  # None: those of the factors, else mlp
     dtype: Dtype | None = None  # of the scan; None: that of the factors, else of the model
     tf32: bool | None = None  # None: that of the factors, else False

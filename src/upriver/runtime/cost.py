@@ -59,11 +59,13 @@ class Sized(Protocol):
     def block(self) -> int | None: ...
     @property
     def parts(self) -> int: ...
+    @property
+    def rows(self) -> float: ...
 
 
 class LayerSize(NamedTuple):
-    """The plain data of a tracked layer; ``A_of`` is the layer whose input it shares, itself when alone, and ``parts`` the most
-    diagonal blocks that its second moments are kept in."""
+    """The plain data of a tracked layer; ``A_of`` is the layer whose input it shares, itself when alone, ``parts`` the most
+    diagonal blocks that its second moments are kept in, and ``rows`` how many inputs it sees for a token."""
 
     name: str
     O: int
@@ -71,6 +73,7 @@ class LayerSize(NamedTuple):
     A_of: str
     block: int | None
     parts: int = 1
+    rows: float = 1.0
 
 
 Layers = Sequence[Sized]
@@ -98,8 +101,9 @@ def largest(layers: Layers) -> int:
     return max(x.O * x.I for x in layers)
 
 
-def widest(layers: Layers) -> int:
-    return max(max(x.O, x.I) for x in layers)
+def widest(layers: Layers) -> float:
+    """Numbers of a token at the wider side of a layer."""
+    return max(x.rows * max(x.O, x.I) for x in layers)
 
 
 def diagonal(n: int, parts: int) -> list[int]:
@@ -137,7 +141,7 @@ def _bases_and(numbers: int, layers: Layers) -> float:
 def rotations(x: Sized, T: float) -> float:
     """A sequence's gradient in the eigenbases, a token: formed, and each side rotated where that is cheaper."""
     O, I, S, A = float(x.O), float(x.I), float(square(x.O, x.parts)), float(square(x.I, x.parts))
-    return O * I + min(S, S * I / T) + min(A if leads(x) else 0.0, O * A / T)
+    return x.rows * (O * I + min(S, S * I / (x.rows * T)) + min(A if leads(x) else 0.0, O * A / (x.rows * T)))
 
 
 def _gradients_work(layers: Layers, tokens: int, at_once: Chunks) -> float:
@@ -148,7 +152,7 @@ COVARIANCE = Spec(
     "covariance",
     moments_size,
     lambda layers, tokens, _: SUM * tokens * widest(layers),
-    lambda x, T: sum(n * n for n in sides(x)) / 2,
+    lambda x, T: x.rows * sum(n * n for n in sides(x)) / 2,
 )
 CORRECTION = Spec(
     "correction",
@@ -157,7 +161,7 @@ CORRECTION = Spec(
     rotations,
 )
 SELF_INFLUENCE = Spec("self-influence", partial(_bases_and, 1), CORRECTION.work, rotations)
-DIAGONAL = Spec("diagonal", lambda layers: 2 * lam_size(layers), _gradients_work, lambda x, T: x.O * x.I)
+DIAGONAL = Spec("diagonal", lambda layers: 2 * lam_size(layers), _gradients_work, lambda x, T: x.rows * x.O * x.I)
 
 
 def groups(layers: Layers, held: Callable[[Layers], float], room: float) -> list[list[int]]:
@@ -237,6 +241,7 @@ def orders(O: int, I: int, M: float, N: float, Q: int, R: int) -> Orders:
 def solving(x: Sized, t: float, R: int | None) -> float:
     """One query of ``t`` tokens in one layer: into the eigenbasis, divided, compressed (or kept whole), and back."""
     O, I, S, A = x.O, x.I, square(x.O, x.parts), square(x.I, x.parts)
+    t = min(t * x.rows, max(t, O, I))  # kept as rows or columns of the gradient where these are fewer
     into = t * (S + A + O * I)
     if R is None or min(O, I) <= R:
         return into + S * I + O * A
@@ -253,6 +258,16 @@ class Asked(NamedTuple):
     tokens: int  # of one query
     rank: int | None  # None: full
     layer_scores: bool = False
+    norms: int = 0  # dampings for which the lengths of gradients are measured in the scan
+
+
+def norms_size(layers: Layers, asked: Asked) -> int:
+    """Eigenvectors, and an inverse of the eigenvalues for each damping: what unit-norm scores hold through a scan."""
+    return (
+        SUM
+        * bool(asked.norms)
+        * sum(square(x.O, x.parts) + square(x.I, x.parts) + asked.norms * x.O * x.I for x in layers)
+    )
 
 
 def solved_size(layers: Layers, asked: Asked) -> int:
@@ -263,7 +278,8 @@ def solved_size(layers: Layers, asked: Asked) -> int:
 
 def query_size(layers: Layers, asked: Asked) -> int:
     """One query between its backward pass and the end of its solution: its tokens' factors, and what is solved of it."""
-    return SUM * sum((x.O + x.I) * min(asked.tokens, x.O, x.I) for x in layers) + solved_size(layers, asked)
+    held = sum((x.O + x.I) * min(asked.tokens * x.rows, x.O, x.I) for x in layers)
+    return int(SUM * held) + solved_size(layers, asked)
 
 
 class Contraction(NamedTuple):
@@ -306,7 +322,7 @@ def contraction(
     def compressed(some: Layers, item: int = number) -> float:
         return item * Q * R * sum(x.O + x.I for x in some)
 
-    costs = {x.name: orders(x.O, x.I, M, N, Q, R) for x in layers}
+    costs = {x.name: orders(x.O, x.I, M * x.rows, N, Q, R) for x in layers}
     formed = [x for x in layers if costs[x.name].dense + MOVED * (2 * N + Q) * x.O * x.I < costs[x.name].tokens]
     by_token = [x for x in layers if x not in formed]
     if dense(formed) <= DENSE_BYTES and dense(formed) + compressed(by_token) <= room:
@@ -314,7 +330,7 @@ def contraction(
         return Contraction(chosen, 1, dense(formed) + compressed(by_token))
 
     def waiting(some: Layers) -> float:
-        return number * M * sum(x.O + x.I for x in some)
+        return number * M * sum(x.rows * (x.O + x.I) for x in some)
 
     def again(some: Layers) -> float:
         """Two copies of the largest layer's queries, as they are read or as they are laid out; of all that stay at hand."""

@@ -31,6 +31,7 @@ from upriver.runtime.cost import (
     groups,
     largest,
     leads,
+    norms_size,
     query_size,
     solved_size,
     square,
@@ -215,8 +216,9 @@ def _fewest(
 
 def scan_held(layers: Layers, asked: Asked, budget: Budget, tokens: int, room: float) -> Contraction:
     """How some layers are contracted with the queries, in a batch of so many tokens at most."""
-    number = HANDED[budget.dtype]
-    return contraction(layers, tokens, budget.together(tokens), asked, room, number, budget.accelerator)
+    number, norms = HANDED[budget.dtype], norms_size(layers, asked)
+    found = contraction(layers, tokens, budget.together(tokens), asked, room - norms, number, budget.accelerator)
+    return found._replace(held=found.held + norms)
 
 
 class Sizes(NamedTuple):
@@ -261,6 +263,7 @@ class Sizes(NamedTuple):
         kept = SUM * asked.queries * len(layers) * budget.together(tokens) if asked.layer_scores else 0
         kept = kept and 2 * max(LAYER_SCORES_BYTES, kept)
         work = max(self.gradients(layers, HANDED[budget.dtype], tokens), products)
+        work = max(work, CORRECTION.work(layers, tokens, budget.chunks) if asked.norms else 0)
         made = batch_size(self.shape, tokens, budget.dtype, work, budget.chunks)
         return budget.copy + budget.chunks.rebuilt + kept + made
 
@@ -308,7 +311,7 @@ def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
         of_all = partial(_largest, together[name], size[name], tokens)
         counts[name] = _most(at_most, free, of_all)
         peak[name] = of_all(counts[name])
-    held = int(min(room, 4 * DENSE_BYTES + each[0] * asked.queries))
+    held = int(min(room, 4 * DENSE_BYTES + each[0] * asked.queries + norms_size(layers, asked)))
     at_once = counts["queries"] * each[0], counts["rescore"] * each[1]
     return Division(tokens, found, budget.peaks(peak), budget.limit, 1, *at_once, held, budget.exact)
 

@@ -25,6 +25,7 @@ from upriver.runtime.cost import (
     lam_size,
     moments_size,
     orders,
+    rotations,
     sides,
     solved_size,
     solving,
@@ -57,6 +58,7 @@ class Request:
     refine: int = 0  # products of an iterative solver for each query
     refine_tokens: int = 0  # that one of them goes over; 0: the sample
     held_out: int | None = None
+    draws: int = 1  # passes of a fit with each batch
     blocks: int = 1  # of second moments, along their diagonals
     dtype: str = "float32"
     scan_dtype: str = ""  # as dtype
@@ -66,6 +68,7 @@ class Request:
     fit: bool = True
     rounds: bool = False  # more and more of the sample, until its halves agree: planned to the end of it
     layer_scores: bool = False
+    norms: int = 0  # dampings of unit-norm scores
 
     @property
     def longest_tokens(self) -> int:
@@ -82,7 +85,7 @@ class Request:
 
     @property
     def asked(self) -> Asked:
-        return Asked(self.columns or self.queries, self.query_tokens, self.rank, self.layer_scores)
+        return Asked(self.columns or self.queries, self.query_tokens, self.rank, self.layer_scores, self.norms)
 
 
 def request_for(lengths_N: Any, **asked: Any) -> Request:
@@ -245,15 +248,24 @@ def _fit_passes(r: Request, shape: Shape, machine: Machine, division: Division) 
         (CORRECTION, sum(sizes) / tokens, 2 * lam_size(layers)),
     ):
         groups = division.groups[spec.name]
-        through = again * tokens * _through(shape, T, groups)
-        work = again * tokens * 2 * sum(spec.multiplications(x, T) for x in layers)
+        through = r.draws * again * tokens * _through(shape, T, groups)
+        work = r.draws * again * tokens * 2 * sum(spec.multiplications(x, T) for x in layers)
         computing = rates.seconds(spec.name, through, work) / machine.devices
         once = again * size * max(1, machine.devices)
         # sums are written after a unit where that takes little of the time, and at the end
         moved = min(once * max(1.0, tokens / UNIT_TOKENS), once + COMMIT_SHARE * computing * machine.disk)
         seconds = computing + moved / machine.disk
         found.append(
-            Pass(spec.name, "fit", len(groups), tokens, through + work, moved, seconds, division.peak[spec.name])
+            Pass(
+                spec.name,
+                "fit",
+                r.draws * len(groups),
+                tokens,
+                through + work,
+                moved,
+                seconds,
+                division.peak[spec.name],
+            )
         )
     cubes = len(sizes) * sum(float(n) ** 3 for x in layers for n in sides(x))
     each = machine.eigen * (FLOAT32_EIGEN if r.dtype == "bfloat16" else 1.0)
@@ -262,7 +274,7 @@ def _fit_passes(r: Request, shape: Shape, machine: Machine, division: Division) 
         "eigendecomposition", "fit", 0, 0, EIGEN_OPERATIONS * cubes, 0.0, seconds, division.peak["eigendecomposition"]
     )
     few = min(SAMPLE * T, tokens)
-    share = few * len(sizes) / tokens * tokens / max(sum(sizes), 1)
+    share = few * len(sizes) / max(sum(sizes), 1) / r.draws
     last = found[1]
     agreement = last._replace(
         name="agreement",
@@ -308,13 +320,14 @@ def _trace_passes(r: Request, shape: Shape, machine: Machine, division: Division
         chosen = scan_held([layers[i] for i in group], asked, budget, int(max(1, M)), division.scan_room)
         for i in group:
             x = layers[i]
-            costs, order = orders(x.O, x.I, M, N, asked.queries, r.rank or 1), chosen.orders[x.name]
+            costs, order = orders(x.O, x.I, M * x.rows, N, asked.queries, r.rank or 1), chosen.orders[x.name]
             again = (costs.rebuilt - costs.dense) * (1 - 1 / chosen.hold) if order == "rebuilt" else 0.0
             work += (getattr(costs, order) - again) / M
+            work += r.norms and rotations(x, T) + r.norms * x.O * x.I / T
     add("scan", rates, len(groups), everything, everything * _through(shape, T, groups), everything * 2 * work, "scan")
     pairs = min(r.sequences, 2 * r.top + SAMPLE)
     rows = min(Q * (pairs - SAMPLE) + SAMPLE, max(pairs, r.sequences)) if pairs > SAMPLE else pairs
-    each = 2.0 * Q * sum(solving(x, t, None) + pairs * T * x.O * (x.I + 1) for x in layers)
+    each = 2.0 * Q * sum(solving(x, t, None) + pairs * T * x.rows * x.O * (x.I + 1) for x in layers)
     tokens = rows * T + Q * t
     add("rescore", exact, len(looking), tokens, tokens * _through(shape, T, looking), each, "rescore")
     left = max(0.0, everything - r.fitted)
@@ -339,7 +352,7 @@ def _disk(r: Request, shape: Shape, fit: Division | None, machine: Machine) -> d
     if r.queries:
         sizes["solved queries"] = r.asked.queries * solved_size(layers, r.asked)
         table, by_layer = SUM * r.asked.queries * r.sequences, len(layers) * r.layer_scores
-        sizes["scores"] = (2 + by_layer) * table  # with the sums over documents
+        sizes["scores"] = (2 + by_layer + bool(r.norms)) * table  # with the sums over documents
         sizes["while tracing"] = (3 + 2 * by_layer) * table  # the units of the scan are there besides
     return sizes
 

@@ -157,7 +157,8 @@ def _method(manifest: Json) -> Iterator[Json]:
         yield _fact("Damping", damping.replace("x", " ×"), note)
     if labels := fisher.get("labels"):
         notes = {
-            "sampled": f"from the model's own predictions, seed {fisher.get('seed')}",
+            "sampled": f"from the model's own predictions, seed {fisher.get('seed')}"
+            + (f", mean over {fisher['draws']} draws" if fisher.get("draws", 1) > 1 else ""),
             "exact": "all of them, weighted by the model's own predictions",
         }
         note = notes.get(labels, "training labels: for comparison only")
