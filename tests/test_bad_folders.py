@@ -30,7 +30,7 @@ from cli_cases import (
     upriver,
 )
 from text_cases import write_jsonl
-from upriver import given
+from upriver import cli, given
 from upriver.curvature.fit import Factors
 from upriver.runtime import artifact
 from upriver.runtime.artifact import locked
