@@ -147,6 +147,20 @@ def test_a_plan_leaves_out_what_reading_the_corpus_left(tiny, tmp_path):
 VERBS = {"fit": 2, "trace": 3, "plan": 2, "report": 1, "run": 1, "demo": 0}
 
 
+def test_draws_and_unit_norm_scores_go_by_their_flags(tiny, tmp_path, call):
+    assert call(*fit(tiny, tmp_path / "factors", "--draws", "2")).status == 0
+    ran = call(*trace(tiny, tmp_path / "scores", "--unit-norm", factors=tmp_path / "factors"))
+    assert ran.status == 0, ran.err
+    table = pd.read_parquet(tmp_path / "scores" / "scores.parquet")
+    units = table[[name for name in table if name.endswith("@unit")]]
+    assert units.shape[1] == len(ASKED)
+    assert 0 < units.abs().max().max() <= 1
+    assert json.loads((tmp_path / "scores" / "manifest.json").read_text())["fisher"]["draws"] == 2
+    assert call("report", tmp_path / "scores").status == 0
+    ran = call("plan", tiny.model, tiny.corpus, "--queries", "0", "--seq-len", "16", "--draws", "3")
+    assert "3 x " in ran.out, ran.err
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_is_complete_and_short(call, verb):
     parameters = get_command(cli.app).commands[verb].params  # pyright: ignore

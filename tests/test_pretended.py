@@ -18,11 +18,13 @@ import pretended
 import upriver as up
 from cases import case, close
 from golden import difference
+from upriver.curvature.base import Damping
 from upriver.curvature.choose import SOLVERS
 from upriver.curvature.consumers import Agreement, Correction, Covariance, SelfInfluence
 from upriver.curvature.factors import read_moments
 from upriver.errors import NumericalError
 from upriver.evaluate.pbrf import ProximalBregman
+from upriver.influence.normed import Lengths
 from upriver.influence.queries import gradients, token_gradients
 from upriver.influence.rescore import TokenScores, output_token_influence
 from upriver.influence.score import Score, route
@@ -138,13 +140,26 @@ def consumer(kind: str, model: Model, layers: list):
         "correction": lambda: Correction({}, torch.float32, moments),
         "agreement": lambda: Agreement(moments, denominators),
         "self-influence": lambda: SelfInfluence(moments, {n: x[0] for n, x in denominators.items()}),
+        "lengths": lambda: Lengths(
+            up.Factors(fitted_folder().name).curvature(), layers, [Damping(), Damping(1.0)], like
+        ),
         "rescore": lambda: TokenScores(layers, {n: x.dense() for n, x in low.items()}, {r: [0, 2] for r in range(14)}),
     }[kind]()
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["covariance", "correction", "agreement", "self-influence", "scan tokens", "scan dense", "scan rebuilt", "rescore"],
+    [
+        "covariance",
+        "correction",
+        "agreement",
+        "self-influence",
+        "scan tokens",
+        "scan dense",
+        "scan rebuilt",
+        "lengths",
+        "rescore",
+    ],
 )
 def test_a_pass_waits_for_the_device_twice_a_batch(kind):
     c, drawn = case("llama"), kind in ("covariance", "correction")

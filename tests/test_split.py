@@ -90,6 +90,7 @@ def test_a_fit_in_groups_goes_on_where_it_died_and_stays_divided_as_it_began(tmp
 
 def test_a_scan_in_groups_gives_the_same_scores(tmp_path, monkeypatch):
     model, corpus, given = tiny_model(), tiny_corpus(), {"rank": 4, "top": 3, "held_out": 0, "layer_scores": True}
+    given["unit_norm"] = True
     factors = fit(model, corpus, tmp_path / "factors", **GIVEN)
 
     def run(name: str) -> None:
@@ -104,6 +105,9 @@ def test_a_scan_in_groups_gives_the_same_scores(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(
         whole, parts, rtol=1e-5, atol=1e-5 * float(whole[tiny_queries().ids].abs().max().max())
     )
+    units = [[name for name in table if name.endswith("@unit")] for table in (whole, parts)]
+    assert len(units[0]) == len(tiny_queries())
+    np.testing.assert_allclose(whole[units[0]], parts[units[1]], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(*(np.load(tmp_path / name / "layers.npy") for name in ("whole", "parts")))
 
 

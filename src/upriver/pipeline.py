@@ -93,7 +93,7 @@ def trace(
         "measurement": measured_by(model.task),
         "conventions": CONVENTIONS,
     }
-    with locked(out), memory_told("the trace", opts.batch_tokens // 2), float32_products(bool(opts.tf32)):
+    with locked(out), memory_told("the trace", opts.batch // 2), float32_products(bool(opts.tf32)):
         stage = Artifact.open(out, "trace", key, overwrite, is_report)
         if stage.done:
             dist.on_first(lambda: _tidy(out))  # a kill may have come between the two

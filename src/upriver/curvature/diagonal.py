@@ -25,7 +25,7 @@ def fit_diagonal(
         # the tokens that ``until`` came to
         told = {"memory": memory, "until": None, "max_tokens": factors.manifest["fit"]["tokens"]}
         opts = factors.options.model_copy(update=told)
-        with locked(factors.path), float32_products(opts.tf32), model.computing_in(opts.dtype) as computing:
+        with locked(factors.path), float32_products(opts.tf32), model.computing_in(str(opts.dtype)) as computing:
             factors.check_unchanged()
             work = prepared(Artifact(factors.path, factors.manifest["key"]), computing, data, opts, progress, mute)
             files: dict[str, Path] = {}

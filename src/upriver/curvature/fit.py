@@ -114,7 +114,7 @@ def fit(
         "options": opts.key(),
         "conventions": CONVENTIONS,
     }
-    with locked(out), memory_told("the fit", opts.batch_tokens // 2), float32_products(opts.tf32):
+    with locked(out), memory_told("the fit", opts.batch // 2), float32_products(opts.tf32):
         stage = Artifact.open(out, "fit", key, overwrite)
         if stage.done:
             dist.on_first(lambda: _tidy(out))  # a kill may have come between the two
@@ -132,7 +132,7 @@ def fit(
 def prepared(top: Artifact, model: Model, data: Sequences, opts: FitOptions, progress: Progress, say: Say) -> Work:
     layers = tracked_layers(model, data, opts.layers, opts.blocks)
     check_loss(model, data, opts.fisher == "sampled")
-    shape, budget = model_shape(model, layers, data), memory_budget(model, data, opts.batch_tokens, opts.memory)
+    shape, budget = model_shape(model, layers, data), memory_budget(model, data, opts.batch, opts.memory)
     division = settled(top.path, divide_fit(shape, budget), model.device, say)
     outputs = count_outputs(model, data) if opts.fisher == "exact" else None
     streams = {"covariance": COVARIANCE_STREAM, "correction": CORRECTION_STREAM}

@@ -54,7 +54,7 @@ def divide(asked: Given, layers: list[Layer], folder: Path | None) -> Division:
     by_layer = opts.curvature in (*BLOCKS, "tracincp") and not opts.refine
     rougher = [scan] if scan == "bfloat16" and asked.exact == "float32" and by_layer else []
     for exact in (asked.exact, *rougher):
-        budget = memory_budget(model, data, opts.batch_tokens, opts.memory, scan, exact)
+        budget = memory_budget(model, data, opts.batch, opts.memory, scan, exact)
         try:
             made = divide_trace(shape, wanted, budget)
             break

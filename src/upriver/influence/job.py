@@ -188,7 +188,7 @@ def chosen_solver(model: Model, layers: list[Layer], asked: Given, division: Div
     kind = "identity" if opts.curvature == "tracincp" else opts.curvature
     how = {"refine": opts.refine, "rank": opts.solver_rank, "steps": opts.solver_steps, "seed": opts.seed}
     given = {name: value for name, value in how.items() if value is not None}
-    given |= {"batch_tokens": min(PRODUCT_TOKENS, opts.batch_tokens)}
+    given |= {"batch_tokens": min(PRODUCT_TOKENS, opts.batch)}
     given |= {"memory_bytes": min(MOST_ROOM, division.room("queries") // 2)}
     return solver(kind, model, layers, asked.data, asked.sample, asked.factors, **given)
 

@@ -71,7 +71,7 @@ def tensor_hash(x: Tensor) -> str:
     while flat.dtype in NARROWER and _fits(flat, NARROWER[flat.dtype]):
         flat = flat.to(NARROWER[flat.dtype])
     found = hashlib.blake2b(f"{flat.dtype}{tuple(x.shape)}".encode(), digest_size=16)
-    found.update(flat.view(torch.uint8).numpy())
+    found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -78,7 +78,7 @@ def _again(place: str, attention: str, dtype: torch.dtype) -> nn.Module:
 
 def _folder(place: str) -> Path:
     """Where the files of a model are: of a name on the hub, what is kept of it here."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     if Path(place).is_dir():
         return Path(place)
@@ -184,7 +184,8 @@ def _check(model: Model, place: str) -> None:
     for (name, x), (_, _, held) in zip(weights_of(model.module).items(), model._hashed[0], strict=True):
         if (id(x) in numbers or not isinstance(x, nn.Parameter)) and not math.isfinite(held):
             raise ModelError(f"the weights hold NaN or infinity: {name!r} of {place!r}; get a sound copy of the model")
-    rows, highest = model.module.get_input_embeddings().weight.shape[0], largest_token(model.tokenizer)
+    module: Any = model.module
+    rows, highest = module.get_input_embeddings().weight.shape[0], largest_token(model.tokenizer)
     if highest >= rows:
         raise ModelError(
             f"the vocabulary does not fit the tokenizer: the model embeds {rows:,} tokens, "

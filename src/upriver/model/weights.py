@@ -122,7 +122,7 @@ def in_place(module: nn.Module, dtype: torch.dtype, source: Checkpoint, hashes: 
         MismatchError: the files hold other weights than they did.
     """
     kept = [(x, x.data) for x in module.buffers()]
-    before = [(x, x.dtype) for x in floating(module)]
+    before: list[tuple[Tensor, torch.dtype]] = [(x, x.dtype) for x in floating(module)]
     try:
         _fill(module, _wanted(module, dtype), source, hashes)
         yield

@@ -93,6 +93,11 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    @property
+    def batch(self) -> int:
+        """Tokens of a batch, once it is settled on which device (:meth:`upriver.Model.settled`)."""
+        return int(getattr(self, "batch_tokens", None) or BATCH_TOKENS)
+
     def key(self) -> dict[str, Any]:
         """What a result depends on: not how much memory it was made in, nor what a kill could have cost."""
         return self.model_dump(exclude={"memory", "unit_tokens"})
