@@ -3,7 +3,7 @@
 All sizes are bytes.  ``fixed`` is what is there before a pass begins: the libraries, the model, the corpus.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +23,6 @@ from upriver.runtime.cost import (
     Contraction,
     Layers,
     Shape,
-    Sized,
     Spec,
     chunks,
     contraction,
@@ -316,9 +315,7 @@ def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
     return Division(tokens, found, budget.peaks(peak), budget.limit, 1, *at_once, held, budget.exact)
 
 
-def _largest(
-    together: list[list[Sized]], size: Callable[[Layers, int, int], float], tokens: int, queries: int
-) -> float:
+def _largest(together: Sequence[Layers], size: Callable[[Layers, int, int], float], tokens: int, queries: int) -> float:
     return max(size(some, queries, tokens) for some in together)
 
 
