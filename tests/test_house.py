@@ -24,6 +24,7 @@ ROOMS = [
     "show",
     "pipeline",
     "flags",
+    "proof",
     "public",
     "cli",
     "run",
@@ -160,7 +161,7 @@ def test_the_house_is_no_larger_than_it_was_counted(tmp_path):
         "files run in a trace (23)": (len(trace_files), 51),
         "functions run in a trace (200)": (len(trace_functions), 450),
         "own imports of a module, tenths (32)": (10 * sum(len(own_imports(p)) for p in FILES) // len(FILES), 63),
-        "lines of Python (9,500)": (lines, 13_800),
+        "lines of Python (9,500)": (lines, 14_400),
     }
     for name, (found, bound) in counted.items():
         print(f"{name:40} {found:7,}   at most {bound:,}")

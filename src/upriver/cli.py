@@ -25,6 +25,7 @@ from upriver.model.load import Model, load_model
 from upriver.model.planned import Blank
 from upriver.model.shape import config_only
 from upriver.pipeline import trace
+from upriver.proof import verify_command
 from upriver.runtime.artifact import load_json, refuse_inside, write_json
 from upriver.runtime.config import FitOptions, RunOptions, TraceOptions, default_how, options, parse_memory, weights_in
 from upriver.runtime.hardware import hardware
@@ -170,6 +171,9 @@ def report_command(
     page = _write_report(scores, out)
     if open_page:
         webbrowser.open(page.resolve().as_uri())
+
+
+app.command("verify")(verify_command)
 
 
 @app.command("plan")

@@ -10,6 +10,7 @@ from upriver.model.load import Model, load_model
 from upriver.model.losses import Classification, LanguageModel, Regression, Task
 from upriver.model.sweep import Labels, Source, sweep
 from upriver.pipeline import trace
+from upriver.proof import verify
 from upriver.show.report import write_report as report
 from upriver.show.scores import Scores
 from upriver.text.batch import Examples
@@ -19,5 +20,5 @@ from upriver.text.queries import Queries
 __all__ = [
     "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels", "LanguageModel", "Measurements",
     "Model", "Queries", "Regression", "Scores", "Solution", "Source", "Task", "UpriverError", "complete", "fit", "gradients",
-    "load_model", "report", "sweep", "trace", "tracked_layers",
+    "load_model", "report", "sweep", "trace", "tracked_layers", "verify",
 ]  # fmt: skip

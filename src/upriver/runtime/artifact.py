@@ -56,7 +56,7 @@ from upriver.runtime.heads import MANIFESTS, SCHEMA, FitManifest, Info, Manifest
 HEADS = r"(key|manifest|\.division)\.json"
 NAMED = {  # the files of a folder, by its stage
     "fit": re.compile(HEADS),
-    "trace": re.compile(HEADS + r"|queries\.json|(scores|documents|top)\.parquet|layers\.npy"),
+    "trace": re.compile(HEADS + r"|(queries|verify)\.json|(scores|documents|top|verify)\.parquet|layers\.npy"),
 }
 UNITS = re.compile(
     HEADS + r"|[a-z]+(-\d+)+\.safetensors|sum(-\d+-of-\d+)?\.safetensors|(scores|layers)\.npy"
