@@ -158,11 +158,12 @@ def test_what_was_verified_is_drawn(tmp_path: Path) -> None:
     assert dom.count('class="dot pos"') >= 2
     assert dom.count('class="dot random"') == 1
     assert "<b>r = 1.00</b>" in dom
-    assert "Realised: " in dom
+    assert dom.count("measured with a proximal step on") == 2, "in the script, and drawn"
     assert "Realised 0.33 for each nat predicted" in dom
     assert "How far to trust this" in dom
     assert "at 1 the nats are calibrated" in dom
-    assert "Realised: " not in drawn(page, tmp_path / "b", "#query=blessing&side=positive&rank=3")
+    other = drawn(page, tmp_path / "b", "#query=blessing&side=positive&rank=3")
+    assert other.count("measured with a proximal step on") == 1, "it was not measured"
 
 
 ACTIONS = """(() => {
