@@ -160,7 +160,7 @@ def test_the_house_is_no_larger_than_it_was_counted(tmp_path):
         "functions run in a fit (156)": (len(fit_functions), 325),
         "files run in a trace (23)": (len(trace_files), 51),
         "functions run in a trace (200)": (len(trace_functions), 450),
-        "own imports of a module, tenths (32)": (10 * sum(len(own_imports(p)) for p in FILES) // len(FILES), 63),
+        "own imports of a module, tenths (32)": (10 * sum(len(own_imports(p)) for p in FILES) // len(FILES), 66),
         "lines of Python (9,500)": (lines, 14_400),
     }
     for name, (found, bound) in counted.items():

@@ -145,22 +145,22 @@ def _summary(pairs: pd.DataFrame, trial: Trial) -> Json:
 
 
 def _both(pairs: pd.DataFrame) -> Json:
-    parts = {"shown": pairs[pairs["shown"]], "random": pairs[~pairs["shown"]]}
+    parts: dict[str, Any] = {"shown": pairs[pairs["shown"]], "random": pairs[~pairs["shown"]]}
     return {
         name: agreement(*(x[c].to_numpy() for c in ("predicted_nats", "realised_nats"))) for name, x in parts.items()
     }
 
 
-def _query(name: Any, own: pd.DataFrame) -> Json:
+def _query(name: Any, own: Any) -> Json:
     said = {x: None if own[x].isna().all() else float(own[x].iloc[0]) for x in ("residual", "length")}
     return {"id": name, **said, **_both(own)}
 
 
 def _pairs(path: Path, ids: list[str], opts: VerifyOptions, n_train: int) -> pd.DataFrame:
     """The passages shown of each query, and random ones of the scored sequences, the same for all queries."""
-    top = read_columns(path / "top.parquet", ["query", "side", "rank", "sequence", "score"])
+    top: Any = read_columns(path / "top.parquet", ["query", "side", "rank", "sequence", "score"])
     top = top[top["rank"] <= opts.top]
-    scores = read_columns(path / "scores.parquet", ["sequence", *ids])
+    scores: Any = read_columns(path / "scores.parquet", ["sequence", *ids])
     rest = scores.loc[~scores["sequence"].isin(top["sequence"])].to_dict("records")
     wanted = 2 * opts.top if opts.random is None else opts.random
     drawn = [rest[i] for i in np.sort(np.random.default_rng(opts.seed).permutation(len(rest))[:wanted])]
@@ -186,7 +186,7 @@ def _asked(path: Path, manifest: Json, told: list[Json], given: tuple, device: s
     _same(path, key, "model", model.fingerprint)
     if not isinstance(corpus, Sequences):
         info = manifest["corpus"] or {}
-        how = {name: info.get(name) for name in ("seq_len", "pack", "on_bad_record")}
+        how: Json = {name: info.get(name) for name in ("seq_len", "pack", "on_bad_record")}
         corpus = _again("corpus", corpus or info.get("path"), lambda name: Corpus.read(name, model.tokenizer, **how))
     _same(path, key, "corpus", corpus.fingerprint)
     if queries is None:

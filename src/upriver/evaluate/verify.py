@@ -157,7 +157,7 @@ def _gradients(trial: Trial, model: Model, layers: list[Layer], chunk: list[int]
 def _solver(trial: Trial, model: Model, layers: list[Layer], rows: np.ndarray) -> ConjugateGradient:
     """Conjugate gradients with the damping of the trace, from the solution of its curvature where that is one layer by itself."""
     asked, kind = trial.asked, trial.asked.opts.curvature
-    how = {"refine": trial.opts.steps} if kind in BLOCKS else {"steps": trial.opts.steps}
+    how: dict[str, Any] = {"refine": trial.opts.steps} if kind in BLOCKS else {"steps": trial.opts.steps}
     factors = asked.factors if kind in (*BLOCKS, "cg", "astra") else None  # whose damping is that of the factors
     given = (kind if kind in BLOCKS else "cg", model, layers, asked.data, rows, factors)
     found = solver(*given, tolerance=TOLERANCE, batch_tokens=BATCH_TOKENS, **how)

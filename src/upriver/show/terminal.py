@@ -91,7 +91,8 @@ def verified_summary(told: Json, console: Console) -> None:
     console.print(
         f"{'predicted against realised':30} {'passages':>8} {'pearson':>8} {'slope':>8} {'scale':>8} {'residual':>9}"
     )
-    for entry in (*told["queries"], told | {"id": "all questions"}):
+    entries: list[Json] = [*told["queries"], {**told, "id": "all questions"}]
+    for entry in entries:
         for kind in ("shown", "random"):
             x, name = entry[kind], f"{_safe(str(entry['id']))[:22]} {kind}"
             numbers = " ".join(f"{'-' if x[n] is None else figure(x[n]):>8}" for n in ("pearson", "slope", "scale"))
