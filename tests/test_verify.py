@@ -260,4 +260,5 @@ def test_the_page_shows_it(fitted, tmp_path):
         measured = {at: nats for at, nats in found.items() if nats is not None}
         assert measured == pytest.approx({at: known[at] for at in found if at in known}, rel=1e-6)
     facts = {f["label"]: f["value"] for g in page["trust"] if g["title"] == "Verified" for f in g["facts"]}
+    assert page["verified"]["residual"] == pytest.approx(max(x["residual"] for x in told["queries"]), rel=1e-6)
     assert facts["Predicted against realised"] == f"{told['shown']['pearson']:.3f}"

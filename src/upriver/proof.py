@@ -237,7 +237,7 @@ def verify_command(
         int | None, typer.Option(help="Random passages beside them. Default: as many as are shown.", min=0)
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of conjugate gradients, at most.", min=1)] = 10,
-    tokens: Annotated[int, typer.Option(help="Tokens of the sample that is solved on.", min=1)] = 8192,
+    tokens: Annotated[int, typer.Option(help="Tokens of the sample that is solved on.", min=1)] = 6000,
     seed: Annotated[int, typer.Option(help="Seed of the samples.", min=0)] = 0,
     device: flags.Device = "auto",
     overwrite: flags.Overwrite = False,

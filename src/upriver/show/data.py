@@ -129,7 +129,9 @@ def _verified(folder: Folder, query: str | None = None) -> Json | None:
         return None
     told, table = folder.verified
     if query is None:
-        return {key: told[key] for key in ("how", "shown", "random", "sample", "length_from", "seconds")}
+        worst = max((x["residual"] for x in told["queries"] if x["residual"] is not None), default=None)
+        keys = ("how", "shown", "random", "sample", "length_from", "seconds")
+        return {key: told[key] for key in keys} | {"residual": worst}
     own = table[table["query"] == query]
     columns = ("predicted_nats", "realised_nats", "shown", "sequence")
     found = next((entry for entry in told["queries"] if entry["id"] == query), None)

@@ -43,6 +43,7 @@ def _verified(found: Json) -> Iterator[Json]:
     shown, random = found["shown"], found["random"]
     if shown["pearson"] is not None:
         note = f"correlation over {shown['pairs']:,} passages shown, measured with {how[found['how']]}"
+        note += f" (largest residual {figure(found['residual'], 2)})" if found["residual"] is not None else ""
         yield _graded("Predicted against realised", shown["pearson"], note)
         note = "of the passages shown, for each nat predicted; at 1 the nats are calibrated"
         yield _fact("Realised", figure(shown["scale"], 2), note)
