@@ -144,7 +144,7 @@ def test_a_plan_leaves_out_what_reading_the_corpus_left(tiny, tmp_path):
     assert left == [5, 0]
 
 
-VERBS = {"fit": 2, "trace": 3, "plan": 2, "report": 1, "run": 1, "demo": 0}
+VERBS = {"fit": 2, "trace": 3, "plan": 2, "report": 1, "verify": 1, "run": 1, "demo": 0}
 
 
 def test_draws_and_unit_norm_scores_go_by_their_flags(tiny, tmp_path, call):

@@ -31,7 +31,7 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["classification", "regression", "own", "solver"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["classification", "regression", "verify", "own", "solver"])
 def test_example_of_the_tasks_page_runs_to_its_report(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}

@@ -26,6 +26,7 @@ ROOMS = [
     "suspects",
     "flags",
     "given",
+    "proof",
     "public",
     "cli",
     "run",
@@ -161,8 +162,8 @@ def test_the_house_is_no_larger_than_it_was_counted(tmp_path):
         "functions run in a fit (156)": (len(fit_functions), 330),
         "files run in a trace (23)": (len(trace_files), 51),
         "functions run in a trace (200)": (len(trace_functions), 460),
-        "own imports of a module, tenths (32)": (10 * sum(len(own_imports(p)) for p in FILES) // len(FILES), 65),
-        "lines of Python (9,500)": (lines, 16_000),
+        "own imports of a module, tenths (32)": (10 * sum(len(own_imports(p)) for p in FILES) // len(FILES), 70),
+        "lines of Python (9,500)": (lines, 17_000),
     }
     for name, (found, bound) in counted.items():
         print(f"{name:40} {found:7,}   at most {bound:,}")

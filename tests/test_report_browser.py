@@ -8,9 +8,13 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from report_fixture import Parts, seal, write_scores
+from upriver.evaluate.verified import write_verified
+from upriver.evaluate.verify import agreement
 from upriver.show.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -134,6 +138,32 @@ def test_sums_of_documents_are_called_partial_where_only_candidates_were_scored(
     assert "Sums over only the scored sequences of a document" in dom
     assert "one more copy of this document" not in dom
     assert "one more copy of this passage" in drawn(page, tmp_path / "b", "#query=blessing&side=positive&rank=1")
+
+
+def test_what_was_verified_is_drawn(tmp_path: Path) -> None:
+    path = write_scores(tmp_path / "scores", queries=2, per_side=4, tokens=44, documents=9)
+    top = pd.read_parquet(path / "top.parquet")
+    shown = top[top["rank"] <= 2][["query", "sequence", "side", "rank"]].assign(shown=True)
+    shown["predicted_nats"] = top["score_nats"].astype(float)
+    shown["realised_nats"] = shown["predicted_nats"] / 3
+    drawn_at_random = {"sequence": 1, "shown": False, "predicted_nats": 1e-3, "realised_nats": -1e-3}
+    random = pd.DataFrame([{"query": name} | drawn_at_random for name in shown["query"].unique()])
+    frame = pd.concat([shown, random]).assign(residual=0.02, length=0.9)
+    found = agreement(shown["predicted_nats"].to_numpy(), shown["realised_nats"].to_numpy())
+    both = {"shown": found, "random": agreement(np.zeros(0), np.zeros(0)), "residual": 0.02, "length": 0.9}
+    told = both | {"key": {}, "how": "proximal", "sample": {}, "length_from": {}, "seconds": 1.0}
+    write_verified(path, frame, told | {"queries": [both | {"id": name} for name in random["query"]]})
+    page = write_report(path)
+    dom = drawn(page, tmp_path / "a", "#query=blessing&side=positive&rank=1")
+    assert dom.count('class="dot pos"') >= 2
+    assert dom.count('class="dot random"') == 1
+    assert "<b>r = 1.00</b>" in dom
+    assert dom.count("measured with a proximal step on") == 2, "in the script, and drawn"
+    assert "Realised 0.33 for each nat predicted" in dom
+    assert "How far to trust this" in dom
+    assert "at 1 the nats are calibrated" in dom
+    other = drawn(page, tmp_path / "b", "#query=blessing&side=positive&rank=3")
+    assert other.count("measured with a proximal step on") == 1, "it was not measured"
 
 
 ACTIONS = """(() => {

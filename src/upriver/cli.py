@@ -33,6 +33,7 @@ from upriver.model.load import Model
 from upriver.model.planned import Blank
 from upriver.model.shape import config_only
 from upriver.pipeline import trace
+from upriver.proof import verify_command
 from upriver.runtime.artifact import refuse_inside, write_json
 from upriver.runtime.config import (
     AuditOptions,
@@ -140,7 +141,7 @@ def trace_command(
         "unit_norm": unit_norm,
     }  # fmt: skip
     options(TraceOptions, given)
-    rates = _checkpoints(checkpoints)
+    rates = read_checkpoints(checkpoints)
     refuse_inside(out)
     fitted = Factors(factors) if factors else None
     how = how_read(fitted, seq_len)
@@ -158,20 +159,6 @@ def trace_command(
     say(f"next: upriver report {out} --open")
 
 
-def _checkpoints(text: str | None) -> list[tuple[str, float]]:
-    """``FOLDER=RATE,FOLDER=RATE``: the folders of checkpoints with their learning rates."""
-    found = []
-    for part in text.split(",") if text else ():
-        folder, _, rate = part.rpartition("=")
-        try:
-            found.append((folder.strip(), float(rate)))
-        except ValueError:
-            found = [("", 0.0)]
-        if not found[-1][0] or not 0 < found[-1][1] < float("inf"):
-            raise ConfigError(f"bad value for --checkpoints: got {part!r}; give each as FOLDER=LEARNING_RATE")
-    return found
-
-
 @app.command("report")
 def report_command(
     scores: Annotated[Path, typer.Argument(help="Folder written by upriver trace.", metavar="SCORES")],
@@ -185,6 +172,9 @@ def report_command(
     page = _write_report(scores, out)
     if open_page:
         webbrowser.open(page.resolve().as_uri())
+
+
+app.command("verify")(verify_command)
 
 
 @app.command("export")

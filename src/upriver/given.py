@@ -99,3 +99,17 @@ def check_plan_file(out: Path) -> None:
             raise ConfigError(
                 f"bad value for --out: got {str(out)!r}, which is there and is no plan; choose another file, or move it away"
             )
+
+
+def read_checkpoints(text: str | None) -> list[tuple[str, float]]:
+    """``FOLDER=RATE,FOLDER=RATE``: the folders of checkpoints with their learning rates."""
+    found = []
+    for part in text.split(",") if text else ():
+        folder, _, rate = part.rpartition("=")
+        try:
+            found.append((folder.strip(), float(rate)))
+        except ValueError:
+            found = [("", 0.0)]
+        if not found[-1][0] or not 0 < found[-1][1] < float("inf"):
+            raise ConfigError(f"bad value for --checkpoints: got {part!r}; give each as FOLDER=LEARNING_RATE")
+    return found

@@ -16,6 +16,7 @@ from upriver.model.load import Model, load_model
 from upriver.model.losses import Classification, LanguageModel, Regression, Task
 from upriver.model.sweep import Labels, Source, sweep
 from upriver.pipeline import trace
+from upriver.proof import verify
 from upriver.show.audit import Audit
 from upriver.show.export import export
 from upriver.show.report import write_report as report
@@ -30,4 +31,5 @@ __all__ = [
     "Measurements", "Model", "Queries", "Recipe", "Regression", "Scores", "Solution", "Source", "Task", "Trainer", "UpriverError",
     "audit", "baseline", "complete", "export", "fit", "gradients", "lds", "leave_out", "load_model", "metagradients",
     "random_subsets", "report", "retrain", "self_influence", "sweep", "trace", "tracked_layers",
+    "verify",
 ]  # fmt: skip

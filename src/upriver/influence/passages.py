@@ -221,6 +221,7 @@ def manifest(
         "damping": opts.damping if job.n_train else "none",
         "fisher": {"labels": fitted.fisher, "draws": fitted.draws, "seed": fitted.seed} if fitted else None,
         "fit": factors["fit"] if factors else None,
+        "factors": str(job.factors.path) if job.factors else None,
         "rank": opts.rank,
         "rank_error": {
             "mean": sum(known) / len(known) if known else None,

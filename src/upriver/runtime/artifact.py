@@ -57,7 +57,7 @@ HEADS = r"(key|manifest|\.division)\.json"
 NAMED = {  # the files of a folder, by its stage
     "fit": re.compile(HEADS),
     "bank": re.compile(HEADS + r"|bank\.parquet"),
-    "trace": re.compile(HEADS + r"|queries\.json|(scores|documents|top)\.parquet|layers\.npy"),
+    "trace": re.compile(HEADS + r"|(queries|verify)\.json|(scores|documents|top|verify)\.parquet|layers\.npy"),
     "audit": re.compile(HEADS + r"|audit\.(parquet|html)|records\.(jsonl|parquet)"),
 }
 UNITS = re.compile(

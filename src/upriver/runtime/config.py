@@ -196,6 +196,17 @@ class AuditOptions(Options):
     _memory = field_validator("memory")(_size)
 
 
+class VerifyOptions(Options):
+    """What :func:`upriver.verify` may be told."""
+
+    how: Literal["proximal", "finetune"] = "proximal"
+    top: int = Field(5, ge=1)  # passages of each side of a question
+    random: int | None = Field(None, ge=0)  # None: as many as are shown
+    steps: int = Field(10, ge=1)  # of conjugate gradients, at most
+    tokens: int = Field(6000, ge=1)  # of the sample that is solved on, and of the one that sets the length
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
 class RunOptions(FitOptions, TraceOptions):
     """A run file: fit + trace + report, with the same keys as the flags."""
 

@@ -51,7 +51,8 @@ def build_report(folder: Folder) -> Json:
             "sequences": manifest.get("scored_sequences") or corpus.get("sequences"),
             "upriver": manifest.get("upriver"),
         },
-        "trust": trust(manifest, queries),
+        "verified": _verified(folder),
+        "trust": trust(manifest, queries, _verified(folder)),
         "manifest": manifest,
         "queries": queries,
     }
@@ -104,19 +105,37 @@ def answer(folder: Folder, query: Json) -> Json:
     """Collect one question, its answer and its passages; the memory it takes does not depend on the number of sequences."""
     rows = folder.top.loc[folder.top["query"].astype(str) == str(query["id"])]
     words = query_words(f"{query.get('prompt') or ''} {query.get('completion') or ''}")
-    passages = []
+    passages, found = [], _verified(folder, str(query["id"]))
+    realised = {row: nats for _, nats, shown, row in found["pairs"] if shown} if found else {}
     for side in SIDES:
         own = rows[rows["side"] == side].sort_values("rank").to_dict("records")
-        found = [_passage(row, words, folder.n_train) for row in own]
-        for passage, leader in zip(found, near_duplicates([p["text"] for p in found]), strict=True):
-            passage["duplicate_of"] = None if found[leader] is passage else found[leader]["rank"]
-        passages += found
+        ranked = [_passage(row, words, folder.n_train) for row in own]
+        for passage, leader in zip(ranked, near_duplicates([p["text"] for p in ranked]), strict=True):
+            passage["duplicate_of"] = None if ranked[leader] is passage else ranked[leader]["rank"]
+            passage["realised_nats"] = realised.get(passage["sequence"])
+        passages += ranked
     keys = ("id", "prompt", "completion", "contrast", "generated", "log_prob", "measurement", "completion_tokens")
     return {
         **{key: query.get(key) for key in (*keys, "contrast_tokens", "rank_correlation", "solution")},
         "words": sorted(words),
         "passages": passages,
+        "verified": found and {key: found[key] for key in ("residual", "length", "shown", "random", "pairs")},
     }
+
+
+def _verified(folder: Folder, query: str | None = None) -> Json | None:
+    """What a verification says of all questions, or of one with its ``pairs``: predicted, realised, whether shown, sequence."""
+    if folder.verified is None:
+        return None
+    told, table = folder.verified
+    if query is None:
+        worst = max((x["residual"] for x in told["queries"] if x["residual"] is not None), default=None)
+        keys = ("how", "shown", "random", "sample", "length_from", "seconds")
+        return {key: told[key] for key in keys} | {"residual": worst}
+    own = table[table["query"] == query]
+    columns = ("predicted_nats", "realised_nats", "shown", "sequence")
+    found = next((entry for entry in told["queries"] if entry["id"] == query), None)
+    return found and found | {"pairs": [list(row) for row in zip(*(own[c].tolist() for c in columns), strict=True)]}
 
 
 def _passage(row: Json, words: frozenset[str], n_train: int | None) -> Json:

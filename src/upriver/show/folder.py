@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from upriver.errors import InputError, StorageError
+from upriver.evaluate.verified import read_verified
 from upriver.runtime.artifact import TraceManifest, check, read_head, read_json, unreadable
 from upriver.runtime.config import PLAIN_GRADIENTS
 
@@ -27,6 +28,7 @@ class Folder(NamedTuple):
     manifest: Json
     queries: list[Json]
     top: pd.DataFrame
+    verified: tuple[Json, pd.DataFrame] | None = None  # what `upriver verify` found
 
     @property
     def n_train(self) -> int | None:
@@ -58,7 +60,8 @@ def read_folder(path: Path) -> Folder:
     top = read_columns(path / "top.parquet", None)
     if not {"query", "side", "rank", "score"} <= set(top.columns):
         raise InputError(f"no ranked passages in the results: got {path / 'top.parquet'}; run the trace again")
-    return Folder(path, manifest, queries, top)
+    with _told():
+        return Folder(path, manifest, queries, top, read_verified(path))
 
 
 def read_results(path: Path) -> tuple[Json, list[Json]]:

@@ -157,9 +157,10 @@ def _page(report: Json, title: str, quantise: bool) -> Page:
 
 
 def code(*names: str) -> str:
-    """Read our own files of the page, one after the other."""
+    """Read our own files of the page, one after the other, without indentation and comments; no text in them goes over a line."""
     folder = resources.files("upriver.show") / "viewer"
-    return "\n".join((folder / name).read_text(encoding="utf-8").strip() for name in names)
+    lines = "\n".join((folder / name).read_text(encoding="utf-8") for name in names).splitlines()
+    return "\n".join(line for line in map(str.strip, lines) if line and not line.startswith("// "))
 
 
 def _passage(passage: Json, quantise: bool) -> Json:

@@ -87,6 +87,24 @@ def terminal_summary(scores: Path, console: Console, best: int = 3) -> None:
     console.print(Text(f"{sign(folder)} {unit(folder)}", style="dim"), soft_wrap=False)
 
 
+def verified_summary(told: Json, console: Console) -> None:
+    """Print what ``verify.json`` says: how predicted and realised nats agree, of each query and of all."""
+    console.print(
+        f"{'predicted against realised':30} {'passages':>8} {'pearson':>8} {'slope':>8} {'scale':>8} {'residual':>9}"
+    )
+    entries: list[Json] = [*told["queries"], {**told, "id": "all questions"}]
+    for entry in entries:
+        for kind in ("shown", "random"):
+            x, name = entry[kind], f"{_safe(str(entry['id']))[:22]} {kind}"
+            numbers = " ".join(f"{'-' if x[n] is None else figure(x[n]):>8}" for n in ("pearson", "slope", "scale"))
+            residual = figure(entry["residual"]) if entry.get("residual") is not None else ""
+            console.print(f"{name:30} {x['pairs']:8} {numbers} {residual:>9}", markup=False)
+    console.print(
+        "slope and scale: of realised on predicted, with and without an intercept; 1 is calibrated. "
+        f"{told['how']}, {told['seconds']:.0f} s", style="dim",
+    )  # fmt: skip
+
+
 def _headline(query: Json) -> Text:
     text = Text(_safe(query["prompt"] or ""), style="dim", end="\n")
     text.append(_safe(query["completion"] or ""), style="bold not dim")

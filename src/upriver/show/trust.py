@@ -15,9 +15,10 @@ SOLVERS = {
 }  # fmt: skip
 
 
-def trust(manifest: Json, queries: list[Json]) -> list[Json]:
+def trust(manifest: Json, queries: list[Json], verified: Json | None = None) -> list[Json]:
     """Collect groups of facts, ``[{title, facts: [{label, value, note, state}]}]``; a state is ``ok``, ``warn`` or null."""
     groups = {
+        "Verified": _verified(verified) if verified else (),
         "Checks": _checks(manifest, queries),
         "Solver": _solver(manifest.get("solver") or {}, [q["solution"] for q in queries if q.get("solution")]),
         "Method": _method(manifest),
@@ -31,6 +32,24 @@ def trust(manifest: Json, queries: list[Json]) -> list[Json]:
 
 def _fact(label: str, value: str, note: str = "", state: str | None = None) -> Json:
     return {"label": label, "value": value, "note": note, "state": state}
+
+
+def _verified(found: Json) -> Iterator[Json]:
+    """Show how what was predicted of the passages agrees with what was measured."""
+    how = {
+        "proximal": "a proximal step with one more copy of the passage",
+        "finetune": "a gradient step on the passage",
+    }
+    shown, random = found["shown"], found["random"]
+    if shown["pearson"] is not None:
+        note = f"correlation over {shown['pairs']:,} passages shown, measured with {how[found['how']]}"
+        note += f" (largest residual {figure(found['residual'], 2)})" if found["residual"] is not None else ""
+        yield _graded("Predicted against realised", shown["pearson"], note)
+        note = "of the passages shown, for each nat predicted; at 1 the nats are calibrated"
+        yield _fact("Realised", figure(shown["scale"], 2), note)
+    if shown["size"] and random["size"] is not None:
+        note = f"of what those shown do, over {random['pairs']:,} pairs with a question"
+        yield _fact("Random passages", _percent(random["size"] / shown["size"]), note)
 
 
 def _graded(label: str, entry: Any, note: str) -> Json:

@@ -92,6 +92,28 @@ function survivalPlot(spread, unitName, mark) {
   return svg;
 }
 
+// What was predicted against what was measured; a ring marks the open passage, a dashed line where the two are equal.
+function verifiedPlot(pairs, unit, sequence) {
+  const W = 360, H = 200, L = 52, R = 10, T = 8, B = 34;
+  const ends = [0, 1].map((i) => [Math.min(...pairs.map((p) => p[i])), Math.max(...pairs.map((p) => p[i]))]);
+  const [[x0, x1], [y0, y1]] = ends.map(([a, b]) => [Math.min(0, a), Math.max(0, b)]).map(([a, b]) => [a - 0.06 * (b - a || 1), b + 0.06 * (b - a || 1)]);
+  const x = (v) => L + ((W - L - R) * (v - x0)) / (x1 - x0), y = (v) => H - B - ((H - T - B) * (v - y0)) / (y1 - y0);
+  const line = (kind, a, b, c, d) => s("line", { class: kind, x1: x(a), y1: y(b), x2: x(c), y2: y(d) });
+  const low = Math.max(x0, y0), high = Math.min(x1, y1);
+  const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, class: "plot", role: "img", "aria-label": `Predicted against realised, ${plural(pairs.length, "passage")}` },
+    line("zero", x0, 0, x1, 0), line("zero", 0, y0, 0, y1), line("even", low, low, high, high),
+    ends[0].map((v) => s("text", { x: x(v), y: H - B + 13, "text-anchor": "middle" }, unit.short(v))),
+    ends[1].map((v) => s("text", { x: L - 6, y: y(v) + 3, "text-anchor": "end" }, unit.short(v))),
+    s("text", { x: (L + W - R) / 2, y: H - 4, "text-anchor": "middle", class: "axis" }, `predicted, ${unit.label}; upwards: realised`));
+  for (const [predicted, realised, shown, row] of pairs) {
+    const at = { cx: x(predicted), cy: y(realised) };
+    svg.append(s("circle", { class: `dot ${shown ? side(predicted) : "random"}`, ...at, r: 3,
+      tip: () => `sequence ${row}\npredicted ${unit.exact(predicted)}\nrealised ${unit.exact(realised)}` }));
+    if (shown && row === sequence) svg.append(s("circle", { class: "mark", ...at, r: 6 }));
+  }
+  return svg;
+}
+
 // Bars up and down from zero, one per depth group.
 function depthStrip(depth, sums, unit) {
   const high = Math.max(0, ...sums), low = Math.min(0, ...sums), span = high - low || 1;

@@ -56,7 +56,9 @@ function passageDetail(p) {
     ["concentration", p.concentration !== null ? `${number(p.concentration)}${p.spurious ? " (spurious)" : ""}` : null],
     ["compressed scan", p.scan_score !== null && p.rescored ? `${signed(p.scan_score, 4)} raw, before rescoring` : null],
   ].filter(([, text]) => text);
-  return [title(p, "Passage"), meaning(p), h("div", { class: "chips" }, chips(p)),
+  const checked = p.realised_nats !== null && D.verified.how === "proximal" && h("p", { class: "check" }, `Realised: ${unit.exact(p.realised_nats)} `,
+    h("span", { class: "muted" }, "measured with a proximal step on one more copy"));
+  return [title(p, "Passage"), meaning(p), checked, h("div", { class: "chips" }, chips(p)),
     p.spurious && h("p", { class: "notice" }, SPURIOUS),
     p.tokens.length ? reader(p) : h("div", { class: "passage", dir: "auto" }, p.text),
     duplicates(p), layersOf(p),

@@ -128,7 +128,17 @@ function drawQuestion() {
     contrast,
     h("dl", { class: "facts" }, facts.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text)))),
     h("p", { class: "sign" }, h("b", {}, D.sign), " ", D.unit));
-  $("question").replaceChildren(words, Q.spread ? spreadFigure() : "");
+  $("question").replaceChildren(words, h("div", {}, Q.spread && spreadFigure(), Q.verified?.pairs.length && verifiedFigure()));
+}
+
+function verifiedFigure() {
+  const { shown, random, pairs, residual } = Q.verified, proximal = D.verified.how === "proximal";
+  const own = unitFor(pairs.flatMap(([a, b]) => [a, b]), proximal ? "nats" : "per unit of step");
+  return h("details", { class: "spread", open: state.spread }, h("summary", {}, "Is it true?"),
+    h("figure", {}, verifiedPlot(pairs, own, state.by === "passages" ? state.open?.sequence : null),
+      h("figcaption", {}, "Predicted against realised: ", h("b", {}, `r = ${number(shown.pearson)}`), ` over ${plural(shown.pairs, "passage")} shown; `,
+        h("span", { class: "muted" }, `hollow: ${count(random.pairs)} random. Realised ${number(shown.scale, 2)} for each nat predicted, by ` +
+          (proximal ? `a proximal step of residual ${number(residual, 2)}.` : "a gradient step on the passage.")))));
 }
 
 function spreadFigure() {
