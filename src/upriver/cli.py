@@ -23,6 +23,7 @@ from upriver.given import (
     check_seq_len,
     how_read,
     query_size,
+    read_checkpoints,
     read_corpus,
     read_for_others,
     read_model,

@@ -100,7 +100,8 @@ def plan_here(
     made = plan_run(request, shape, machine, division)
     tokens = min(d.batch_tokens for d in (made.fit, made.trace) if d)
     rates: dict[str, Rates] = {}
-    dtypes = [machine.loaded] if any_packed(model.module) else [machine.loaded, request.dtype, request.scan]
+    wanted = [request.dtype] * request.fit + ([request.scan, made.trace.exact] if made.trace else [])
+    dtypes = [machine.loaded] if any_packed(model.module) else [machine.loaded, *wanted]
     for dtype in dict.fromkeys(dtypes):
         with model.computing_in(dtype) as computing:
             names = {id(m): name for name, m in model.module.named_modules()}
