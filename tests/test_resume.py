@@ -400,7 +400,7 @@ def test_the_command_that_gets_sigterm_ends_with_status_75_and_goes_on(tmp_path)
     model = str(Path(upriver.__file__).parent / "demo" / "speech-model")
     lines = [
         json.dumps({"text": "the people of the united states and the state of the union " * 6 + str(i)})
-        for i in range(30)
+        for i in range(16)
     ]
     corpus.write_text("\n".join(lines))
     env = os.environ | {"UPRIVER_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}

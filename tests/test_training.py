@@ -30,10 +30,12 @@ def weights(model: up.Model) -> torch.Tensor:
 def test_losses_are_the_parts_of_the_loss(name):
     c = case(name)
     batch = c.data.batch(np.arange(5))
-    found = c.model.task.losses(c.model.module, batch).detach()
+    found = c.model.task.row_losses(c.model.module, batch).detach()
     alone = [c.model.task.loss(c.model.module, c.data.batch(np.array([n]))).detach() for n in range(5)]
     close(found, torch.stack(alone))
-    close(found, super(type(c.model.task), c.model.task).losses(c.model.module, batch).detach())  # what any task has
+    close(
+        found, super(type(c.model.task), c.model.task).row_losses(c.model.module, batch).detach()
+    )  # what any task has
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -118,7 +120,7 @@ def test_where_training_has_converged_metagradients_are_the_exact_influence():
     for p in found.model.module.parameters():
         p.requires_grad_()
     assert names == ["0.weight", "0.bias"]
-    losses = c.model.task.losses(found.model.module, c.data.batch(np.arange(20)))
+    losses = c.model.task.row_losses(found.model.module, c.data.batch(np.arange(20)))
     slope_P = flat(losses.mean())
     H_PP = torch.stack([flat(s).detach() for s in slope_P])
     L_NP = torch.stack([flat(x).detach() for x in losses])

@@ -200,7 +200,8 @@ def _asked(path: Path, manifest: Json, told: list[Json], given: tuple, device: s
         factors = None
     else:
         if not isinstance(factors, Factors):
-            factors = _again("factors", factors or manifest.get("factors"), Factors)
+            there = manifest.get("factors")  # from the folder of the scores
+            factors = _again("factors", factors or (there and path / there), Factors)
         _same(path, key, "factors", digest([factors.manifest["key"], factors.manifest["fit"]["tokens"]]))
     return Given(model, corpus, queries, factors, TraceOptions(**key["options"]), (), progress, mute)
 

@@ -1,6 +1,7 @@
 """From rescored pairs to what is shown: passages with text, tokens and lexical comparison; answers with log-probabilities."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -221,7 +222,7 @@ def manifest(
         "damping": opts.damping if job.n_train else "none",
         "fisher": {"labels": fitted.fisher, "draws": fitted.draws, "seed": fitted.seed} if fitted else None,
         "fit": factors["fit"] if factors else None,
-        "factors": str(job.factors.path) if job.factors else None,
+        "factors": os.path.relpath(job.factors.path, job.stage.path) if job.factors else None,
         "rank": opts.rank,
         "rank_error": {
             "mean": sum(known) / len(known) if known else None,
