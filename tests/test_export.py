@@ -120,3 +120,16 @@ def test_records_that_were_changed_are_refused(scores, tiny, tmp_path):
             up.export(scores, tmp_path / "x.jsonl")
     finally:
         tiny.corpus.write_text(before)
+
+
+def test_half_of_a_surrogate_pair_in_a_field_stops_no_export(scores, tiny, tmp_path, call):
+    """JSON can hold it and UTF-8 cannot: JSON keeps it, CSV shows that something stood there, Parquet is refused."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [RECORDS[0] | {"mark": "\ud800"}, *RECORDS[1:]])
+    out = tmp_path / "scores"
+    assert call(*trace(tiny, out, factors=tiny.root / "factors", corpus=corpus)).status == 0
+    for kind in ("jsonl", "csv"):
+        assert call("export", out, "--out", tmp_path / f"x.{kind}").status == 0
+    assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0])["mark"] == "\ud800"
+    with open(tmp_path / "x.csv", newline="", encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["mark"] == "\ufffd"
+    assert_one_error(call("export", out, "--out", tmp_path / "x.parquet"), 2, "Parquet", ".jsonl")

@@ -15,7 +15,7 @@ from upriver.errors import ConfigError, InputError, MismatchError
 from upriver.runtime.artifact import atomic, refuse_inside
 from upriver.show.scores import Scores
 from upriver.text.corpus import corpus_digest
-from upriver.text.records import BadRecords, jsonable, open_corpus, rows_of_records
+from upriver.text.records import BadRecords, dump, jsonable, open_corpus, read_records, whole
 from upriver.text.sources import Source
 
 PREFIX = "influence:"  # of the columns with scores
@@ -80,19 +80,16 @@ def export(
         nothing = [None] * len(names)
 
         def rows() -> Iterator[Json]:
-            for row, record in rows_of_records(sources, skipping()):
+            for record in read_records(sources, skipping()):
                 found = values.get(record.id)
-                yield row | dict(zip(names, nothing if found is None else found.tolist(), strict=True))
+                yield record.row | dict(zip(names, nothing if found is None else found.tolist(), strict=True))
     else:
         chosen = _chosen(documents, columns, keep, drop, by, lowest)
 
         def rows() -> Iterator[Json]:
-            kept = (
-                row
-                for row, record in rows_of_records(sources, skipping())
-                if (record.id in chosen) == (keep is not None)
-            )
-            yield from kept
+            for record in read_records(sources, skipping()):
+                if (record.id in chosen) == (keep is not None):
+                    yield record.row
 
     write(place, rows)
     return place
@@ -154,9 +151,9 @@ def _count(text: str, of: int, flag: str) -> int:
 
 
 def _write_jsonl(place: Path, rows: Rows) -> None:
-    with atomic(place) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as sink:
+    with atomic(place) as temporary, open(temporary, "wb") as sink:
         for row in rows():
-            sink.write(json.dumps(jsonable(row), ensure_ascii=False) + "\n")
+            sink.write(dump(jsonable(row)))
 
 
 def _write_parquet(place: Path, rows: Rows) -> None:
@@ -170,10 +167,10 @@ def _write_parquet(place: Path, rows: Rows) -> None:
             for chunk in _chunks(rows()):
                 names = dict.fromkeys(schema.names)
                 sink.write_table(pa.Table.from_pylist([names | row for row in chunk], schema=schema))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
         what = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"a field holds several types, which Parquet cannot ({what}); give --out a .jsonl file"
+            f"a field holds several types or broken characters, which Parquet cannot ({what}); give --out a .jsonl file"
         ) from error
 
 
@@ -192,7 +189,7 @@ def _cell(value: Any) -> Any:
     """What a spreadsheet shows and does not run."""
     if value is None or isinstance(value, bool | int | float):
         return value
-    text = value if isinstance(value, str) else json.dumps(jsonable(value), ensure_ascii=False)
+    text = whole(value if isinstance(value, str) else json.dumps(jsonable(value), ensure_ascii=False))
     return "'" + text if text.startswith(EXECUTED) else text
 
 

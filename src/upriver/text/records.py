@@ -61,11 +61,6 @@ def read_records(sources: list[Source], bad: BadRecords) -> Iterator[Record]:
     Raises:
         CorpusError: a file that is damaged; a record that cannot be used, unless these are skipped.
     """
-    return (record for _, record in rows_of_records(sources, bad))
-
-
-def rows_of_records(sources: list[Source], bad: BadRecords) -> Iterator[tuple[dict[str, Any], Record]]:
-    """Each record with the row that it was read from, as it was; otherwise as :func:`read_records`."""
     seen: dict[int, tuple[int, int]] = {}  # hash of the id -> file, line
     for number, source in enumerate(sources):
         for line, row in rows(source):
@@ -83,7 +78,7 @@ def rows_of_records(sources: list[Source], bad: BadRecords) -> Iterator[tuple[di
             except RecursionError:
                 bad.report(where, "its metadata is nested too deeply; leave it out")
             else:
-                yield row, record
+                yield record
 
 
 def _record(row: dict[str, Any], where: str, default_id: str) -> Record:
