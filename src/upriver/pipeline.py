@@ -25,7 +25,7 @@ from upriver.model.layers import Coverage, coverage
 from upriver.model.model import Model
 from upriver.model.planned import announce, division_file, plan_here
 from upriver.runtime import dist
-from upriver.runtime.artifact import Artifact, digest, discard, locked, write_json
+from upriver.runtime.artifact import Artifact, discard, locked, write_json
 from upriver.runtime.config import CONVENTIONS, TraceOptions, options
 from upriver.runtime.device import float32_products, memory_told
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
@@ -85,8 +85,7 @@ def trace(
         "model": factors.manifest["key"]["model"] if factors else model.fingerprint,  # which has been checked
         "corpus": corpus.fingerprint,
         "queries": queries.fingerprint,
-        "factors": factors
-        and digest([factors.manifest["key"], factors.manifest["fit"]["tokens"]]),  # ``until`` may end early
+        "factors": factors and factors.fingerprint,
         "checkpoints": [[loaded(which, model).fingerprint, weight] for which, weight in checkpoints],
         "kernel": model.attention,
         "options": opts.key(),

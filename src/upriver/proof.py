@@ -17,7 +17,7 @@ from upriver.errors import ConfigError, InputError, MismatchError
 from upriver.evaluate.verified import HEAD, check_place, read_verified, write_verified
 from upriver.evaluate.verify import Trial, agreement, realised
 from upriver.influence.job import Given
-from upriver.influence.queries import Measured
+from upriver.influence.queries import Measured, in_turn
 from upriver.model.load import load_model
 from upriver.model.model import Model
 from upriver.runtime import dist
@@ -99,7 +99,7 @@ def _run(path: Path, stage: Artifact, asked: Given, opts: VerifyOptions, manifes
     trial = Trial(asked, opts, [pairs.loc[pairs["query"] == name, "sequence"].to_numpy(np.int64) for name in ids])
     P = sum(int(np.prod(layer["shape"])) for layer in manifest["layers"])
     at_once = max(1, min(AT_ONCE, ROOM // (VECTORS * 4 * P)))
-    chunks = [list(range(i, min(i + at_once, len(ids)))) for i in range(0, len(ids), at_once)]
+    chunks = in_turn(len(ids), at_once)
     with asked.progress("verify (questions)", len(ids)) as advance:
 
         def compute(unit: int) -> Tensors:
@@ -202,7 +202,7 @@ def _asked(path: Path, manifest: Json, told: list[Json], given: tuple, device: s
         if not isinstance(factors, Factors):
             there = manifest.get("factors")  # from the folder of the scores
             factors = _again("factors", factors or (there and path / there), Factors)
-        _same(path, key, "factors", digest([factors.manifest["key"], factors.manifest["fit"]["tokens"]]))
+        _same(path, key, "factors", factors.fingerprint)
     return Given(model, corpus, queries, factors, TraceOptions(**key["options"]), (), progress, mute)
 
 

@@ -31,7 +31,7 @@ from upriver.model.model import Model
 from upriver.model.planned import division_file
 from upriver.pipeline import trace
 from upriver.runtime import dist
-from upriver.runtime.artifact import Artifact, digest, discard, locked
+from upriver.runtime.artifact import Artifact, discard, locked
 from upriver.runtime.config import CONVENTIONS, AuditOptions, TraceOptions, options
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.show.audit import Audit, Card, cards_of_examples, write_page, write_records
@@ -110,7 +110,7 @@ def audit(
         "model": factors.manifest["key"]["model"] if factors else model.fingerprint,  # which has been checked
         "corpus": sequences.fingerprint,
         "queries": asked_of and asked_of.fingerprint,
-        "factors": factors and digest([factors.manifest["key"], factors.manifest["fit"]["tokens"]]),
+        "factors": factors and factors.fingerprint,
         "kernel": model.attention,
         "options": asked.opts.key(),
         "measurement": measured_by(model.task) if asked_of else None,

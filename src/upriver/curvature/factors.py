@@ -19,7 +19,16 @@ from upriver.curvature.blocks import BlockCurvature, Eigenblock, Moments
 from upriver.errors import ConfigError, InputError, MismatchError, NumericalError
 from upriver.model.layers import Layer
 from upriver.model.model import Model
-from upriver.runtime.artifact import FitManifest, Tensors, opened, read_head, read_json, read_tensor, write_stream
+from upriver.runtime.artifact import (
+    FitManifest,
+    Tensors,
+    digest,
+    opened,
+    read_head,
+    read_json,
+    read_tensor,
+    write_stream,
+)
 from upriver.runtime.config import CONVENTIONS, CURVATURES, FitOptions
 from upriver.runtime.cost import LayerSize, Sized, diagonal
 from upriver.tensors import Square, eigh, numbered, square
@@ -122,6 +131,11 @@ class Factors:
     @property
     def options(self) -> FitOptions:
         return FitOptions(**self.manifest["key"]["options"])
+
+    @property
+    def fingerprint(self) -> str:
+        """What they were made from, and of how many tokens: ``until`` may end early."""
+        return digest([self.manifest["key"], self.manifest["fit"]["tokens"]])
 
     def check(self, model: Model, data: Sequences | None = None) -> None:
         """Refuse factors of another model, attention kernel or corpus.

@@ -28,7 +28,7 @@ from upriver.curvature.iterative import ConjugateGradient
 from upriver.curvature.products import Products, Space, Tracked
 from upriver.errors import NumericalError
 from upriver.influence.job import Given
-from upriver.influence.queries import dense, token_gradients, weighted_measurement
+from upriver.influence.queries import gradients, weighted_measurement
 from upriver.model.layers import Layer, find_layers
 from upriver.model.model import Model
 from upriver.runtime.artifact import Tensors
@@ -150,8 +150,7 @@ def _central(function: Tracked, along_P: Tensor, rise: float, f: Callable[[Tenso
 
 
 def _gradients(trial: Trial, model: Model, layers: list[Layer], chunk: list[int]) -> Grads:
-    found = token_gradients(model, layers, trial.asked.queries, chunk, trial.asked.opts.batch_tokens or BATCH_TOKENS)
-    return dict(dense(found, layers, chunk, model.like))
+    return gradients(model, layers, trial.asked.queries, chunk, trial.asked.opts.batch)
 
 
 def _solver(trial: Trial, model: Model, layers: list[Layer], rows: np.ndarray) -> ConjugateGradient:

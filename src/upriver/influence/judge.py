@@ -12,7 +12,7 @@ from torch import Tensor
 from upriver.curvature import energy
 from upriver.errors import ModelError, ResourceError
 from upriver.influence.job import Job
-from upriver.influence.queries import dense, token_gradients
+from upriver.influence.queries import gradients, in_turn
 from upriver.influence.solve import full, told
 from upriver.runtime.artifact import Tensors, read_tensors
 from upriver.runtime.cost import SUM
@@ -52,15 +52,15 @@ def judge(job: Job, seen: np.ndarray, say: Say) -> list[dict[str, Any]]:
     if at_once < 1 or room < LEAST_ROOM:
         say("held-out energy: not measured, for want of memory; give more with --memory")
         return entries
-    chunks = [list(range(i, min(i + at_once, len(job.queries)))) for i in range(0, len(job.queries), at_once)]
+    chunks = in_turn(len(job.queries), at_once)
     stage = job.open("judged", bytes=job.division.rescore_bytes, rows=len(rows))
     tokens = int(np.asarray(job.data.lengths_N)[rows].sum())
     with job.progress("judge", tokens * len(chunks)) as advance:
 
         def compute(unit: int) -> Tensors:
             chunk = chunks[unit]
-            found = token_gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens)
-            q, v = dict(dense(found, job.layers, chunk, job.model.like)), full(job, chunk)
+            q = gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens)
+            v = full(job, chunk)
             how = {"memory_bytes": min(room - at_once * each_bytes, MOST_ROOM), "advance": advance}
             batch_tokens = min(BATCH_TOKENS, job.division.batch_tokens)
             along = energy.held_out(job.model, job.layers, job.data, rows, [v, q], batch_tokens, **how)

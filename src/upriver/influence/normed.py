@@ -16,14 +16,14 @@ from torch import Tensor
 
 from upriver.curvature.base import Damping
 from upriver.curvature.blocks import BlockCurvature
+from upriver.curvature.consumers import Rotation
 from upriver.influence.job import Job
 from upriver.influence.queries import query_chunks, token_gradients
 from upriver.influence.score import Score
 from upriver.model.layers import Layer
 from upriver.runtime.artifact import Tensors, read_tensor
-from upriver.runtime.cost import chunks
 from upriver.runtime.units import each
-from upriver.tensors import accumulator_dtype, even_parts, on_cpu, rotated_gradients
+from upriver.tensors import accumulator_dtype
 from upriver.text.batch import Batch
 
 
@@ -41,12 +41,14 @@ class Lengths:
 
     def __init__(self, curvature: BlockCurvature, layers: list[Layer], dampings: list[Damping], like: Tensor):
         self.dtype, self.count = accumulator_dtype(like.dtype), len(dampings)
-        self.bases, self.weights_WD = {}, {}
+        bases, self.weights_WD = {}, {}
         for x in layers:
             block = curvature.block(x.name)
             weights = [block.denominator(damping).reciprocal().flatten() for damping in dampings]
             self.weights_WD[x.name] = torch.stack(weights, 1).to(like.device, self.dtype)
-            self.bases[x.name] = block.to(like).basis
+            if block.basis is not None:
+                bases[x.name] = block.basis.to(like)
+        self._rotate = Rotation(bases or None)
         self.begin_unit()
 
     def begin_unit(self) -> None:
@@ -55,16 +57,13 @@ class Lengths:
         self.found_ND: list[Tensor] = []
 
     def begin(self, batch: Batch) -> None:
+        self._rotate.begin()
         self.rows.append(batch.rows_N)
         self.found_ND.append(torch.zeros(len(batch.rows_N), self.count, dtype=self.dtype, device=batch.device))
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        m, weights_WD = self.bases[layer.name], self.weights_WD[layer.name]
-        Q_A_II, Q_S_OO = (None, None) if m is None else (m.Q_A_II, m.Q_S_OO)
-        at_once = chunks(not on_cpu(g_NTO)).gradients // (g_NTO.element_size() * len(weights_WD))
-        for part in even_parts(len(a_NTI), max(1, at_once)):
-            G_NW = rotated_gradients(a_NTI[part], g_NTO[part], Q_A_II, Q_S_OO).flatten(1)
-            self.found_ND[-1][part] += G_NW.to(self.dtype).square() @ weights_WD
+        for part, G_NOI in self._rotate(layer, a_NTI, g_NTO):
+            self.found_ND[-1][part] += G_NOI.to(self.dtype).square().flatten(1) @ self.weights_WD[layer.name]
 
     def result(self) -> Tensors:
         """``self`` ``[N, D]`` in the order of the rows, on the host."""

@@ -3,7 +3,6 @@
 Axes: N rows of a batch, M tokens, Q queries, O outputs, I inputs of a layer.
 """
 
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -120,7 +119,13 @@ def token_gradients(
     return consumer
 
 
-def gradients(model: Model, layers: list[Layer], queries: Measured, indices: list[int] | None = None) -> Grads:
+def gradients(
+    model: Model,
+    layers: list[Layer],
+    queries: Measured,
+    indices: list[int] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Grads:
     """The gradient of each query's measurement in the weights of ``layers``: ``[Q, O, I]`` for every layer.
 
     A bias is the last column; a layer that a query does not reach has zeros.
@@ -132,13 +137,8 @@ def gradients(model: Model, layers: list[Layer], queries: Measured, indices: lis
         >>> up.gradients(model, up.tracked_layers(model, corpus, "mlp"), queries)["model.layers.0.mlp.up_proj"].shape
     """
     wanted = list(range(len(queries))) if indices is None else indices
-    return dict(dense(token_gradients(model, layers, queries, wanted), layers, wanted, model.like))
-
-
-def dense(found: TokenGradients, layers: list[Layer], indices: list[int], like: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Each layer's gradients whole, ``[Q, O, I]``; the tokens are let go on the way."""
-    for x in layers:
-        yield x.name, torch.stack([q.dense() for q in found.pop(x, indices, like)])
+    found = token_gradients(model, layers, queries, wanted, batch_tokens)
+    return {x.name: torch.stack([q.dense() for q in found.pop(x, wanted, model.like)]) for x in layers}
 
 
 def weighted_measurement(model: Model, batch: Batch) -> Tensor:
@@ -156,6 +156,11 @@ def measurements(model: Model, queries: Measured) -> np.ndarray:
     with frozen(model.module), torch.no_grad():
         rows = (queries.batch([i]).to(model.device) for i in range(len(queries)))
         return np.array([float(weighted_measurement(model, batch)) for batch in rows])
+
+
+def in_turn(count: int, at_once: int) -> list[list[int]]:
+    """So many queries, some at a time."""
+    return [list(range(i, min(i + at_once, count))) for i in range(0, count, at_once)]
 
 
 def query_chunks(layers: list[Layer], queries: Measured, rank: int | None, budget: int) -> list[list[int]]:

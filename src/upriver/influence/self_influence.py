@@ -113,9 +113,8 @@ def measured(
     check_length(model, data)
     if opts.curvature == "diagonal" and factors:
         fit_diagonal(model, data, factors, opts.memory, progress)
-    tokens = int(opts.batch_tokens or 1)
     with (
-        memory_told("self-influence", tokens // 2),
+        memory_told("self-influence", opts.batch // 2),
         float32_products(bool(opts.tf32)),
         model.computing_in(str(opts.dtype)) as computing,
     ):
@@ -133,7 +132,7 @@ def _pass(
 ) -> pd.DataFrame:
     layers = tracked_layers(model, data, str(opts.layers), factors.options.blocks if factors else 1)
     shape = model_shape(model, layers, data)
-    budget = memory_budget(model, data, int(opts.batch_tokens or 1), opts.memory)
+    budget = memory_budget(model, data, opts.batch, opts.memory)
     division = settled(stage.path, divide_pass(shape, SELF_INFLUENCE, budget), model.device, say)
     groups = [[layers[i] for i in group] for group in division.groups[SELF_INFLUENCE.name]]
     check_loss(model, data, drawn=False)

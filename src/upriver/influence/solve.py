@@ -20,7 +20,7 @@ from torch import Tensor
 from upriver.curvature.base import Damping, Grads, compress
 from upriver.errors import ConfigError, NumericalError
 from upriver.influence.job import Job
-from upriver.influence.queries import dense, query_chunks, token_gradients
+from upriver.influence.queries import gradients, in_turn, query_chunks, token_gradients
 from upriver.kernels import side_by_side
 from upriver.model.layers import Layer
 from upriver.runtime.artifact import Tensors, opened, read_tensor
@@ -110,11 +110,10 @@ def solutions(job: Job, number: int = 0) -> list[Path]:
             f"{show_bytes(2 * each_bytes - room)} more: give more with --memory, or track fewer layers with --layers"
         )
     at_once = min(len(job.queries), room // 2 // each_bytes)
-    chunks = [list(range(i, min(i + at_once, len(job.queries)))) for i in range(0, len(job.queries), at_once)]
+    chunks = in_turn(len(job.queries), at_once)
 
     def compute(chunk: list[int]) -> Tensors:
-        found = token_gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens)
-        q = dict(dense(found, job.layers, chunk, job.model.like))
+        q = gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens)
         assert job.curvature is not None
         solution = job.curvature.solve(q, job.dampings[number])
         told = json.dumps({"converged": solution.converged, **solution.stats})

@@ -113,12 +113,12 @@ class Model:
                 "the model's weights are divided over processes, as by FSDP; give every process the whole model: "
                 "fit and trace divide the corpus among them"
             )
+        self._look()
         form = [digest(module_form(self.module)), *task_form(self.task)]
         return digest([*form, *zip(state, self._hashes(), strict=True)])
 
     def _hashes(self) -> list[str]:
-        """Of every weight; of one that was rounded when it was loaded, as the files have it."""
-        self._look()
+        """Of every weight as it was looked at last; of one that was rounded when it was loaded, as the files have it."""
         sums, hashes = self._hashed
         if not hashes:
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:

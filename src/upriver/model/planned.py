@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from upriver.kernels import matmul, one_core_each
-from upriver.model.layers import Layer
+from upriver.model.layers import Layer, same_layers
 from upriver.model.model import Model, dtype_named
 from upriver.model.packed import any_packed
 from upriver.model.shape import config_shape, model_shape
@@ -104,11 +104,7 @@ def plan_here(
     dtypes = [machine.loaded] if any_packed(model.module) else [machine.loaded, *wanted]
     for dtype in dict.fromkeys(dtypes):
         with model.computing_in(dtype) as computing:
-            names = {id(m): name for name, m in model.module.named_modules()}
-            same = [
-                x._replace(modules=tuple(computing.module.get_submodule(names[id(m)]) for m in x.modules))
-                for x in layers
-            ]
+            same = same_layers(layers, model.module, computing.module)
             base, known = _rate(computing, same, data, shape, tokens, "model", nothing), {}
             for name, probe in probes.items():
                 group = next(d.groups[name][0] for d in (made.fit, made.trace) if d and name in d.groups)
