@@ -18,7 +18,7 @@ from scan import timed
 
 import upriver as up
 from upriver.influence.forecast import divide
-from upriver.influence.job import Job
+from upriver.influence.job import Given, Job
 from upriver.influence.scan import plan_routes
 from upriver.influence.score import Score
 from upriver.influence.solve import solve
@@ -57,8 +57,10 @@ def main() -> None:
         queries = up.complete(model, queries, 8)
     with (
         tempfile.TemporaryDirectory() as folder,
-        model.computing_in("bfloat16") as rough,
-        model.computing_in("mixed") as mixed,
+        up.load_model(args.model).computing_in(
+            "bfloat16"
+        ) as rough,  # a model of its own: weights are converted in place
+        up.load_model(args.model).computing_in("mixed") as mixed,
     ):
         place = args.factors or Path(folder) / "factors"
         factors = up.Factors(place) if args.factors else up.fit(model, corpus, place, max_tokens=args.fit_tokens)
@@ -70,7 +72,7 @@ def main() -> None:
             layers = tracked_layers(m, corpus, factors.options.layers)
             opts = TraceOptions(dtype=name, layers=factors.options.layers, seed=0)
             own = tracked_layers(model, corpus, factors.options.layers)
-            division = divide(model, own, corpus, queries, opts, None, mute)
+            division = divide(Given(model, corpus, queries, factors, opts, (), silent, mute), own, None)
             jobs[name] = Job(
                 stage, m, layers, corpus, queries, factors, rows, opts, silent, division, factors.curvature()
             )

@@ -17,7 +17,7 @@ import torch
 
 import upriver as up
 from upriver.influence.forecast import divide
-from upriver.influence.job import Job
+from upriver.influence.job import Given, Job
 from upriver.influence.scan import plan_routes
 from upriver.influence.score import Score
 from upriver.influence.solve import solve
@@ -75,7 +75,7 @@ def main():
         stage = Artifact.open(Path(folder) / "scores", "bench", {})
         layers = tracked_layers(model, corpus, "mlp")
         queries = queries.bound(model.tokenizer)
-        division = divide(model, layers, corpus, queries, opts, None, mute)
+        division = divide(Given(model, corpus, queries, factors, opts, (), silent, mute), layers, None)
         batches = corpus.plan(division.batch_tokens, rows)
         job = Job(stage, model, layers, corpus, queries, factors, rows, opts, silent, division, factors.curvature())
         times = compare(job, batches, args.repeats)

@@ -13,6 +13,7 @@ from meter import Meter
 
 import upriver as up
 from upriver.influence.forecast import divide
+from upriver.influence.job import Given
 from upriver.influence.job import Job as Trace
 from upriver.influence.queries import Measurements
 from upriver.influence.scan import Scanned, scan, scan_units
@@ -87,7 +88,7 @@ class Side:
         opts = options(TraceOptions, given)
         asked = Measurements(Sequences(self.job.queries_QT[:queries], self.job.prompt))
         layers, rows = tracked_layers(self.model, self.corpus, "mlp"), np.arange(len(self.corpus))
-        division = divide(self.model, layers, self.corpus, asked, opts, None, mute)
+        division = divide(Given(self.model, self.corpus, asked, factors, opts, (), silent, mute), layers, None)
         stage = Artifact.open(place, "trace", {})
         return Trace(
             stage, self.model, layers, self.corpus, asked, factors, rows, opts, silent, division, factors.curvature()
