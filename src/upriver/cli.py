@@ -121,6 +121,7 @@ def trace_command(
     top: flags.Top = 100,
     candidates: flags.Candidates = None,
     held_out: flags.HeldOut = None,
+    n_train: flags.NTrain = None,
     layer_scores: flags.LayerScores = False,
     unit_norm: flags.UnitNorm = False,
     complete: flags.Complete = None,
@@ -139,7 +140,7 @@ def trace_command(
         "rank": rank, "damping": damping, "top": top, "candidates": candidates, "curvature": curvature, "refine": refine,
         "refine_tokens": refine_tokens, "solver_rank": solver_rank, "solver_steps": solver_steps, "held_out": held_out,
         "layer_scores": layer_scores, "dtype": dtype, "memory": memory, "layers": layers, "seed": seed, "tf32": tf32,
-        "unit_norm": unit_norm,
+        "unit_norm": unit_norm, "n_train": n_train,
     }  # fmt: skip
     options(TraceOptions, given)
     rates = read_checkpoints(checkpoints)

@@ -64,6 +64,12 @@ Candidates = Annotated[int | None, typer.Option(help="Score only the best N by T
 HeldOut = Annotated[
     int | None, typer.Option(help="Tokens, unseen by the solver, that judge its solutions; 0: none.", min=0)
 ]
+NTrain = Annotated[
+    int | None,
+    typer.Option(
+        help="Sequences that the model was trained on, for nats. Default: of the corpus of the factors.", min=1
+    ),
+]
 LayerScores = Annotated[bool, typer.Option("--layer-scores", help="Write layers.npy as well.")]
 UnitNorm = Annotated[
     bool, typer.Option("--unit-norm", help="Write ID@unit columns as well: scores over the lengths of both gradients.")

@@ -106,10 +106,11 @@ class Job(NamedTuple):
 
     @property
     def n_train(self) -> int | None:
-        """What turns a raw score into nats: the sequences that the factors were fitted for; None for gradient dot products."""
+        """What turns a raw score into nats: what was given, or the sequences that the factors were fitted for; None for
+        gradient dot products."""
         if self.opts.curvature in PLAIN_GRADIENTS:
             return None
-        return self.factors.manifest["n_train"] if self.factors else len(self.data)
+        return self.opts.n_train or (self.factors.manifest["n_train"] if self.factors else len(self.data))
 
     @property
     def rank(self) -> int | None:
@@ -150,6 +151,10 @@ def settled_options(
         raise ConfigError(
             f"checkpoints go with the curvature tracincp, and it with them: got curvature {kind!r} and {len(checkpoints)} "
             "checkpoints; give --curvature tracincp --checkpoints FOLDER=RATE,FOLDER=RATE"
+        )
+    if kind in PLAIN_GRADIENTS and opts.n_train:
+        raise ConfigError(
+            f"curvature {kind!r} gives plain products of gradients, in no unit: got --n-train {opts.n_train}; leave it out"
         )
     if kind in PLAIN_GRADIENTS and (len(opts.dampings) > 1 or opts.refine):
         raise ConfigError(

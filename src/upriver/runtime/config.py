@@ -142,6 +142,9 @@ class TraceOptions(Options):
     top: int = Field(100, ge=1)
     candidates: int | None = Field(None, ge=1)
     held_out: int | None = Field(None, ge=0)  # tokens that judge the solutions; 0: none
+    n_train: int | None = Field(
+        None, ge=1
+    )  # sequences trained on; None: of the corpus that the factors were fitted for
     layer_scores: bool = False
     unit_norm: bool = False  # further columns, of scores between -1 and 1
     layers: str | None = None  # None: those of the factors, else mlp

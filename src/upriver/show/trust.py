@@ -121,7 +121,7 @@ def _solver(solver: Json, solutions: list[Json]) -> Iterator[Json]:
         note = f"at the best scale, on {sequences:,} sequences ({tokens:,} tokens) that played no part"
         yield _fact("Held-out energy, solution", _span(own), note, state)
         yield _fact("Held-out energy, plain gradient", _span(plain), "the higher, the nearer to the true solution")
-        note = "scores in nats times the scale of their question are calibrated"
+        note = "nats are shown times the scale of their question: so they are calibrated"
         yield _fact("Best scale", _span(scales, 2), note)
 
 
@@ -224,7 +224,10 @@ def _corpus(manifest: Json) -> Iterator[Json]:
     if manifest.get("scored_sequences"):
         yield _fact("Scored sequences", f"{manifest['scored_sequences']:,}")
     if manifest.get("n_train") and manifest.get("curvature") not in PLAIN_GRADIENTS:
-        yield _fact("N in the nats", f"{manifest['n_train']:,}", "raw score / N = nats per added copy")
+        whose = {"given": "as given with --n-train", "factors": "sequences of the corpus of the factors"}.get(
+            str(manifest.get("n_train_from")), "sequences of the corpus"
+        )
+        yield _fact("N in the nats", f"{manifest['n_train']:,}", f"{whose}; raw score / N = nats per added copy")
     if corpus.get("seq_len"):
         packed = "documents joined end to end" if corpus.get("pack") else "documents never mixed in a window"
         yield _fact("Window", f"{corpus['seq_len']} tokens", packed)
