@@ -1,6 +1,7 @@
 """What a nat is: of one copy among the sequences that the factors were fitted for, in the length that held-out text measures."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ def traced(data, out, factors=None, **given):
     return up.trace(c.model, data, c.queries, factors, out, **(options | given))
 
 
-def nats(scores, column="score_nats"):
+def nats(scores, column="score_nats") -> Any:
     return pd.read_parquet(scores.path / "top.parquet").set_index(["query", "sequence"])[column]
 
 
@@ -74,7 +75,7 @@ def test_nats_have_the_length_that_held_out_sequences_measure(factors, tmp_path)
         assert shown == pytest.approx(found[query["id"]].to_dict(), rel=1e-5)
     assert "to calibrate it, times" in page["unit"]
     told = up.verify(scores, c.model, c.data, c.queries, factors, steps=50, top=2, random=2)
-    frame = pd.read_parquet(scores.path / "verify.parquet")
+    frame: Any = pd.read_parquet(scores.path / "verify.parquet")
     np.testing.assert_allclose(frame["calibrated_nats"], frame["predicted_nats"] * frame["query"].map(scale), rtol=1e-6)
     one = told["queries"][0]
     own = frame[(frame["query"] == one["id"]) & frame["shown"]]

@@ -54,6 +54,12 @@ Refine = Annotated[
 RefineTokens = Annotated[
     int | None, typer.Option(help="Tokens that a matrix-free solver goes over. Default: the fit's sample.", min=1)
 ]
+Combine = Annotated[
+    int,
+    typer.Option(
+        help="Tokens, such as 4000, on which solutions at three dampings are combined for each question.", min=0
+    ),
+]
 SolverRank = Annotated[int | None, typer.Option(help="Rank of arnoldi and nystrom.", min=1)]
 SolverSteps = Annotated[int | None, typer.Option(help="Steps of cg, lissa and astra at most.", min=1)]
 Checkpoints = Annotated[

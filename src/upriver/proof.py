@@ -116,7 +116,7 @@ def _run(path: Path, stage: Artifact, asked: Given, opts: VerifyOptions, manifes
         found = {name: torch.cat([x[name] for x in parts]).numpy() for name in parts[0]}
         _fill(pairs, trial, found, manifest["n_train"])
         proximal = opts.how == "proximal"  # a gradient step is not predicted by the solutions that were judged
-        factors = pairs["query"].map(scales).astype(float) if proximal else np.nan
+        factors = np.array([scales[name] or np.nan for name in pairs["query"]]) if proximal else np.nan
         pairs["calibrated_nats"] = pairs["predicted_nats"] * factors
         key = {name: stage.key[name] for name in ("scores", "options")}
         told = {"upriver": version("upriver"), "key": key, "n_train": manifest["n_train"], **_summary(pairs, trial)}
@@ -146,7 +146,7 @@ def _summary(pairs: pd.DataFrame, trial: Trial) -> Json:
         "length_from": sizes[1],
         **_both(pairs),
         "uncalibrated": _both(pairs.drop(columns="calibrated_nats"))
-        if pairs["calibrated_nats"].notna().any()
+        if np.isfinite(pairs["calibrated_nats"].to_numpy()).any()
         else None,
         "queries": [_query(name, own) for name, own in pairs.groupby("query", sort=False)],
     }

@@ -11,7 +11,8 @@ import torch
 
 from upriver.curvature.base import Curvature, Damping, Moments
 from upriver.curvature.blocks import BlockCurvature
-from upriver.curvature.choose import BLOCKS, needs_factors, solver
+from upriver.curvature.choose import BLOCKS, blocks, needs_factors, solver
+from upriver.curvature.combined import Combined
 from upriver.curvature.factors import Factors
 from upriver.errors import ConfigError, MismatchError
 from upriver.influence.queries import Measured
@@ -63,7 +64,7 @@ class Given:
         fitted = (
             self.factors.manifest["fit"]["tokens"] if self.factors else int(self.data.lengths_N.sum(dtype=np.int64))
         )
-        return self.data.sample(self.opts.refine_tokens or fitted, self.opts.seed or 0)
+        return self.data.sample(self.opts.combine or self.opts.refine_tokens or fitted, self.opts.seed or 0)
 
 
 class Job(NamedTuple):
@@ -160,7 +161,12 @@ def settled_options(
         raise ConfigError(
             f"curvature {kind!r} inverts nothing: got --damping {opts.damping} and --refine {opts.refine}"
         )
-    if opts.unit_norm and (kind not in BLOCKS or opts.refine):
+    if opts.combine and (kind not in ("ekfac", "kfac", "diagonal") or opts.refine or not factors):
+        raise ConfigError(
+            f"--combine takes solutions of ekfac, kfac or diagonal, fitted and unrefined: got curvature {kind!r}, --refine "
+            f"{opts.refine} and {'factors' if factors else 'no factors'}; leave it out, or choose one of these"
+        )
+    if opts.unit_norm and (kind not in BLOCKS or opts.refine or opts.combine):
         raise ConfigError(
             f"unit-norm scores need every sequence solved in the pass, which only {', '.join(BLOCKS)} do, unrefined: got "
             f"curvature {kind!r} and --refine {opts.refine}; leave out --unit-norm, or choose one of these"
@@ -195,6 +201,9 @@ def chosen_solver(model: Model, layers: list[Layer], asked: Given, division: Div
     given = {name: value for name, value in how.items() if value is not None}
     given |= {"batch_tokens": min(PRODUCT_TOKENS, opts.batch)}
     given |= {"memory_bytes": min(MOST_ROOM, division.room("queries") // 2)}
+    if opts.combine:
+        start = blocks(kind, layers, asked.factors)
+        return Combined(model, layers, asked.data, asked.sample, start, memory_bytes=given["memory_bytes"])
     return solver(kind, model, layers, asked.data, asked.sample, asked.factors, **given)
 
 

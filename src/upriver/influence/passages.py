@@ -219,6 +219,7 @@ def manifest(
         "solver": {
             "name": opts.curvature,
             "refine": opts.refine,
+            "combine": opts.combine,
             "converged": all(x["converged"] for x in solutions),
             "why": why,
             "passes": max((x.get("products") or 0.0 for x in solutions), default=0.0),

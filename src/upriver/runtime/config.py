@@ -135,6 +135,7 @@ class TraceOptions(Options):
     curvature: CurvatureKind = "ekfac"
     refine: int = Field(0, ge=0)  # steps of conjugate gradients from the solution of the curvature
     refine_tokens: int | None = Field(None, ge=1)  # that a matrix-free solver goes over; None: the fit's sample
+    combine: int = Field(0, ge=0)  # tokens on which solutions at several dampings are combined; 0: one damping
     solver_rank: int | None = Field(None, ge=1)  # of arnoldi and nystrom
     solver_steps: int | None = Field(None, ge=1)  # of cg, lissa and astra, at most
     damping: str = "0.1x"  # or several, separated by commas: a column for each

@@ -97,7 +97,8 @@ def _solver(solver: Json, solutions: list[Json]) -> Iterator[Json]:
     if solver.get("name"):
         passes = f"{solver['passes']:.3g} passes over its sample" if solver.get("passes") is not None else ""
         note = "; ".join(filter(None, (str(solver.get("lambda_rule") or ""), passes)))
-        yield _fact("Solver", solver_name(solver["name"], solver.get("refine")), note)
+        several = f", three dampings combined on {solver['combine']:,} tokens" if solver.get("combine") else ""
+        yield _fact("Solver", solver_name(solver["name"], solver.get("refine")) + several, note)
     outcomes = [s for s in solutions if s.get("converged") is not None] or [s for s in (solver,) if "converged" in s]
     if outcomes:
         failed = [s for s in (*outcomes, solver) if s.get("converged") is False]
