@@ -1,6 +1,7 @@
 """What refining EK-FAC by conjugate gradients brings on the demo, judged on sequences that played no part, and what it costs.
 
-    python benchmarks/refine.py [--questions 4] [--tokens 30000] [--held-out 240] [--steps 0 1 3 10] [--factors FOLDER]
+    python benchmarks/refine.py [--questions 4] [--tokens 30000] [--held-out 240] [--steps 0 1 3 10] [--combine 4096]
+                                 [--factors FOLDER]
 
 Factors of the demo (100,000 tokens), its first questions, refined over some 30,000 tokens of the sample that the factors were
 fitted on, and judged by the held-out energy (docs/refine.md) over other sequences.  A pass is what a plain training step, forward
@@ -19,6 +20,7 @@ import torch
 import upriver as up
 from upriver.curvature.base import Damping, Grads
 from upriver.curvature.choose import solver
+from upriver.curvature.combined import Combined
 from upriver.curvature.energy import held_out, judge
 from upriver.influence.queries import gradients as query_gradients
 from upriver.model.layers import Layer
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=30_000, help="to refine on")
     parser.add_argument("--held-out", type=int, default=240, help="sequences to judge on")
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 1, 3, 10])
+    parser.add_argument("--combine", type=int, nargs="*", default=[4096], help="tokens to combine three dampings on")
     parser.add_argument("--factors", type=Path, help="where they are, or go; default: a folder that is removed again")
     args = parser.parse_args()
     settle_memory(reuse=True)
@@ -107,6 +110,15 @@ def main() -> None:
             solutions.append(solution.value)
             told.append((solution.stats, seconds))
             print(f"{steps} steps: {seconds:.0f} s, {solution.stats}", flush=True)
+        for tokens in args.combine:
+            few = corpus.sample(tokens, factors.options.seed + 1)  # of the whole corpus, but not those that judge
+            few = np.setdiff1d(few, others[: args.held_out])
+            combined = Combined(model, layers, corpus, few, factors.curvature())
+            started = time.process_time()
+            solution = combined.solve(q, DAMPING)
+            solutions.append(solution.value)
+            told.append((solution.stats | {"products": 0}, time.process_time() - started))
+            print(f"combined on {tokens} tokens: {told[-1][1]:.0f} s", flush=True)
         judges, sets = others[: args.held_out], [q, *solutions]
         begun = time.process_time()
         vGv = held_out(model, layers, corpus, judges, sets, BATCH_TOKENS)
@@ -117,7 +129,10 @@ def main() -> None:
     print(f"\n{own:,} tokens to refine on, {tokens:,} held out in {len(judges)} sequences, {threads} threads")
     each = seconds / plain * own / tokens / len(sets) / len(asked)
     print(f"a pass takes {plain:.1f} s of processor time; judging a vector takes {each:.2f} passes\n")
-    ids, names = [queries.ids[i] for i in asked], ["gradient", *(f"EK-FAC + {n}" for n in args.steps)]
+    ids, names = (
+        [queries.ids[i] for i in asked],
+        ["gradient", *(f"EK-FAC + {n}" for n in args.steps), *(f"three dampings, {n} tokens" for n in args.combine)],
+    )
     for i, title in enumerate(["energy at the best scale", "best scale", "energy as it is"]):
         values = [judged[(2, 1, 0)[i]].tolist() for judged in found]
         table(title, ids, names, [[f"{x:.3g}" for x in row] for row in values])

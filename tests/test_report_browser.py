@@ -145,7 +145,7 @@ def test_what_was_verified_is_drawn(tmp_path: Path) -> None:
     top = pd.read_parquet(path / "top.parquet")
     shown = top[top["rank"] <= 2][["query", "sequence", "side", "rank"]].assign(shown=True)
     shown["predicted_nats"] = top["score_nats"].astype(float)
-    shown["realised_nats"] = shown["predicted_nats"] / 3
+    shown["realised_nats"], shown["calibrated_nats"] = shown["predicted_nats"] / 3, np.nan
     drawn_at_random = {"sequence": 1, "shown": False, "predicted_nats": 1e-3, "realised_nats": -1e-3}
     random = pd.DataFrame([{"query": name} | drawn_at_random for name in shown["query"].unique()])
     frame = pd.concat([shown, random]).assign(residual=0.02, length=0.9)

@@ -113,6 +113,7 @@ def trace_command(
     curvature: flags.Curvature = "ekfac",
     refine: flags.Refine = 0,
     refine_tokens: flags.RefineTokens = None,
+    combine: flags.Combine = 0,
     solver_rank: flags.SolverRank = None,
     solver_steps: flags.SolverSteps = None,
     checkpoints: flags.Checkpoints = None,
@@ -121,6 +122,7 @@ def trace_command(
     top: flags.Top = 100,
     candidates: flags.Candidates = None,
     held_out: flags.HeldOut = None,
+    n_train: flags.NTrain = None,
     layer_scores: flags.LayerScores = False,
     unit_norm: flags.UnitNorm = False,
     complete: flags.Complete = None,
@@ -139,7 +141,7 @@ def trace_command(
         "rank": rank, "damping": damping, "top": top, "candidates": candidates, "curvature": curvature, "refine": refine,
         "refine_tokens": refine_tokens, "solver_rank": solver_rank, "solver_steps": solver_steps, "held_out": held_out,
         "layer_scores": layer_scores, "dtype": dtype, "memory": memory, "layers": layers, "seed": seed, "tf32": tf32,
-        "unit_norm": unit_norm,
+        "unit_norm": unit_norm, "n_train": n_train, "combine": combine,
     }  # fmt: skip
     options(TraceOptions, given)
     rates = read_checkpoints(checkpoints)

@@ -54,6 +54,12 @@ Refine = Annotated[
 RefineTokens = Annotated[
     int | None, typer.Option(help="Tokens that a matrix-free solver goes over. Default: the fit's sample.", min=1)
 ]
+Combine = Annotated[
+    int,
+    typer.Option(
+        help="Tokens, such as 4000, on which solutions at three dampings are combined for each question.", min=0
+    ),
+]
 SolverRank = Annotated[int | None, typer.Option(help="Rank of arnoldi and nystrom.", min=1)]
 SolverSteps = Annotated[int | None, typer.Option(help="Steps of cg, lissa and astra at most.", min=1)]
 Checkpoints = Annotated[
@@ -63,6 +69,12 @@ Damping = Annotated[str, typer.Option(help="0.1x of the mean eigenvalue, or an a
 Candidates = Annotated[int | None, typer.Option(help="Score only the best N by TF-IDF, per query.", min=1)]
 HeldOut = Annotated[
     int | None, typer.Option(help="Tokens, unseen by the solver, that judge its solutions; 0: none.", min=0)
+]
+NTrain = Annotated[
+    int | None,
+    typer.Option(
+        help="Sequences that the model was trained on, for nats. Default: of the corpus of the factors.", min=1
+    ),
 ]
 LayerScores = Annotated[bool, typer.Option("--layer-scores", help="Write layers.npy as well.")]
 UnitNorm = Annotated[

@@ -120,10 +120,9 @@ def _run(stage: Artifact, asked: Given) -> None:
     cover = asked.factors.manifest["coverage"] if asked.factors else _coverage(job)
     say(f"layers: {Coverage.of(cover).line()}")
     if asked.factors and asked.factors.manifest["key"]["corpus"] != data.fingerprint:
-        n_train = asked.factors.manifest["n_train"]
-        say(
-            f"note: the factors were fitted on another corpus; nats are those of a copy among its {n_train:,} sequences"
-        )
+        n_train, whose = job.n_train or 0, "the given" if opts.n_train else "its"
+        nats = f"; nats are those of a copy among {whose} {n_train:,} sequences" if n_train else ""
+        say(f"note: the factors were fitted on another corpus{nats}")
     seen = int(np.asarray(data.lengths_N)[asked.sample].sum(dtype=np.int64))
     wanted_of = request(data, rows, asked.queries, opts, job.layers, seen)
     probes = {"scan": scan_probe(wanted_of.asked)}
@@ -160,7 +159,7 @@ def _run(stage: Artifact, asked: Given) -> None:
             asked.factors.check_unchanged()
         found = ranked(job, scanned, ends, sample, pairs)
         write_scores(stage.path, data, job.columns, scanned)
-        write_top(stage.path, top_rows(job, found.shown, pairs))
+        write_top(stage.path, top_rows(job, found.shown, pairs, judged))
         write_json(stage.path / "queries.json", answers(job.model, asked.queries, found.agreement, judged))
         stage.finish(manifest(job, found, kept, cover, judged, str(opts.dtype), times))
         _tidy(stage.path)

@@ -14,10 +14,11 @@ from rich.console import Console
 import upriver.flags as flags
 from upriver.curvature.factors import Factors
 from upriver.errors import ConfigError, InputError, MismatchError
-from upriver.evaluate.verified import HEAD, check_place, read_verified, write_verified
+from upriver.evaluate.verified import HEAD, check_place, compared, read_verified, write_verified
 from upriver.evaluate.verify import Trial, agreement, realised
 from upriver.influence.job import Given
 from upriver.influence.queries import Measured, in_turn
+from upriver.influence.results import calibration
 from upriver.model.load import load_model
 from upriver.model.model import Model
 from upriver.runtime import dist
@@ -62,7 +63,7 @@ def verify(
 
     Returns:
         What ``verify.json`` holds (``docs/formats.md``): of all queries and of each ``pearson``, ``slope`` and ``scale``
-        between predicted and realised nats, for shown and for random passages.
+        between predicted (calibrated where the trace was) and realised nats, for shown and for random passages.
 
     Raises:
         InputError: an option, or what was given is not what the trace was made from.
@@ -87,13 +88,14 @@ def verify(
         else:
             asked = _asked(path, manifest, told, (model, corpus, queries, factors), device, progress)
             with memory_told("the verification", 512), asked.model.task_kept():
-                _run(path, Artifact.open(path / "verify", "verify", key, overwrite), asked, opts, manifest)
+                scales = {x["id"]: calibration(x.get("solution")) for x in told}
+                _run(path, Artifact.open(path / "verify", "verify", key, overwrite), asked, opts, manifest, scales)
         found = read_verified(path)
     assert found
     return found[0]
 
 
-def _run(path: Path, stage: Artifact, asked: Given, opts: VerifyOptions, manifest: Json) -> None:
+def _run(path: Path, stage: Artifact, asked: Given, opts: VerifyOptions, manifest: Json, scales: Json) -> None:
     start, ids = time.perf_counter(), asked.queries.ids
     pairs = _pairs(path, ids, opts, manifest["n_train"])
     trial = Trial(asked, opts, [pairs.loc[pairs["query"] == name, "sequence"].to_numpy(np.int64) for name in ids])
@@ -113,6 +115,9 @@ def _run(path: Path, stage: Artifact, asked: Given, opts: VerifyOptions, manifes
         parts = [read_tensors(file) for file in files]
         found = {name: torch.cat([x[name] for x in parts]).numpy() for name in parts[0]}
         _fill(pairs, trial, found, manifest["n_train"])
+        proximal = opts.how == "proximal"  # a gradient step is not predicted by the solutions that were judged
+        factors = np.array([scales[name] or np.nan for name in pairs["query"]]) if proximal else np.nan
+        pairs["calibrated_nats"] = pairs["predicted_nats"] * factors
         key = {name: stage.key[name] for name in ("scores", "options")}
         told = {"upriver": version("upriver"), "key": key, "n_train": manifest["n_train"], **_summary(pairs, trial)}
         write_verified(path, pairs, told | {"seconds": time.perf_counter() - start})
@@ -140,15 +145,16 @@ def _summary(pairs: pd.DataFrame, trial: Trial) -> Json:
         "sample": sizes[0],
         "length_from": sizes[1],
         **_both(pairs),
+        "uncalibrated": _both(pairs.drop(columns="calibrated_nats"))
+        if np.isfinite(pairs["calibrated_nats"].to_numpy()).any()
+        else None,
         "queries": [_query(name, own) for name, own in pairs.groupby("query", sort=False)],
     }
 
 
 def _both(pairs: pd.DataFrame) -> Json:
     parts: dict[str, Any] = {"shown": pairs[pairs["shown"]], "random": pairs[~pairs["shown"]]}
-    return {
-        name: agreement(*(x[c].to_numpy() for c in ("predicted_nats", "realised_nats"))) for name, x in parts.items()
-    }
+    return {name: agreement(compared(x).to_numpy(), x["realised_nats"].to_numpy()) for name, x in parts.items()}
 
 
 def _query(name: Any, own: Any) -> Json:

@@ -20,10 +20,19 @@ F64, STR = pa.float64(), pa.string()
 SCHEMA = pa.schema(
     [
         ("query", STR), ("sequence", pa.int64()), ("shown", pa.bool_()), ("predicted_nats", F64), ("realised_nats", F64),
-        ("side", STR), ("rank", pa.int64()), ("residual", F64), ("length", F64),
+        ("side", STR), ("rank", pa.int64()), ("residual", F64), ("length", F64), ("calibrated_nats", F64),
     ]
 )  # fmt: skip
 AGAIN = "give `upriver verify` again with --overwrite"
+
+
+def compared(pairs: Any) -> Any:
+    """What realised nats are held against: the calibrated prediction where the trace made one, else the plain one."""
+    return (
+        pairs["calibrated_nats"].fillna(pairs["predicted_nats"])
+        if "calibrated_nats" in pairs
+        else pairs["predicted_nats"]
+    )
 
 
 def read_verified(scores: Path) -> tuple[dict[str, Any], pd.DataFrame] | None:

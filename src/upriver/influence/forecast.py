@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from upriver.curvature.choose import BLOCKS
+from upriver.curvature.combined import TIMES
 from upriver.curvature.consumers import FIT_PROBES
 from upriver.errors import ConfigError
 from upriver.influence.job import Given, rank_within
@@ -51,7 +52,7 @@ def divide(asked: Given, layers: list[Layer], folder: Path | None) -> Division:
         opts.layer_scores,
         len(opts.dampings) * opts.unit_norm,
     )
-    by_layer = opts.curvature in (*BLOCKS, "tracincp") and not opts.refine
+    by_layer = opts.curvature in (*BLOCKS, "tracincp") and not opts.refine and not opts.combine
     rougher = [scan] if scan == "bfloat16" and asked.exact == "float32" and by_layer else []
     for exact in (asked.exact, *rougher):
         budget = memory_budget(model, data, opts.batch, opts.memory, scan, exact)
@@ -76,8 +77,9 @@ def request(
     )
     return request_for(
         np.asarray(data.lengths_N)[rows], fit=False, queries=len(queries), columns=len(queries) * len(opts.dampings),
-        rank=rank_within(layers, opts), top=opts.top, fit_tokens=fitted, scan_dtype=str(opts.dtype), refine=opts.refine,
-        refine_tokens=opts.refine_tokens or 0, held_out=held_out, layer_scores=opts.layer_scores,
+        rank=rank_within(layers, opts), top=opts.top, fit_tokens=fitted, scan_dtype=str(opts.dtype),
+        refine=opts.refine or len(TIMES) * bool(opts.combine), refine_tokens=opts.combine or opts.refine_tokens or 0,
+        held_out=held_out, layer_scores=opts.layer_scores,
         norms=len(opts.dampings) * opts.unit_norm,
         query_tokens=max(1, round(float(np.mean(queries.lengths)))), batch_tokens=opts.batch_tokens,
     )  # fmt: skip

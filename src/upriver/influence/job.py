@@ -11,7 +11,8 @@ import torch
 
 from upriver.curvature.base import Curvature, Damping, Moments
 from upriver.curvature.blocks import BlockCurvature
-from upriver.curvature.choose import BLOCKS, needs_factors, solver
+from upriver.curvature.choose import BLOCKS, blocks, needs_factors, solver
+from upriver.curvature.combined import Combined
 from upriver.curvature.factors import Factors
 from upriver.errors import ConfigError, MismatchError
 from upriver.influence.queries import Measured
@@ -63,7 +64,7 @@ class Given:
         fitted = (
             self.factors.manifest["fit"]["tokens"] if self.factors else int(self.data.lengths_N.sum(dtype=np.int64))
         )
-        return self.data.sample(self.opts.refine_tokens or fitted, self.opts.seed or 0)
+        return self.data.sample(self.opts.combine or self.opts.refine_tokens or fitted, self.opts.seed or 0)
 
 
 class Job(NamedTuple):
@@ -106,10 +107,11 @@ class Job(NamedTuple):
 
     @property
     def n_train(self) -> int | None:
-        """What turns a raw score into nats: the sequences that the factors were fitted for; None for gradient dot products."""
+        """What turns a raw score into nats: what was given, or the sequences that the factors were fitted for; None for
+        gradient dot products."""
         if self.opts.curvature in PLAIN_GRADIENTS:
             return None
-        return self.factors.manifest["n_train"] if self.factors else len(self.data)
+        return self.opts.n_train or (self.factors.manifest["n_train"] if self.factors else len(self.data))
 
     @property
     def rank(self) -> int | None:
@@ -151,11 +153,20 @@ def settled_options(
             f"checkpoints go with the curvature tracincp, and it with them: got curvature {kind!r} and {len(checkpoints)} "
             "checkpoints; give --curvature tracincp --checkpoints FOLDER=RATE,FOLDER=RATE"
         )
+    if kind in PLAIN_GRADIENTS and opts.n_train:
+        raise ConfigError(
+            f"curvature {kind!r} gives plain products of gradients, in no unit: got --n-train {opts.n_train}; leave it out"
+        )
     if kind in PLAIN_GRADIENTS and (len(opts.dampings) > 1 or opts.refine):
         raise ConfigError(
             f"curvature {kind!r} inverts nothing: got --damping {opts.damping} and --refine {opts.refine}"
         )
-    if opts.unit_norm and (kind not in BLOCKS or opts.refine):
+    if opts.combine and (kind not in ("ekfac", "kfac", "diagonal") or opts.refine or not factors):
+        raise ConfigError(
+            f"--combine takes solutions of ekfac, kfac or diagonal, fitted and unrefined: got curvature {kind!r}, --refine "
+            f"{opts.refine} and {'factors' if factors else 'no factors'}; leave it out, or choose one of these"
+        )
+    if opts.unit_norm and (kind not in BLOCKS or opts.refine or opts.combine):
         raise ConfigError(
             f"unit-norm scores need every sequence solved in the pass, which only {', '.join(BLOCKS)} do, unrefined: got "
             f"curvature {kind!r} and --refine {opts.refine}; leave out --unit-norm, or choose one of these"
@@ -190,6 +201,9 @@ def chosen_solver(model: Model, layers: list[Layer], asked: Given, division: Div
     given = {name: value for name, value in how.items() if value is not None}
     given |= {"batch_tokens": min(PRODUCT_TOKENS, opts.batch)}
     given |= {"memory_bytes": min(MOST_ROOM, division.room("queries") // 2)}
+    if opts.combine:
+        start = blocks(kind, layers, asked.factors)
+        return Combined(model, layers, asked.data, asked.sample, start, memory_bytes=given["memory_bytes"])
     return solver(kind, model, layers, asked.data, asked.sample, asked.factors, **given)
 
 

@@ -13,7 +13,7 @@ import torch
 from upriver.influence.job import Job
 from upriver.influence.queries import Measured, measurements
 from upriver.influence.rescore import Pairs, Rescored, spurious
-from upriver.influence.results import Sides, TopRow, sides
+from upriver.influence.results import Sides, TopRow, calibration, sides
 from upriver.influence.scan import Scanned
 from upriver.model.capture import frozen
 from upriver.model.losses import LanguageModel
@@ -63,13 +63,15 @@ def ranked(job: Job, scanned: Scanned, extremes: list[np.ndarray], sample: np.nd
     return Ranked(shown, agreement, difference / largest)
 
 
-def top_rows(job: Job, shown: list[list[Shown]], parts: list[Pairs]) -> Iterator[list[TopRow]]:
+def top_rows(
+    job: Job, shown: list[list[Shown]], parts: list[Pairs], solutions: list[dict[str, Any]]
+) -> Iterator[list[TopRow]]:
     """The rows of ``top.parquet``, a query at a time: its most positive and its most negative sequences."""
     lexical = Lexical(job, shown)
     for part in parts:
         found = part.read()
         for q in part.queries:
-            yield [_row(job, lexical, found, x) for x in shown[q]]
+            yield [_row(job, lexical, found, x, calibration(solutions[q])) for x in shown[q]]
 
 
 def _shown(job: Job, rows: np.ndarray, found: Rescored, scan_P: np.ndarray, q: int) -> list[Shown]:
@@ -100,14 +102,16 @@ class Passage(NamedTuple):
         return cls(data.document_id(document), start, end, data.text(row), data.pieces(row), metadata)
 
 
-def _row(job: Job, lexical: "Lexical", found: Rescored, x: Shown) -> TopRow:
+def _row(job: Job, lexical: "Lexical", found: Rescored, x: Shown, scale: float | None) -> TopRow:
     passage, layers_L = Passage.of(job.data, x.row), found.layers_PL[x.pair]
     tokens_T = found.tokens_PT[x.pair, : len(passage.tokens)].numpy()
     score = float(layers_L.double().sum())
     nats = None if job.n_train is None else score / job.n_train
+    calibrated = None if nats is None or scale is None else nats * scale
     return TopRow(
         query=job.queries.ids[x.query], side=x.side, rank=x.rank, sequence=x.row,
-        score=score, score_nats=nats, scan_score=x.scan_score, rescored=True, spurious=spurious(tokens_T),
+        score=score, score_nats=nats, calibrated_nats=calibrated, scan_score=x.scan_score,
+        rescored=True, spurious=spurious(tokens_T),
         layers=layers_L.numpy(), token_scores=tokens_T, **passage._asdict(), **lexical.compare(x.query, x.row),
     )  # fmt: skip
 
@@ -206,6 +210,7 @@ def manifest(
         "tokenizer": {"fingerprint": tokenizer_fingerprint(model.tokenizer)} if model.tokenizer else None,
         "corpus": getattr(job.data, "info", {"sequences": len(job.data), "fingerprint": job.data.fingerprint}),
         "n_train": job.n_train or len(job.data),
+        "n_train_from": "given" if opts.n_train else "factors" if job.factors else "corpus",
         "scored_sequences": len(job.rows),
         "candidates": kept,
         "coverage": coverage,
@@ -214,6 +219,7 @@ def manifest(
         "solver": {
             "name": opts.curvature,
             "refine": opts.refine,
+            "combine": opts.combine,
             "converged": all(x["converged"] for x in solutions),
             "why": why,
             "passes": max((x.get("products") or 0.0 for x in solutions), default=0.0),

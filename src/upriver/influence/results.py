@@ -6,7 +6,7 @@ Axes: N scanned sequences, C of them in a chunk, Q queries, D documents of a chu
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -126,6 +126,7 @@ class TopRow(NamedTuple):
     end: int
     score: float
     score_nats: float | None  # None: gradient dot products, which are in no unit
+    calibrated_nats: float | None  # None: the scale of the query's solution was not measured
     scan_score: float
     rescored: bool
     spurious: bool
@@ -139,11 +140,21 @@ class TopRow(NamedTuple):
     metadata: str
 
 
+def calibration(solution: dict[str, Any] | None) -> float | None:
+    """The factor that gives a query's nats their length, which held-out sequences measured; None where it is not known.
+
+    A ``best_scale`` that is not positive says that the solution points the wrong way, and calibrates nothing.
+    """
+    scale = (solution or {}).get("best_scale")
+    return scale if scale and scale > 0 else None
+
+
 F32, STR = pa.float32(), pa.string()
 TOP_SCHEMA = pa.schema(
     [
         ("query", STR), ("side", STR), ("rank", pa.int64()), ("sequence", pa.int64()), ("document", STR),
-        ("start", pa.int64()), ("end", pa.int64()), ("score", F32), ("score_nats", F32), ("scan_score", F32),
+        ("start", pa.int64()), ("end", pa.int64()), ("score", F32), ("score_nats", F32),
+        ("calibrated_nats", F32), ("scan_score", F32),
         ("rescored", pa.bool_()), ("spurious", pa.bool_()), ("layers", pa.list_(F32)), ("tokens", pa.list_(STR)),
         ("token_scores", pa.list_(F32)), ("text", STR), ("tfidf_rank", pa.int64()), ("tfidf_score", F32),
         ("overlap", F32), ("metadata", STR),

@@ -135,6 +135,7 @@ class TraceOptions(Options):
     curvature: CurvatureKind = "ekfac"
     refine: int = Field(0, ge=0)  # steps of conjugate gradients from the solution of the curvature
     refine_tokens: int | None = Field(None, ge=1)  # that a matrix-free solver goes over; None: the fit's sample
+    combine: int = Field(0, ge=0)  # tokens on which solutions at several dampings are combined; 0: one damping
     solver_rank: int | None = Field(None, ge=1)  # of arnoldi and nystrom
     solver_steps: int | None = Field(None, ge=1)  # of cg, lissa and astra, at most
     damping: str = "0.1x"  # or several, separated by commas: a column for each
@@ -142,6 +143,9 @@ class TraceOptions(Options):
     top: int = Field(100, ge=1)
     candidates: int | None = Field(None, ge=1)
     held_out: int | None = Field(None, ge=0)  # tokens that judge the solutions; 0: none
+    n_train: int | None = Field(
+        None, ge=1
+    )  # sequences trained on; None: of the corpus that the factors were fitted for
     layer_scores: bool = False
     unit_norm: bool = False  # further columns, of scores between -1 and 1
     layers: str | None = None  # None: those of the factors, else mlp

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from upriver.evaluate.verified import compared
+from upriver.influence.results import calibration
 from upriver.runtime.config import PLAIN_GRADIENTS, POSITIVE
 from upriver.show.folder import Folder, Json, metadata_of
 from upriver.show.passages import concentration, matches, near_duplicates, query_words, sentences
@@ -33,7 +35,13 @@ def build_report(folder: Folder) -> Json:
     for query in folder.queries:
         raw, shown = folder.scores(str(query["id"])), answer(folder, query)
         documents = rank_documents(folder, str(query["id"]), spans, raw, shown["passages"])
-        queries.append(shown | {"spread": spread(raw, folder.n_train), "documents": documents})
+        queries.append(
+            shown
+            | {
+                "spread": spread(raw, folder.n_train and folder.n_train / (shown["calibration"] or 1)),
+                "documents": documents,
+            }
+        )
     model, corpus = manifest.get("model") or {}, manifest.get("corpus") or {}
     report = {
         "format": "upriver-report",
@@ -75,12 +83,22 @@ def unit(folder: Folder) -> str:
         return (
             "A score in nats, or whatever unit the measurement has, is the first-order estimate of how much the measurement "
             f"changes when one more copy of the example is added to the {n_train:,} training sequences: the raw score divided "
-            f"by {n_train:,}."
+            f"by {n_train:,}{_calibrated(folder)}"
         )
     return (
         "A score in nats is the first-order estimate of how much the log-probability changes when one more copy of "
-        f"the passage is added to the {n_train:,} training sequences: the raw score divided by {n_train:,}."
+        f"the passage is added to the {n_train:,} training sequences: the raw score divided by {n_train:,}{_calibrated(folder)}"
     )
+
+
+def _calibrated(folder: Folder) -> str:
+    """Say whether the lengths of the solutions, and so the nats, were measured."""
+    known = sum(calibration(query.get("solution")) is not None for query in folder.queries)
+    if not known:
+        return ", not calibrated: the length of the solutions was not measured, so read nats as ranks."
+    whose = "its" if len(folder.queries) == 1 else "its question's"
+    rest = f" ({len(folder.queries) - known} questions are not calibrated)" if known < len(folder.queries) else ""
+    return f" and, to calibrate it, times {whose} best scale on held-out sequences{rest}."
 
 
 def layers_by_depth(manifest: Json) -> list[Json]:
@@ -106,10 +124,11 @@ def answer(folder: Folder, query: Json) -> Json:
     rows = folder.top.loc[folder.top["query"].astype(str) == str(query["id"])]
     words = query_words(f"{query.get('prompt') or ''} {query.get('completion') or ''}")
     passages, found = [], _verified(folder, str(query["id"]))
+    scale = calibration(query.get("solution")) if folder.n_train else None
     realised = {row: nats for _, nats, shown, row in found["pairs"] if shown} if found else {}
     for side in SIDES:
         own = rows[rows["side"] == side].sort_values("rank").to_dict("records")
-        ranked = [_passage(row, words, folder.n_train) for row in own]
+        ranked = [_passage(row, words, folder.n_train, scale) for row in own]
         for passage, leader in zip(ranked, near_duplicates([p["text"] for p in ranked]), strict=True):
             passage["duplicate_of"] = None if ranked[leader] is passage else ranked[leader]["rank"]
             passage["realised_nats"] = realised.get(passage["sequence"])
@@ -117,6 +136,7 @@ def answer(folder: Folder, query: Json) -> Json:
     keys = ("id", "prompt", "completion", "contrast", "generated", "log_prob", "measurement", "completion_tokens")
     return {
         **{key: query.get(key) for key in (*keys, "contrast_tokens", "rank_correlation", "solution")},
+        "calibration": scale,
         "words": sorted(words),
         "passages": passages,
         "verified": found and {key: found[key] for key in ("residual", "length", "shown", "random", "pairs")},
@@ -133,12 +153,13 @@ def _verified(folder: Folder, query: str | None = None) -> Json | None:
         keys = ("how", "shown", "random", "sample", "length_from", "seconds")
         return {key: told[key] for key in keys} | {"residual": worst}
     own = table[table["query"] == query]
+    own = own.assign(predicted_nats=compared(own))
     columns = ("predicted_nats", "realised_nats", "shown", "sequence")
     found = next((entry for entry in told["queries"] if entry["id"] == query), None)
     return found and found | {"pairs": [list(row) for row in zip(*(own[c].tolist() for c in columns), strict=True)]}
 
 
-def _passage(row: Json, words: frozenset[str], n_train: int | None) -> Json:
+def _passage(row: Json, words: frozenset[str], n_train: int | None, scale: float | None) -> Json:
     tokens, token_scores, layers = (
         [] if value is None or isinstance(value, float) else list(value)
         for value in map(row.get, ("tokens", "token_scores", "layers"))
@@ -149,7 +170,7 @@ def _passage(row: Json, words: frozenset[str], n_train: int | None) -> Json:
     values, tfidf_rank = np.asarray(token_scores, np.float64), row.get("tfidf_rank")
     return {
         **{key: row.get(key) for key in ("side", "rank", "sequence", "document", "start", "end")},
-        **_in_nats(float(row["score"]), n_train),
+        **_in_nats(float(row["score"]), n_train, scale),
         **{key: row.get(key) for key in ("scan_score", "rescored", "spurious", "tfidf_score", "overlap")},
         "tfidf_rank": None if tfidf_rank is None or pd.isna(tfidf_rank) else int(tfidf_rank),
         "concentration": concentration(values),
@@ -168,15 +189,22 @@ def _passage(row: Json, words: frozenset[str], n_train: int | None) -> Json:
     }
 
 
-def _in_nats(score: float, n_train: int | None) -> Json:
-    return {"score": score, "score_nats": score / n_train if n_train else None}
+def _in_nats(score: float, n_train: int | None, scale: float | None) -> Json:
+    nats = score / n_train if n_train else None
+    return {
+        "score": score,
+        "score_nats": nats,
+        "calibrated_nats": None if nats is None or scale is None else nats * scale,
+    }
 
 
-def spread(raw: np.ndarray, n_train: int | None) -> Json | None:
+def spread(raw: np.ndarray, n_train: float | None) -> Json | None:
     """Measure how the influence on one query is spread over all sequences: survival curves and the share of the top 1 %.
 
     ``survival.positive`` holds points ``[x, share]``: the share of all scored sequences whose score is at least ``x``
-    (nats, or raw without ``n_train``); ``survival.negative`` the same for ``-score``.  At most 200 points each, evenly
+    (raw, or nats where
+    ``n_train`` is given: over the scale of a query that was measured); ``survival.negative``
+    the same for ``-score``.  At most 200 points each, evenly
     spaced in the logarithm of the rank.
     """
     scores = raw[np.isfinite(raw)] / (n_train or 1)
@@ -214,6 +242,8 @@ def rank_documents(
         passages: those of the query, to which a document's best sequences point.
     """
     sums, n_train = folder.documents(query_id), folder.n_train
+    asked = next((q for q in folder.queries if str(q["id"]) == query_id), {})
+    scale = calibration(asked.get("solution")) if n_train else None
     if query_id not in sums or "document" not in sums:
         return None
     sums = sums.assign(score=sums[query_id].astype(float)).sort_values("score", ascending=False, kind="stable")
@@ -231,12 +261,14 @@ def rank_documents(
     for side, end in ends.items():
         for rank, row in enumerate(end.to_dict("records"), 1):
             document = {"side": side, "rank": rank, "document": row["document"], "sequences": row.get("sequences")}
-            document |= _in_nats(row["score"], n_train) | {"best": []}
+            document |= _in_nats(row["score"], n_train, scale) | {"best": []}
             own = groups.get(row["document"], pd.DataFrame({"score": []})).sort_values(
                 "score", ascending=side == "negative"
             )
             for entry in own.head(BEST_SEQUENCES).to_dict("records"):
-                best = {key: entry.get(key) for key in ("sequence", "start", "end")} | _in_nats(entry["score"], n_train)
+                best = {key: entry.get(key) for key in ("sequence", "start", "end")} | _in_nats(
+                    entry["score"], n_train, scale
+                )
                 document["best"].append(best | {"passage": place.get((side, entry["sequence"]))})
             ranked[side].append(document)
     return ranked

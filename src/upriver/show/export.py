@@ -7,11 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from upriver.errors import ConfigError, InputError, MismatchError
+from upriver.influence.results import calibration
 from upriver.runtime.artifact import atomic, refuse_inside
 from upriver.show.scores import Scores
 from upriver.text.corpus import corpus_digest
@@ -38,8 +40,9 @@ def export(
     """Write the records that a trace scored, every field as it was, in their order.
 
     With neither ``keep`` nor ``drop`` each record gets a field ``influence:ID`` for every column of the scores: what one more
-    copy of it would change, in nats (with gradient dot products, which are in no unit, the dot product); null where nothing
-    of it was scored.  With one of them the records are written as they were, ready to train on.
+    copy of it would change, in nats, calibrated where the trace measured the scale (with gradient
+    dot products, which are in no unit, the dot product); null where nothing of it was scored.
+    With one of them the records are written as they were, ready to train on.
 
     Args:
         out: a ``.jsonl``, ``.parquet`` or ``.csv`` file that is not there yet.
@@ -74,7 +77,9 @@ def export(
             raise ConfigError(
                 "--by and --lowest say which records --keep or --drop means: got neither; give one of them"
             )
-        unit = result.manifest["n_train"] if result.manifest["damping"] != "none" else 1
+        plain = result.manifest["damping"] == "none"
+        scales = {} if plain else {x["id"]: calibration(x.get("solution")) for x in result.queries}
+        unit = (1 if plain else result.manifest["n_train"]) / np.array([scales.get(name) or 1.0 for name in columns])
         values = dict(zip(documents["document"], documents[columns].to_numpy(float) / unit, strict=True))
         names = [PREFIX + name for name in columns]
         nothing = [None] * len(names)

@@ -28,8 +28,8 @@ WARN_ABOVE = 5_000_000  # bytes of the page
 DIGITS = 4  # of a token score in the page
 HEAD = 65_536  # bytes that are looked at of a file that would be replaced
 CSV_COLUMNS = (
-    "query", "side", "rank", "sequence", "document", "start", "end", "score", "score_nats", "rescored", "spurious",
-    "tfidf_rank", "overlap", "duplicate_of", "metadata", "text",
+    "query", "side", "rank", "sequence", "document", "start", "end", "score", "score_nats", "calibrated_nats",
+    "rescored", "spurious", "tfidf_rank", "overlap", "duplicate_of", "metadata", "text",
 )  # fmt: skip
 OURS = {  # how the files of a report begin
     ".html": re.compile(
@@ -38,7 +38,9 @@ OURS = {  # how the files of a report begin
     ),
     ".json": re.compile(rb'\{"format": "upriver-report", '),
     ".jsonl": re.compile(rb'\{"example_id": "(?:[^"\\]|\\.)*", "query_set": "upriver", '),
-    ".csv": re.compile(re.escape(",".join(CSV_COLUMNS).encode()) + rb"\n"),
+    ".csv": re.compile(
+        re.escape(",".join(CSV_COLUMNS)).replace("calibrated_nats,", "(?:calibrated_nats,)?").encode() + rb"\n"
+    ),
 }
 
 
@@ -198,7 +200,9 @@ def jsonl_text(report: Json) -> str:
             passages = [p for p in query["passages"] if p["side"] == side]
             line[f"{name}s"] = [p["text"] for p in passages]
             line[f"{name}_ids"] = [f"{p['document']}:{p['start']}-{p['end']}" for p in passages]
-            line[f"{name}_scores"] = [p["score"] if p["score_nats"] is None else p["score_nats"] for p in passages]
+            line[f"{name}_scores"] = [
+                next(x for x in (p["calibrated_nats"], p["score_nats"], p["score"]) if x is not None) for p in passages
+            ]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
 

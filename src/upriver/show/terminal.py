@@ -99,6 +99,12 @@ def verified_summary(told: Json, console: Console) -> None:
             numbers = " ".join(f"{'-' if x[n] is None else figure(x[n]):>8}" for n in ("pearson", "slope", "scale"))
             residual = figure(entry["residual"]) if entry.get("residual") is not None else ""
             console.print(f"{name:30} {x['pairs']:8} {numbers} {residual:>9}", markup=False)
+    if before := told.get("uncalibrated"):
+        x, y = (figure(told["shown"][n]) if told["shown"][n] is not None else "-" for n in ("slope", "scale"))
+        a, b = (figure(before["shown"][n]) if before["shown"][n] is not None else "-" for n in ("slope", "scale"))
+        console.print(
+            f"calibrated by held-out energy: slope {a} before, {x} after; scale {b} before, {y} after", markup=False
+        )
     console.print(
         "slope and scale: of realised on predicted, with and without an intercept; 1 is calibrated. "
         f"{told['how']}, {told['seconds']:.0f} s", style="dim",
@@ -124,7 +130,7 @@ def _headline(query: Json) -> Text:
 def _line(passage: Json, copies: int) -> Text:
     raw, nats = (
         None if x is None else f"{x:+,.0f}" if abs(x) >= 1000 else f"{x:+.3g}"
-        for x in (passage["score"], passage["score_nats"])
+        for x in (passage["score"], _nats(passage))
     )
     text = Text(f"{passage['rank']}. ", style="bold")
     text.append(f"{nats} nats" if nats else f"raw {raw}", style="bold")
@@ -135,6 +141,10 @@ def _line(passage: Json, copies: int) -> Text:
     facts += ["spurious: few tokens hold it all"] if passage["spurious"] else []
     text.append("  " + " · ".join(fact[:60] for fact in facts), style="dim")
     return text
+
+
+def _nats(passage: Json) -> float | None:
+    return passage["score_nats"] if passage["calibrated_nats"] is None else passage["calibrated_nats"]
 
 
 def _excerpt(passage: Json) -> Text:

@@ -97,7 +97,8 @@ def _solver(solver: Json, solutions: list[Json]) -> Iterator[Json]:
     if solver.get("name"):
         passes = f"{solver['passes']:.3g} passes over its sample" if solver.get("passes") is not None else ""
         note = "; ".join(filter(None, (str(solver.get("lambda_rule") or ""), passes)))
-        yield _fact("Solver", solver_name(solver["name"], solver.get("refine")), note)
+        several = f", three dampings combined on {solver['combine']:,} tokens" if solver.get("combine") else ""
+        yield _fact("Solver", solver_name(solver["name"], solver.get("refine")) + several, note)
     outcomes = [s for s in solutions if s.get("converged") is not None] or [s for s in (solver,) if "converged" in s]
     if outcomes:
         failed = [s for s in (*outcomes, solver) if s.get("converged") is False]
@@ -121,7 +122,7 @@ def _solver(solver: Json, solutions: list[Json]) -> Iterator[Json]:
         note = f"at the best scale, on {sequences:,} sequences ({tokens:,} tokens) that played no part"
         yield _fact("Held-out energy, solution", _span(own), note, state)
         yield _fact("Held-out energy, plain gradient", _span(plain), "the higher, the nearer to the true solution")
-        note = "scores in nats times the scale of their question are calibrated"
+        note = "nats are shown times the scale of their question: so they are calibrated"
         yield _fact("Best scale", _span(scales, 2), note)
 
 
@@ -224,7 +225,10 @@ def _corpus(manifest: Json) -> Iterator[Json]:
     if manifest.get("scored_sequences"):
         yield _fact("Scored sequences", f"{manifest['scored_sequences']:,}")
     if manifest.get("n_train") and manifest.get("curvature") not in PLAIN_GRADIENTS:
-        yield _fact("N in the nats", f"{manifest['n_train']:,}", "raw score / N = nats per added copy")
+        whose = {"given": "as given with --n-train", "factors": "sequences of the corpus of the factors"}.get(
+            str(manifest.get("n_train_from")), "sequences of the corpus"
+        )
+        yield _fact("N in the nats", f"{manifest['n_train']:,}", f"{whose}; raw score / N = nats per added copy")
     if corpus.get("seq_len"):
         packed = "documents joined end to end" if corpus.get("pack") else "documents never mixed in a window"
         yield _fact("Window", f"{corpus['seq_len']} tokens", packed)

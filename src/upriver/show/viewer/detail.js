@@ -37,14 +37,14 @@ function meaning(item) {
   // The sum of a document with sequences that were not scored is not its influence.
   if (!D.n_train || item.score_nats === null || (D.candidates && what === "document")) return null;
   const copy = `To first order, one more copy of this ${what} in the training set would`;
-  if (Q.log_prob === null) return h("p", { class: "muted" }, `${copy} change the measurement by ${signed(item.score_nats)}.`);
+  if (Q.log_prob === null) return h("p", { class: "muted" }, `${copy} change the measurement by ${signed(value(item))}.`);
   const changed = Q.contrast ? "the odds of the answer against the contrast" : "the probability of the answer";
-  const factor = Math.exp(item.score_nats);
-  if (!Q.contrast && Q.log_prob + item.score_nats > 0) {
-    return h("p", { class: "muted" }, `${copy} raise the log-probability by ${number(item.score_nats)} nats, past a probability of 1: ` +
+  const factor = Math.exp(value(item));
+  if (!Q.contrast && Q.log_prob + value(item) > 0) {
+    return h("p", { class: "muted" }, `${copy} raise the log-probability by ${number(value(item))} nats, past a probability of 1: ` +
       "too large for a first-order estimate, so read it as a rank rather than a size.");
   }
-  const change = Math.abs(item.score_nats) < 0.05 ? `change ${changed} by ${signed(100 * (factor - 1))} %` : `multiply ${changed} by ${number(factor)}`;
+  const change = Math.abs(value(item)) < 0.05 ? `change ${changed} by ${signed(100 * (factor - 1))} %` : `multiply ${changed} by ${number(factor)}`;
   return h("p", { class: "muted" }, `${copy} ${change}.`);
 }
 

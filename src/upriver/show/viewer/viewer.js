@@ -9,8 +9,8 @@ const narrow = matchMedia("(max-width: 900px)");
 let D, Q, unit;
 
 const unitName = () => (D.n_train ? "nats" : "raw");
-const value = (item) => item.score_nats ?? item.score;
-const scaled = (raw) => (D.n_train ? raw / D.n_train : raw);
+const value = (item) => item.calibrated_nats ?? item.score_nats ?? item.score;
+const scaled = (raw) => (D.n_train ? (raw / D.n_train) * (Q.calibration ?? 1) : raw);
 const sideName = (item) => (item.side === "positive" ? "pos" : "neg");
 const arrow = (item) => (item.side === "positive" ? "▲" : "▼");
 const visibleSpace = (text) => text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
