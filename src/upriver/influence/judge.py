@@ -15,15 +15,12 @@ from upriver.influence.job import Job
 from upriver.influence.queries import gradients, in_turn
 from upriver.influence.solve import full, told
 from upriver.runtime.artifact import Tensors, read_tensors
-from upriver.runtime.cost import SUM
+from upriver.runtime.divide import ALONG_BYTES, JUDGED_TOKENS
 from upriver.runtime.plan import held_out_tokens
 from upriver.runtime.progress import Say
 from upriver.runtime.units import each
 
 NAMES = energy.Judged._fields[0][:-2], energy.Judged._fields[1][:-2], energy.Judged._fields[2][:-2]
-SETS = 4  # of gradients at full rank: queries and their solutions, and both laid flat
-BATCH_TOKENS = 1024  # in which forward mode is fastest
-LEAST_ROOM, MOST_ROOM = 256 << 20, 1 << 30  # bytes for what goes through a batch along each of the vectors
 SALT = 0x9E3779B9  # so that other sequences are drawn than by the seed alone
 
 
@@ -46,14 +43,11 @@ def judge(job: Job, seen: np.ndarray, say: Say) -> list[dict[str, Any]]:
     if job.division.exact == "bfloat16":
         say("held-out energy: not measured, since the model does not fit in float32")
         return entries
-    room = job.division.room("rescore")
-    each_bytes = SETS * SUM * sum(x.O * x.I for x in job.layers)
-    at_once = min(len(job.queries), room // 2 // each_bytes)
-    if at_once < 1 or room < LEAST_ROOM:
+    if not job.division.judged:
         say("held-out energy: not measured, for want of memory; give more with --memory")
         return entries
-    chunks = in_turn(len(job.queries), at_once)
-    stage = job.open("judged", bytes=job.division.rescore_bytes, rows=len(rows))
+    chunks = in_turn(len(job.queries), job.division.judged)
+    stage = job.open("judged", at_once=job.division.judged, rows=len(rows))
     tokens = int(np.asarray(job.data.lengths_N)[rows].sum())
     with job.progress("judge", tokens * len(chunks)) as advance:
 
@@ -61,8 +55,8 @@ def judge(job: Job, seen: np.ndarray, say: Say) -> list[dict[str, Any]]:
             chunk = chunks[unit]
             q = gradients(job.model, job.layers, job.queries, chunk, job.division.batch_tokens)
             v = full(job, chunk)
-            how = {"memory_bytes": min(room - at_once * each_bytes, MOST_ROOM), "advance": advance}
-            batch_tokens = min(BATCH_TOKENS, job.division.batch_tokens)
+            how = {"memory_bytes": ALONG_BYTES, "advance": advance}
+            batch_tokens = min(JUDGED_TOKENS, job.division.batch_tokens)
             along = energy.held_out(job.model, job.layers, job.data, rows, [v, q], batch_tokens, **how)
             assert job.curvature is not None
             lambdas = job.curvature.lambdas(job.dampings[0])

@@ -49,6 +49,9 @@ LAYER_SCORES_BYTES = 128 << 20  # where scores are kept by layer, which is count
 Pass = tuple[
     Callable[[Layers], float], Callable[[int], int]
 ]  # what it holds of layers, and takes beside in a batch of tokens
+JUDGED = 4  # sets of gradients that judging solutions takes: questions and their solutions, and both laid flat
+JUDGED_TOKENS = 1024  # of a batch, in which forward mode is fastest
+ALONG_BYTES = 256 << 20  # for what goes through such a batch along some of the vectors
 QUERY_BYTES = 1 << 30  # gradients and solutions of queries held at once; more where the limit is four times as large
 
 
@@ -122,6 +125,7 @@ class Division(NamedTuple):
     eigen_workers: int = 1
     solve_bytes: int = 0  # gradients (as tokens) and solutions of queries at once
     rescore_bytes: int = 0  # the same at full rank
+    judged: int = 0  # questions whose solutions are judged at once; 0: there is no room to judge any
     scan_room: int = 0  # queries as they are laid out, and batches that wait for them
     exact: str = "float32"  # the type in which queries are solved and the top is looked at again
 
@@ -254,6 +258,16 @@ class Sizes(NamedTuple):
         batch = self.budget.widened + batch_size(self.shape, tokens, self.budget.exact, work, self.budget.chunks)
         return max(self.solve(some, full, at_once, tokens), batch + at_once * query_size(some, full))
 
+    def judge(self, at_once: int, tokens: int) -> float:
+        """Some queries and their solutions at full rank, and what goes through a batch of outputs along a few of them."""
+        shape, tokens = self.shape, min(tokens, JUDGED_TOKENS)
+        flat, outputs = SUM * sum(x.O * x.I for x in shape.layers), SUM * shape.vocabulary * tokens
+        kept = ITEM[self.budget.exact] * shape.activation * tokens
+        along = (
+            max(ALONG_BYTES, 4 * flat + 6 * outputs + kept) * 3 // 2
+        )  # with what the allocator keeps between batches
+        return self.budget.widened + (JUDGED * at_once + 1) * flat + along + 2 * outputs + kept
+
     def batch(self, tokens: int) -> float:
         """The model in its compute type, and one batch with the gradients of its sequences: all of a scan but what is held."""
         asked, budget, layers = self.asked, self.budget, self.shape.layers
@@ -311,8 +325,12 @@ def divide_trace(shape: Shape, asked: Asked, budget: Budget) -> Division:
         counts[name] = _most(at_most, free, of_all)
         peak[name] = of_all(counts[name])
     held = int(min(room, 4 * DENSE_BYTES + each[0] * asked.queries + norms_size(layers, asked)))
-    at_once = counts["queries"] * each[0], counts["rescore"] * each[1]
-    return Division(tokens, found, budget.peaks(peak), budget.limit, 1, *at_once, held, budget.exact)
+    at_once, judged = (counts["queries"] * each[0], counts["rescore"] * each[1]), 0
+    if sizes.judge(1, tokens) <= free:
+        at_most = min(asked.queries, most // (JUDGED * SUM * sum(x.O * x.I for x in layers)))
+        judged = _most(at_most, free, lambda number: sizes.judge(number, tokens))
+        peak["judge"] = sizes.judge(judged, tokens)
+    return Division(tokens, found, budget.peaks(peak), budget.limit, 1, *at_once, judged, held, budget.exact)
 
 
 def _largest(together: Sequence[Layers], size: Callable[[Layers, int, int], float], tokens: int, queries: int) -> float:

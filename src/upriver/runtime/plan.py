@@ -331,10 +331,12 @@ def _trace_passes(r: Request, shape: Shape, machine: Machine, division: Division
     tokens = rows * T + Q * t
     add("rescore", exact, len(looking), tokens, tokens * _through(shape, T, looking), each, "rescore")
     left = max(0.0, everything - r.fitted)
-    if division.exact != "bfloat16" and (
-        judged := min(held_out_tokens(None, Q), left) if r.held_out is None else float(r.held_out)
+    if (
+        division.exact != "bfloat16"
+        and division.judged
+        and (judged := min(held_out_tokens(None, Q), left) if r.held_out is None else float(r.held_out))
     ):
-        add("judge", exact, 1, judged, 2 * 2 * Q * judged * FORWARD_MODE * shape.forward(T), 0.0, "rescore")
+        add("judge", exact, 1, judged, 2 * 2 * Q * judged * FORWARD_MODE * shape.forward(T), 0.0, "judge")
     return found
 
 
