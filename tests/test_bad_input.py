@@ -86,7 +86,10 @@ BAD_MODELS = {
     "folder without a model": (empty_folder, ["no model in the folder", "without a config.json"]),
     "broken config": (broken_file("config.json", lambda c: c[:20]), ["config.json", "not a valid JSON"]),
     "unknown architecture": (broken_file("config.json", lambda c: b'{"model_type": "zeppelin"}'), ["zeppelin"]),
-    "truncated safetensors": (broken_file("model.safetensors", lambda c: c[: len(c) // 2]), ["incomplete", "sound"]),
+    "truncated safetensors": (
+        broken_file("model.safetensors", lambda c: c[: len(c) // 2]),
+        ["incomplete", "a complete copy"],
+    ),
     "no weights": (broken_file("model.safetensors", lambda c: None), ["model.safetensors"]),
     "NaN weights": (broken_weights(lambda w: w[WEIGHT][3].fill_(float("nan"))), ["NaN or infinity", WEIGHT]),
     "missing weights": (broken_weights(lambda w: w.pop(WEIGHT)), ["1 missing keys", WEIGHT, "at random"]),
@@ -101,7 +104,7 @@ BAD_MODELS = {
     "no tokenizer": (broken_file("tokenizer.json", lambda c: None), ["no tokenizer could be loaded", "tokenizer.json"]),
     "broken tokenizer": (broken_file("tokenizer.json", lambda c: b"{}"), ["no tokenizer could be loaded"]),
     "slow tokenizer": (slow_tokenizer, ["no character offsets", "fast tokenizer"]),
-    "encoder": (encoder, ["not causal", "causal language model"]),
+    "encoder": (encoder, ["not a causal language model", "loaded as"]),
     "encoder and decoder": (encoder_decoder, ["no causal language model", "T5"]),
     "rubbish GGUF": (gguf_rubbish, ["m.gguf"]),
 }

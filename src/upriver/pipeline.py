@@ -19,7 +19,7 @@ from upriver.influence.rescore import Pairs, rescore_top
 from upriver.influence.results import write_scores, write_top
 from upriver.influence.scan import Part, Scanned, scan, scan_units
 from upriver.influence.solve import solve
-from upriver.model.check import check_length
+from upriver.model.check import check_length, check_token
 from upriver.model.fingerprint import measured_by
 from upriver.model.layers import Coverage, coverage
 from upriver.model.model import Model
@@ -81,6 +81,9 @@ def trace(
     if factors:
         factors.check(model)
     check_length(model, corpus)
+    if isinstance(queries, Queries):
+        for i in range(len(queries)):
+            check_token(model, int(queries.batch([i]).inputs["tokens"].max()), f"query {queries.ids[i]!r}")
     key = {
         "model": factors.manifest["key"]["model"] if factors else model.fingerprint,  # which has been checked
         "corpus": corpus.fingerprint,

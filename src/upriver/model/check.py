@@ -173,6 +173,24 @@ def check_length(model: Model, data: Sequences) -> None:
             f"scores would depend on the batches: got sequences of {longest} tokens, and beyond {limit} the model takes other "
             f"rotary frequencies for all that stands in a batch; give --seq-len {limit} or less"
         )
+    if (highest := getattr(data, "max_token", None)) is not None:
+        check_token(model, highest, "the corpus")
+
+
+def check_token(model: Model, highest: int, what: str) -> None:
+    """Refuse tokens that a language model has no row for, as a special token that was added and never trained.
+
+    Raises:
+        ModelError: with the token.
+    """
+    embedding = model.module.get_input_embeddings() if hasattr(model.module, "get_input_embeddings") else None
+    rows = len(embedding.weight) if isinstance(embedding, nn.Embedding) else None
+    if rows is not None and highest >= rows:
+        raise ModelError(
+            f"{what} holds a token that the model has no embedding for: got "
+            f"{model.tokenizer.convert_ids_to_tokens(highest)!r}, number {highest:,}, and the model embeds {rows:,}; "
+            "take it out of the text, or use the model that was trained with it"
+        )
 
 
 def check_loss(model: Model, data: Sequences, drawn: bool) -> None:

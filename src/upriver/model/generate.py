@@ -7,6 +7,7 @@ import torch
 
 from upriver.errors import QueryError
 from upriver.model.capture import frozen
+from upriver.model.check import check_token
 from upriver.model.model import Model
 from upriver.text.queries import Queries
 
@@ -46,6 +47,7 @@ def complete(model: Model, queries: Queries, most: int) -> Queries:
                 f"{query.where}: the prompt of query {query.id!r} has no token that the model could go on from: "
                 f"got {query.prompt!r}; write more of it, or give a completion"
             )
+        check_token(model, int(tokens_T.max()), f"query {query.id!r}")
         if longest and len(tokens_T) + most > longest:
             raise QueryError(
                 f"the prompt of query {query.id!r} leaves no room for an answer: got {len(tokens_T)} tokens and {most} "

@@ -14,11 +14,12 @@ from torch import nn
 
 from upriver.errors import ModelError
 from upriver.model.fingerprint import tensor_hash
+from upriver.model.foreign import check_folder, check_taken
 from upriver.model.model import Model, check_causal, checksums, dtype_named
 from upriver.model.packed import floating, packed_checkpoint, rest_in
 from upriver.model.weights import Checkpoint, leave_files, loses, stored_dtype, weights_of
 from upriver.runtime.device import pick_device
-from upriver.text.tokenise import largest_token, require_offsets
+from upriver.text.tokenise import require_offsets
 
 PLACES = "give a folder written by save_pretrained, a .gguf file"
 MOST = 240  # characters of what another library says, in a sentence
@@ -94,6 +95,8 @@ def _locate(path: str) -> tuple[str, dict[str, Any]]:
             return str(place.parent), {"gguf_file": place.name}
         there, folder, plain = place.exists(), place.is_dir(), (place / "config.json").exists()
         ggufs = sorted(place.glob("*.gguf")) if folder and not plain else []
+        if folder:
+            check_folder(place)
     except (OSError, ValueError) as error:  # a folder that may not be entered, or what can be no path at all
         shown = path if len(path) < MOST else f"{path[:MOST]} ..."
         raise ModelError(
@@ -164,9 +167,10 @@ def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attent
                 raise
             module, report = load(place, **asked, **options)
     except Exception as error:
-        advice = _advice(options, error, "give a sound and complete copy of a causal language model")
+        advice = _advice(options, error, "give a complete copy, of a kind that transformers loads here")
         what = f"no causal language model could be loaded from {_shown(place, options)}"
         raise ModelError(f"{what}: {_reason(error)}; {advice}") from error
+    check_taken(_shown(place, options), module, sorted(report["unexpected_keys"]))
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             first = min(key if isinstance(key, str) else f"{key[0]} of shape {key[1:]}" for key in report[kind])
@@ -184,9 +188,10 @@ def _check(model: Model, place: str) -> None:
     for (name, x), (_, _, held) in zip(weights_of(model.module).items(), model._hashed[0], strict=True):
         if (id(x) in numbers or not isinstance(x, nn.Parameter)) and not math.isfinite(held):
             raise ModelError(f"the weights hold NaN or infinity: {name!r} of {place!r}; get a sound copy of the model")
-    module: Any = model.module
-    rows, highest = module.get_input_embeddings().weight.shape[0], largest_token(model.tokenizer)
-    if highest >= rows:
+    added = {i: str(x) for i, x in model.tokenizer.added_tokens_decoder.items()}
+    rows = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    highest = max((i for i in model.tokenizer.get_vocab().values() if i not in added), default=0)
+    if highest >= rows:  # further tokens past the rows, such as one for padding, are an error only where they occur
         raise ModelError(
             f"the vocabulary does not fit the tokenizer: the model embeds {rows:,} tokens, "
             f"the tokenizer numbers up to {highest:,}; use the tokenizer that the model was trained with"

@@ -1,0 +1,85 @@
+"""Refuse a checkpoint of which something else would be loaded than was trained."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from upriver.errors import ModelError
+
+BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias|rope_freqs\.weight)$")
+SCALES = re.compile(
+    r"(_scale_inv|_scales?|\.scales?|\.qweight|\.q?zeros|_zero_point|\.g_idx|absmax|quant_map|_packed|_blocks)$"
+)
+TOKENS = (
+    "forcausallm",
+    "lmheadmodel",
+    "withlmhead",
+    "model",
+    "forconditionalgeneration",
+)  # with a head that predicts them
+OWN_LOSS = "for another loss than that of a language model, load it in Python and give up.Model(module, task=...)"
+MERGE = "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(another)"
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder whose model is not told by its ``config.json`` alone.
+
+    Raises:
+        ModelError: it holds an adapter, or the checkpoints of a training run and no model beside them.
+    """
+    adapter, plain = path / "adapter_config.json", (path / "config.json").exists()
+    if adapter.exists():
+        told = _json(adapter)
+        kind = f"{told.get('peft_type') or 'of peft'} of {told.get('base_model_name_or_path')!r}"
+        where = "beside a model's own weights, so that neither is plainly meant" if plain else "and no model"
+        raise ModelError(
+            f"{str(path)!r} holds an adapter ({kind}) {where}; give its base, or merge the two and give that: {MERGE}"
+        )
+    runs = [x for x in path.glob("checkpoint-*") if x.name[11:].isdigit() and (x / "config.json").exists()]
+    if runs and not plain and not any(path.glob("*.gguf")):
+        newest = str(max(runs, key=lambda x: int(x.name[11:])))
+        raise ModelError(
+            f"{str(path)!r} is the folder of a training run: got {len(runs)} checkpoints and no model beside them; "
+            f"give one of them, the newest is {newest!r}"
+        )
+
+
+def check_taken(shown: str, module: Any, unexpected: list[str]) -> None:
+    """Refuse what was loaded if weights of the checkpoint were dropped, or if its configuration names another kind of head.
+
+    Args:
+        unexpected: keys of the checkpoint that the class of the model does not take.
+
+    Raises:
+        ModelError: it says what would be lost, and what to do.
+    """
+    made, named = type(module).__name__, [str(x) for x in getattr(module.config, "architectures", None) or []]
+    lost = sorted(key for key in unexpected if not BUFFERS.search(key))
+    other = [x for x in named if x.lower() != made.lower() and not x.lower().endswith(TOKENS)]
+    scales = [key for key in lost if SCALES.search(key)]
+    if scales:
+        raise ModelError(
+            f"the weights of {shown} are quantised and its configuration does not say how: {len(scales)} scales would be "
+            f"dropped, the first is {scales[0]!r}; give it with its quantization_config, or the model before it was quantised"
+        )
+    if other:
+        without = f", without {lost[0]!r}" if lost else ""
+        raise ModelError(
+            f"{shown} is not a causal language model: its configuration names {', '.join(other)} and it would be loaded as "
+            f"{made}{without}; {OWN_LOSS}"
+        )
+    if lost:
+        raise ModelError(
+            f"the weights of {shown} do not fit its configuration: {len(lost)} of them have no place in {made} and "
+            f"would be dropped, the first is {lost[0]!r}; give the configuration that they were saved with, with as many "
+            "layers, or the weights of the language model alone, without further heads"
+        )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else {}
