@@ -130,7 +130,7 @@ def test_loss_of_messages_is_on_the_answers(tmp_path):
     ]  # fmt: skip
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages, "topic": "yes"}])
     corpus = Corpus.read(path, chat_tokenizer())
-    assert "".join(loss_pieces(corpus, 0)).replace(" ", "") == "Yesno日"
+    assert "".join(loss_pieces(corpus, 0)).replace(" ", "") == "Yes\nno日\n"  # with what ends a turn
     assert corpus.document_text(0).startswith("<user>assistant Yes?")
     assert corpus.token_ids(0).tolist().count(0) == 0  # the template's text gets no second beginning token
     with pytest.raises(CorpusError, match=r"chat\.jsonl:1: .*no chat template"):

@@ -183,7 +183,8 @@ def check_token(model: Model, highest: int, what: str) -> None:
     Raises:
         ModelError: with the token.
     """
-    embedding = model.module.get_input_embeddings() if hasattr(model.module, "get_input_embeddings") else None
+    found: Any = getattr(model.module, "get_input_embeddings", None)
+    embedding = found() if found else None
     rows = len(embedding.weight) if isinstance(embedding, nn.Embedding) else None
     if rows is not None and highest >= rows:
         raise ModelError(

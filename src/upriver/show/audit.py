@@ -125,7 +125,7 @@ def _writer(folder: Path, data: Corpus, added: list[str]) -> Iterator[Any]:
 
 def _card(record: Record) -> Card:
     if "messages" in record.parts:
-        parts = [(message["role"], message["content"]) for message in record.parts["messages"]]
+        parts = [(message["role"], message["content"] or "") for message in record.parts["messages"]]
     else:
         parts = list(record.parts.items())
     return Card(record.id, [(name, _cut(text)) for name, text in parts])

@@ -22,7 +22,7 @@ from upriver.text.records import BadRecords, Record, open_corpus, read_records
 from upriver.text.sources import Source
 from upriver.text.tokenise import encode, tokenizer_fingerprint
 
-SCHEMA = 4  # raise it when the same files would give other sequences, or the artifact another layout
+SCHEMA = 5  # raise it when the same files would give other sequences, or the artifact another layout
 
 AGAIN = "delete that folder and give the same command again"  # what to do about a damaged one
 

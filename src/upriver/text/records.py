@@ -91,6 +91,8 @@ def _record(row: dict[str, Any], where: str, default_id: str) -> Record:
     parts = {name: row[name] for name in form}
     if form == ("messages",):
         parts["messages"] = _messages(row["messages"])
+        if row.get("tools"):
+            parts["tools"] = _tools(row["tools"])
     else:
         for name, value in parts.items():
             if not isinstance(value, str):
@@ -105,21 +107,47 @@ def _record(row: dict[str, Any], where: str, default_id: str) -> Record:
         raise BadRowError(f"the field 'id' is not a text or a whole number: got {own!r:.60}")
     else:
         _check_unicode("id", str(own))
-    metadata = {name: jsonable(value) for name, value in row.items() if name not in (*form, "id")}
+    metadata = {name: jsonable(value) for name, value in row.items() if name not in (*parts, "id")}
     return Record(str(own), parts, metadata, where, row)
 
 
-def _messages(messages: Any) -> list[dict[str, str]]:
+def _messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise BadRowError(f"the field 'messages' is not a list of objects: got {messages!r:.60}")
     for message in messages:
+        called = message.get("role") == "assistant" and message.get("tool_calls")
         for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
+            if not isinstance(message.get(name), str) and not (called and message.get(name) is None):
                 raise BadRowError(f"a message has no text as its {name!r}: got {message!r:.60}")
-            _check_unicode(name, message[name])
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+            _check_unicode(name, message.get(name) or "")
+    answers = [
+        m for m in messages if m["role"] == "assistant" and ((m.get("content") or "").strip() or m.get("tool_calls"))
+    ]
+    if not answers:
         raise BadRowError("no message of the role 'assistant' has a content; its answer is what is learned")
-    return [{name: value for name, value in message.items() if value is not None} for message in messages]
+    if not sum(taught(m) for m in answers):  # each is looked at
+        raise BadRowError("every answer of the assistant has the weight 0; leave the record out")
+    # a template may ask whether there is a content: it is there, and null, beside tool calls
+    return [{name: x for name, x in m.items() if x is not None or name == "content"} for m in messages]
+
+
+def taught(message: dict[str, Any]) -> bool:
+    """Whether an answer carries loss: not with ``weight: 0`` or ``train: false``."""
+    given = {name: message[name] for name in ("weight", "train") if message.get(name) is not None}
+    for name, value in given.items():
+        if value not in (0, 1):
+            raise BadRowError(f"the field {name!r} of a message is 0 or 1, or false or true: got {value!r:.60}")
+    return all(given.values())
+
+
+def _tools(tools: Any) -> list[Any]:
+    try:
+        found = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
+        raise BadRowError(f"the field 'tools' is not a list of objects: got {tools!r:.60}")
+    return found
 
 
 def _check_unicode(name: str, value: str) -> None:

@@ -225,7 +225,9 @@ def json_rows(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[
 
 def _json_row(content: bytes) -> Row:
     try:
-        row = json.loads(content.decode(), parse_constant=lambda _: None)
+        row = json.loads(content.decode(), parse_constant=lambda _: None, object_pairs_hook=_once)
+    except _TwiceError as reason:
+        return f"a JSON object has the field {reason.args[0]!r} twice; which of the two is meant cannot be known, leave one out"
     except UnicodeDecodeError as reason:
         return _not_utf8(content[reason.start], f"byte {reason.start + 1} of the line")
     except (ValueError, RecursionError) as reason:
@@ -236,6 +238,18 @@ def _json_row(content: bytes) -> Row:
         return row
     text = repr(row)
     return f"not a JSON object: got {text if len(text) <= 60 else text[:57] + '...'}; write one JSON object a line"
+
+
+class _TwiceError(Exception):
+    """A field stands twice in an object."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _not_utf8(byte: int, place: str) -> str:

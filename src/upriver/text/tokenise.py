@@ -2,12 +2,11 @@
 
 Axes: T tokens.  Only fast tokenizers know where in the text a token stands, so only they are accepted.
 Plain text: every token carries loss.  Prompt and completion are joined, and a token carries loss when it ends beyond the
-prompt.  Messages are rendered with the tokenizer's chat template, and the tokens of the assistant's contents carry loss.
+prompt, or ends the text.  Messages are rendered with the tokenizer's chat template; what the assistant generates carries loss.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import CorpusError, ModelError
 from upriver.runtime.artifact import digest
+from upriver.text.chat import render
 from upriver.text.records import BadRecords, BadRowError, Record
 from upriver.text.sources import LARGEST, TOO_LARGE
 
@@ -131,6 +131,8 @@ def documents(
             loss_T = np.full(len(tokens.tokens_T), answers is None)
             for start, end in answers or ():
                 loss_T |= (tokens.ends_T > start) & (tokens.starts_T < end)
+            if special and answers:  # the end that the tokenizer puts behind an answer is one that the model gives
+                loss_T[len(loss_T) - int(np.argmin(tokens.special_T[::-1])) :] = True
             good.append(Document(record, text, special, tokens, loss_T))
         yield good
 
@@ -171,37 +173,5 @@ def _prepare(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, b
     if not tokenizer.chat_template:
         what = f"{record.where}: a record has messages, and the tokenizer has no chat template to render them"
         raise CorpusError(f"{what}; give records with prompt and completion, or a tokenizer with a chat template")
-    text, answers = render(parts["messages"], tokenizer)
+    text, answers = render(parts["messages"], tokenizer, parts.get("tools"))
     return text, False, answers  # a template brings its own special tokens
-
-
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
-    """Render a conversation as text, and find the characters of each content of the assistant in it.
-
-    Raises:
-        BadRowError: the chat template refuses the messages, or does not show an answer as it is.
-    """
-    text, position, answers = _template(messages, tokenizer), 0, []
-    for index, message in enumerate(messages):
-        content, answered = message["content"].strip(), message["role"] == "assistant"
-        if (
-            answered and index
-        ):  # where it begins, if the template renders the messages before it to a beginning of the text
-            with suppress(BadRowError):
-                head = _template(messages[:index], tokenizer, reply=True)
-                position = max(position, len(head) if text.startswith(head) else 0)
-        start = text.find(content, position)
-        if start < 0 and answered:
-            raise BadRowError(f"the chat template does not show an answer of the assistant as it is: {content!r:.60}")
-        if start >= 0:
-            position = start + len(content)
-        if content and answered:
-            answers.append((start, position))
-    return text, answers
-
-
-def _template(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, reply: bool = False) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply))
-    except Exception as error:  # a template is a program of its own and may raise anything
-        raise BadRowError(f"the chat template refuses the messages: {error}") from error

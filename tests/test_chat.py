@@ -1,0 +1,130 @@
+"""What of a conversation carries loss: all that the assistant generates, by templates of five families, and nothing else."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from text_cases import byte_tokenizer, write_jsonl
+from upriver.errors import CorpusError
+from upriver.text.chat import render
+from upriver.text.corpus import Corpus
+from upriver.text.records import BadRowError
+
+END = ["<|im_end|>", "<|eot|>", "</s>", "<eot>", "[/INST]"]
+CHATML = """{% if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content or '' }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+MARKED = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}\
+<call>{{ c.function.name }}</call>{% endfor %}<|im_end|>{% endgeneration %}
+{% else %}{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+LLAMA = """{% for m in messages %}[{{ m.role }}]
+
+{{ m.content | trim }}<|eot|>{% endfor %}{% if add_generation_prompt %}[assistant]
+
+{% endif %}"""
+MISTRAL = """{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>\
+{% endif %}{% endfor %}"""
+THOUGHTS = """{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and not loop.last and '</think>' in m.content %}\
+{{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content }}{% endif %}<eot>
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+TALK = [
+    {"role": "user", "content": "yes?"}, {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "and yes or no"}, {"role": "assistant", "content": "no"},
+]  # fmt: skip
+FAMILIES = {
+    "chatml": (CHATML, ["yes<|im_end|>", "no<|im_end|>"]),
+    "marked": (MARKED, ["yes<|im_end|>", "no<|im_end|>"]),
+    "llama": (LLAMA, ["yes<|eot|>", "no<|eot|>"]),
+    "mistral, without a generation prompt": (MISTRAL, [" yes</s>", " no</s>"]),
+    "thoughts": (THOUGHTS, ["yes<eot>", "no<eot>"]),
+}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}],
+}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
+
+def tokenizer(template: str) -> Any:
+    made = byte_tokenizer()
+    made.add_special_tokens({"additional_special_tokens": END})
+    made.chat_template = template
+    return made
+
+
+def lost(messages: list[dict[str, Any]], template: str, tools: Any = None) -> list[str]:
+    text, spans = render(messages, tokenizer(template), tools)
+    return [text[start:end] for start, end in spans]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_turn_goes_to_the_token_that_ends_it(family):
+    template, expected = FAMILIES[family]
+    assert lost(TALK, template) == expected
+
+
+def test_a_turn_whose_thoughts_are_left_out_later_is_found_by_what_is_left():
+    thought = [TALK[0], {"role": "assistant", "content": "<think>so</think>yes"}, *TALK[2:]]
+    with pytest.raises(BadRowError, match="does not show an answer"):
+        render(thought, tokenizer(THOUGHTS), None)
+    last = [*TALK[:3], {"role": "assistant", "content": "<think>so</think>no"}]
+    assert lost(last, THOUGHTS) == ["yes<eot>", "<think>so</think>no<eot>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["rendered", "marked"])
+def test_tool_calls_carry_loss_and_what_tools_answer_does_not(template):
+    talk = [TALK[0], CALL, {"role": "tool", "content": "yes"}, TALK[3]]
+    assert lost(talk, template, [TOOL]) == ["<call>look</call><|im_end|>", "no<|im_end|>"]
+
+
+def test_tools_go_to_every_render():
+    text, _ = render([TALK[0], CALL], tokenizer(CHATML), [TOOL])
+    assert text.startswith("<|im_start|>system\n[{")
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, LLAMA], ids=["rendered", "marked", "llama"])
+@pytest.mark.parametrize("weight", [{"weight": 0}, {"train": False}], ids=str)
+def test_an_answer_of_weight_zero_carries_none(template, weight):
+    found = lost([TALK[0], TALK[1] | weight, *TALK[2:]], template)
+    assert [x.startswith("no") for x in found] == [True]
+
+
+def test_records_with_tools_and_weights_are_read(tmp_path):
+    rows = [
+        {"messages": [TALK[0], CALL], "tools": [TOOL], "topic": "a"},
+        {"messages": [TALK[0], CALL], "tools": json.dumps([TOOL])},
+        {"messages": [TALK[0], TALK[1] | {"weight": 0}]},
+        {"messages": [TALK[0], TALK[1] | {"weight": 0.5}]},
+        {"messages": [TALK[0], CALL], "tools": "look"},
+    ]
+    path = write_jsonl(tmp_path / "chat.jsonl", rows)
+    corpus = Corpus.read(path, tokenizer(CHATML), on_bad_record="skip")
+    assert corpus.document_text(0) == corpus.document_text(1)
+    assert '"look"' in corpus.document_text(0)
+    said = [x["reason"] for x in corpus.info["skipped"]["first"]]
+    wanted = ("has the weight 0", "is 0 or 1", "'tools' is not a list")
+    assert [part for part, x in zip(wanted, said, strict=True) if part not in x] == []
+
+
+def test_the_end_that_a_tokenizer_puts_behind_a_completion_carries_loss(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "the people", "completion": " of the union"}])
+    read = [Corpus.read(path, byte_tokenizer(bos=True, eos=eos)).batch(np.arange(1)) for eos in (False, True)]
+    without, behind = (batch.inputs["loss"][0] for batch in read)
+    assert int(behind.sum()) == int(without.sum()) + 1
+    assert bool(behind[-1])
+
+
+def test_a_field_that_stands_twice_is_a_bad_record(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    path.write_text('{"id": "a", "text": "the people", "text": "of the union"}\n')
+    with pytest.raises(CorpusError, match=r"twice\.jsonl:1: a JSON object has the field 'text' twice"):
+        Corpus.read(path, byte_tokenizer())
