@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from upriver.errors import ModelError
+from upriver.model.experts import experts_of
 from upriver.model.layers import Coverage, coverage, find_layers
 
 V = 320
@@ -78,7 +79,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mamba2": {**COMMON, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1},
 }
 ONLY_WITH = {  # nothing to track by default; --layers that works
-    "mixtral": "attention", "qwen3_moe": "attention", "olmoe": "attention", "gpt_oss": "attention",
     "mamba": "*.in_proj,*.x_proj,*.out_proj", "mamba2": "all",
 }  # fmt: skip
 
@@ -105,8 +105,8 @@ def row(name: str, module: torch.nn.Module | None = None) -> str:
         found = covered(module, spec)
         shares.append(f"{found.share:.0%}" if found else "none: refused")
     total = sum(p.numel() for p in module.parameters())
-    experts = sum(p.numel() for n, p in module.named_parameters() if p.ndim >= 3 and "expert" in n)
-    note = f"expert weights, {experts / total:.0%}, cannot be tracked" if experts else ""
+    experts = {p for m in module.modules() for x in experts_of(m).values() for p in x.stored.values()}
+    note = f"{sum(p.numel() for p in experts) / total:.0%} are experts" if experts else ""
     return f"| {name} | {type(module).__name__} | {' | '.join(shares)} | {note} |"
 
 
@@ -114,8 +114,9 @@ HEADER = """# Architectures
 
 Tiny random models of these architectures go through `fit` and `trace` in `tests/test_architectures.py`, and their
 scores are compared there with plain autograd. The shares are of these tiny models (width 32, vocabulary 320), where
-embeddings weigh much; your model's share is printed by every fit. Mixtures of experts are traced through what is not an
-expert; Mamba only with `--layers "*.in_proj,*.x_proj,*.out_proj"`, as it uses the weight of `dt_proj` without calling it.
+embeddings weigh much; your model's share is printed by every fit. In mixtures `mlp` means the experts and
+what all tokens share, not the routers. Mamba goes only
+with `--layers "*.in_proj,*.x_proj,*.out_proj"`, as it uses the weight of `dt_proj` without calling it.
 This table is printed by `python tests/architectures.py`, and a test compares the two.
 
 | type | class | `--layers mlp` | `attention` | `all` | note |

@@ -44,6 +44,7 @@ class Eigenblock(NamedTuple):
 
     lam_OI: Tensor
     basis: Moments | None
+    mean: float | None = None  # the eigenvalue of which a relative damping is a multiple; None: the mean of ``lam_OI``
 
     @classmethod
     def ekfac(cls, moments: Moments, lam_OI: Tensor) -> "Eigenblock":
@@ -64,10 +65,14 @@ class Eigenblock(NamedTuple):
         return cls(torch.ones(O, I), None)
 
     def to(self, like: Tensor) -> "Eigenblock":
-        return Eigenblock(self.lam_OI.to(like), None if self.basis is None else self.basis.to(like))
+        return Eigenblock(self.lam_OI.to(like), None if self.basis is None else self.basis.to(like), self.mean)
+
+    def damped(self, damping: Damping) -> float:
+        """``lambda`` of the layer."""
+        return damping.of(self.lam_OI if self.mean is None else self.mean)
 
     def matvec(self, q_QOI: Tensor, damping: Damping) -> Tensor:
-        return self._back(self._rotate(q_QOI) * (self.lam_OI + damping.of(self.lam_OI)))
+        return self._back(self._rotate(q_QOI) * (self.lam_OI + self.damped(damping)))
 
     def solve(self, q_QOI: Tensor, damping: Damping) -> Tensor:
         """``(G + lambda I)^-1 q`` (eq. 21), ``[Q, O, I]``.
@@ -118,8 +123,8 @@ class Eigenblock(NamedTuple):
 
     def denominator(self, damping: Damping) -> Tensor:
         """``lam_OI + lambda``, refused where it is zero."""
-        denominator_OI = self.lam_OI + damping.of(self.lam_OI)
-        mean = float(self.lam_OI.double().mean())
+        denominator_OI = self.lam_OI + self.damped(damping)
+        mean = float(self.lam_OI.double().mean()) if self.mean is None else self.mean
         smallest = float(denominator_OI.min())
         if not smallest > SINGULAR * mean:
             raise NumericalError(
@@ -150,4 +155,4 @@ class BlockCurvature(Curvature):
         return {name: self.block(name).to(q[name]).matvec(q[name], damping) for name in self.names}
 
     def lambdas(self, damping: Damping) -> dict[str, float]:
-        return {name: damping.of(self.block(name).lam_OI) for name in self.names}
+        return {name: self.block(name).damped(damping) for name in self.names}

@@ -21,7 +21,7 @@ from upriver.model.model import Model
 from upriver.model.planned import Probe
 from upriver.model.sweep import Consumer, Source, sweep
 from upriver.runtime.artifact import Tensors, read_tensor
-from upriver.runtime.cost import COMPARED, CORRECTION, COVARIANCE, Spec, chunks, diagonal
+from upriver.runtime.cost import COMPARED, CORRECTION, COVARIANCE, Spec, chunks, diagonal, own_input
 from upriver.tensors import Scratch, accumulator_dtype, even_parts, numbered, on_cpu, rotated_gradients, square
 from upriver.text.batch import Batch, Sequences
 
@@ -30,7 +30,8 @@ class Covariance:
     """Consumer: sums ``A`` over the real tokens of each input, ``S`` over the same tokens of each output (eq. 16).
 
     Into ``sums`` it adds the lower triangles of ``A:layer`` ``[I, I]`` and ``S:layer`` ``[O, O]`` (or of their diagonal blocks
-    ``A.0:layer``, ``A.1:layer`` and so on), and ``count:layer``, the number of tokens in them.
+    ``A.0:layer``, ``A.1:layer`` and so on), and ``count:layer``, the number of tokens in them.  Experts of a block have these
+    moments in common, of ``pairs:layer`` tokens.
     """
 
     def __init__(self, sums: Tensors, dtype: torch.dtype):
@@ -40,18 +41,18 @@ class Covariance:
         self.batch = batch
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        for which, x_NTI in {"S": g_NTO, **({"A": a_NTI} if layer.A_of == layer.name else {})}.items():
-            x_MI, (real_M, _) = x_NTI.flatten(0, 1), self.batch.real(x_NTI, layer.name)
+        moment = layer.pool or layer.name
+        for which, x_NTI in {"S": g_NTO, **({"A": a_NTI} if layer.A_of == moment else {})}.items():
+            x_MI, (real_M, _) = x_NTI.flatten(0, 1), self.batch.real(x_NTI, layer.name, layer.at_NT)
             if real_M is not None:
                 x_MI = x_MI.index_select(0, real_M)
             parts = x_MI.split(diagonal(x_MI.shape[1], layer.parts), 1)
             for at, x_Mi in zip(numbered(which, len(parts)), parts, strict=True):
-                name = f"{at}:{layer.name}"
+                name = f"{at}:{moment}"
                 if name not in self.sums:
                     self.sums[name] = x_Mi.new_zeros(x_Mi.shape[1], x_Mi.shape[1], dtype=self.dtype)
                 add_second_moment(self.sums[name], x_MI if len(parts) == 1 else x_Mi.contiguous())
-            count = f"count:{layer.name}"
-            if which == "S":
+            for count in [f"count:{layer.name}", *([f"pairs:{moment}"] if layer.pool else [])] if which == "S" else ():
                 self.sums[count] = self.sums.get(count, torch.zeros(1, dtype=torch.int64)) + len(x_MI)
 
 
@@ -81,8 +82,8 @@ class Rotation:
         if self.moments is not None:
             Q_A_II, Q_S_OO = self.moments[layer.name].Q_A_II, self.moments[layer.name].Q_S_OO
             if T <= O:  # the input is rotated token by token, once for the layers that share it
-                if self._rotated[0] != layer.A_of:
-                    self._rotated = (layer.A_of, self._scratch.product("input", a_NTI, Q_A_II, aligned(I)))
+                if self._rotated[0] != own_input(layer):
+                    self._rotated = (own_input(layer), self._scratch.product("input", a_NTI, Q_A_II, aligned(I)))
                 a_NTI, Q_A_II = self._rotated[1], None
             if T <= I:
                 g_NTO, Q_S_OO = self._scratch.product("g", g_NTO, Q_S_OO), None
@@ -183,6 +184,7 @@ def _correction(model: Model, layers: list[Layer]) -> Correction:
     like, shared, moments = model.like, {}, {}
     for x in layers:
         Q_A, Q_S = (square([like.new_zeros(k, k) for k in diagonal(n, x.parts)]) for n in (x.I, x.O))
+        Q_S = shared.setdefault(f"S {x.pool}", Q_S) if x.pool else Q_S
         moments[x.name] = Moments(shared.setdefault(x.A_of, Q_A), Q_S, torch.zeros(0), torch.zeros(0), 1.0)
     return Correction({}, accumulator_dtype(like.dtype), moments)
 
@@ -223,6 +225,24 @@ class Agreement:
             self.parts[-1][half, self.place[layer.name]] = scores_NN[self.upper[0], self.upper[1]].float()
 
 
+def begun(sums: Tensors, layers: list[Layer], model: Model) -> Tensors:
+    """The sums of a correction pass, with zeros for experts that no sequence may visit."""
+    for x in layers:
+        if x.pool and f"lam:{x.name}" not in sums:
+            sums[f"lam:{x.name}"] = torch.zeros(2, x.O, x.I, dtype=accumulator_dtype(model.dtype), device=model.device)
+    return sums
+
+
+def pool_means(layers: list[Layer], files: dict[str, Path]) -> Tensors:
+    """The mean over all experts of a block of what the sums of ``lam`` hold, ``[2]`` for each pool: experts are damped alike,
+    whether a sequence of the sample visits them or not."""
+    found: dict[str, list[Tensor]] = {}
+    for x in layers:
+        if x.pool:
+            found.setdefault(x.pool, []).append(read_tensor(files[x.name], f"lam:{x.name}").double().mean((1, 2)))
+    return {pool: torch.stack(each).mean(0) for pool, each in found.items()}
+
+
 def compare(
     model: Model,
     group: list[Layer],
@@ -230,6 +250,7 @@ def compare(
     fitted: int,
     moments: dict[str, Moments],
     files: dict[str, Path],
+    means: Tensors,
     batch_tokens: int,
 ) -> Tensor | None:
     """Scores of a few random sequences on each other in a group of layers, ``[2, L, P]``; None when a half is empty.
@@ -237,13 +258,15 @@ def compare(
     Args:
         fitted: how many sequences the eigenvalues were measured on.
         files: of a correction pass, with the sums of each layer.
+        means: as :func:`pool_means` gives them.
     """
     n_2, denominators = read_tensor(files[group[0].name], "sequences"), {}
     if not int(n_2.min()):
         return None
     for x in group:
         lam_2OI = read_tensor(files[x.name], f"lam:{x.name}") / n_2[:, None, None]
-        lam_2OI.add_(torch.tensor([Damping().of(lam) for lam in lam_2OI])[:, None, None])
+        mean_2 = means[x.pool] / n_2 if x.pool else lam_2OI.double().mean((1, 2))
+        lam_2OI.add_(torch.tensor([Damping().of(float(mean)) for mean in mean_2])[:, None, None])
         denominators[x.name] = lam_2OI.to(model.like)
     count = max(COMPARED, min(PROBES, fitted // SHARE))
     rows = np.random.default_rng(0).permutation(len(data))[:count]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from upriver.curvature.consumers import Correction
+from upriver.curvature.consumers import Correction, begun, pool_means
 from upriver.curvature.factors import Factors, write_lam
 from upriver.curvature.fit import prepared, summed
 from upriver.model.model import Model
@@ -30,9 +30,15 @@ def fit_diagonal(
             work = prepared(Artifact(factors.path, factors.manifest["key"]), computing, data, opts, progress, mute)
             files: dict[str, Path] = {}
             for group in work.groups("correction"):  # which hold at least as much
-                sums = summed(work, DIAGONAL, group, lambda sums: Correction(sums, work.dtype, None))
+                sums = summed(
+                    work,
+                    DIAGONAL,
+                    group,
+                    lambda sums, of=group: Correction(begun(sums, of, work.model), work.dtype, None),
+                )
                 files |= dict.fromkeys((x.name for x in group), sums)
-            dist.on_first(lambda: write_lam(folder / "lam.safetensors", files))
+            means = pool_means(work.layers, files)
+            dist.on_first(lambda: write_lam(folder / "lam.safetensors", files, means))
     if dist.rank() == 0:
         for sums in folder.glob("layers-*"):
             discard(sums)

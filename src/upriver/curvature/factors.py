@@ -47,18 +47,24 @@ def decomposed(layer: Layer, sums: Path, sequences: int, model: Model) -> Tensor
         NumericalError: the layer got no gradient at all, or the sums are not finite.
     """
     with opened(sums) as file:
+        key, held = f"count:{layer.name}", file.keys()
+        own = int(file.get_tensor(key)) if key in held else 0
+        out, low = {"T_mean": torch.tensor(own / sequences, dtype=torch.float64)}, 0.0
+        if layer.pool not in ("", layer.name):  # whose moments are with those of the first expert
+            return out | {"clamped": torch.tensor(low)}
         blocks = {x: numbered(x, len(diagonal(n, layer.parts))) for x, n in (("S", layer.O), ("A", layer.I))}
-        S, held = [f"{x}:{layer.name}" for x in blocks["S"]], file.keys()
+        S = [f"{x}:{layer.name}" for x in blocks["S"]]
         if S[0] not in held or not any(file.get_tensor(x).any() for x in S):
             raise NumericalError(f"layer {layer.name!r} got no gradient on any sequence; leave it out with --layers")
-        count = int(file.get_tensor(f"count:{layer.name}"))
+        count = int(file.get_tensor(f"pairs:{layer.name}" if layer.pool else key))
         dtype = file.get_tensor(S[0]).dtype
         precise = torch.float32 if model.dtype.itemsize == 2 else torch.float64
 
         def mean(name: str) -> Tensor:
             return file.get_tensor(f"{name}:{layer.name}").to(model.device, precise, copy=True).div_(count)
 
-        out, low = {"T_mean": torch.tensor(count / sequences, dtype=torch.float64)}, 0.0
+        if layer.pool:
+            out["T_pool"] = torch.tensor(count / sequences, dtype=torch.float64)
         for which in ("S", "A") if layer.A_of == layer.name else ("S",):
             values = []
             for x in blocks[which]:
@@ -76,28 +82,32 @@ def read_moments(
     """The moments of the layers ``wanted`` among ``layers``; those that share an input share its basis in memory too."""
     unit = {x.name: i for i, x in enumerate(layers)}
     leaders: dict[str, tuple[Square, Tensor]] = {}
+    pools: dict[str, tuple[Square, Tensor]] = {}
     out = {}
     for x in wanted:
         if x.A_of not in leaders:
-            leaders[x.A_of] = _read_side(path, unit[x.A_of], "A", like)[:2]
-        (Q_A, eig_A), (Q_S, eig_S, T_mean) = leaders[x.A_of], _read_side(path, unit[x.name], "S", like)
+            leaders[x.A_of] = _read_side(path, unit[x.A_of], "A", like)
+        if (first := x.pool or x.name) not in pools:
+            pools = {first: _read_side(path, unit[first], "S", like)}
+        (Q_A, eig_A), (Q_S, eig_S) = leaders[x.A_of], pools[first]
+        T_mean = float(read_tensor(path / "eigen" / f"unit-{unit[x.name]:06d}.safetensors", "T_mean"))
         out[x.name] = Moments(Q_A, Q_S, eig_A, eig_S, T_mean)
     return out
 
 
-def _read_side(path: Path, unit: int, which: str, like: Tensor | None) -> tuple[Square, Tensor, float]:
-    """The basis of ``A`` or ``S``, its eigenvalues, and ``T_mean`` of the layer."""
+def _read_side(path: Path, unit: int, which: str, like: Tensor | None) -> tuple[Square, Tensor]:
+    """The basis of ``A`` or ``S``, and its eigenvalues."""
     with opened(path / "eigen" / f"unit-{unit:06d}.safetensors", ADVICE) as file:
         count = sum(name.startswith(f"Q_{which}") for name in file.keys())  # noqa: SIM118 - not a mapping
         Q = square([file.get_tensor(name) for name in numbered(f"Q_{which}", count)])
-        eig, T_mean = file.get_tensor(f"eig_{which}"), float(file.get_tensor("T_mean"))
-    return (Q, eig, T_mean) if like is None else (Q.to(like), eig.to(like), T_mean)
+        eig = file.get_tensor(f"eig_{which}")
+    return (Q, eig) if like is None else (Q.to(like), eig.to(like))
 
 
 def _layer_size(told: dict[str, Any], parts: int) -> LayerSize:
     """A layer, from what the manifest tells of it."""
     O, I = told["shape"]
-    return LayerSize(told["name"], O, I, told["A_of"], told["block"], parts)
+    return LayerSize(told["name"], O, I, told["A_of"], told["block"], parts, pool=told.get("pool", ""))
 
 
 class Factors:
@@ -125,6 +135,7 @@ class Factors:
         foreign = f"not a folder of factors: got {self.path}; {make}"
         if not done:
             raise InputError(foreign)
+        self._last: tuple[str, Moments | None] = "", None
         self.manifest = read_head(self.path / "manifest.json", FitManifest, foreign, ADVICE)
         self.layers = [_layer_size(x, self.options.blocks) for x in self.manifest["layers"]]
 
@@ -180,7 +191,15 @@ class Factors:
         return {name: data[name] for name in names}
 
     def moments(self, name: str) -> Moments:
-        return read_moments(self.path, self.layers, [self._layer(name)])[name]
+        """Of a layer; one expert after the other is given the bases that all of a block have in common, read once."""
+        layer, (pool, last) = self._layer(name), self._last
+        if not layer.pool or layer.pool != pool:
+            last = read_moments(self.path, self.layers, [layer])[name]
+            self._last = layer.pool, last
+            return last
+        assert last is not None
+        unit = next(i for i, x in enumerate(self.layers) if x.name == name)
+        return last._replace(T_mean=float(read_tensor(self.path / "eigen" / f"unit-{unit:06d}.safetensors", "T_mean")))
 
     def block(self, name: str, kind: str = "ekfac") -> Eigenblock:
         """One layer's curvature of a kind.
@@ -194,11 +213,11 @@ class Factors:
                 layer = self._layer(name)
                 return Eigenblock.identity(layer.O, layer.I)
             case "diagonal":
-                return Eigenblock.diagonal(self._read("diagonal", name))
+                return Eigenblock(self._read("diagonal", name), None, self._mean("diagonal", name))
             case "kfac":
-                return Eigenblock.kfac(self.moments(name))
+                return Eigenblock.kfac(self.moments(name))._replace(mean=self._mean("kfac", name))
             case "ekfac":
-                return Eigenblock.ekfac(self.moments(name), self._read("correction", name))
+                return Eigenblock(self._read("correction", name), self.moments(name), self._mean("correction", name))
         raise ConfigError(f"no such curvature: got {kind!r}; give one of {', '.join(CURVATURES)}")
 
     def curvature(self, kind: str = "ekfac") -> BlockCurvature:
@@ -213,20 +232,39 @@ class Factors:
             f"no such layer: got {name!r}; these factors hold {len(self.layers)}, such as {self.layers[0].name!r}"
         )
 
-    def _read(self, stage: str, name: str) -> Tensor:
+    def _mean(self, stage: str, name: str) -> float | None:
+        """The mean eigenvalue of all experts of a block, of which their relative damping is a multiple."""
+        pool = self._layer(name).pool
+        if not pool:
+            return None
+        if stage != "kfac":
+            return float(self._read(stage, pool, "mean"))
+        at, experts = (
+            next(i for i, x in enumerate(self.layers) if x.name == pool),
+            sum(x.pool == pool for x in self.layers),
+        )
+        pairs, m = float(read_tensor(self.path / "eigen" / f"unit-{at:06d}.safetensors", "T_pool")), self.moments(name)
+        return pairs / experts * float(m.eig_S_O.double().mean() * m.eig_A_I.double().mean())
+
+    def _read(self, stage: str, name: str, what: str = "lam") -> Tensor:
         with opened(self.path / stage / "lam.safetensors", ADVICE) as file:
-            return file.get_tensor(name)
+            return file.get_tensor(name if what == "lam" else f"{what}:{name}")
 
 
-def write_lam(path: Path, files: dict[str, Path]) -> None:
-    """Write ``lam`` of every layer, the mean over sequences of both halves, from the file with the sums of each layer."""
+def write_lam(path: Path, files: dict[str, Path], means: Tensors) -> None:
+    """Write ``lam`` of every layer, the mean over sequences of both halves, from the file with the sums of each layer, and as
+    ``mean:layer`` that of all experts of a block."""
     forms = {}
     for name, file in files.items():
         with opened(file) as held:
             sums = held.get_slice(f"lam:{name}")
             forms[name] = (sums.get_dtype(), sums.get_shape()[1:])
 
+    forms |= {f"mean:{name}": ("F64", []) for name in means}
+
     def lam(name: str) -> Tensor:
+        if (pool := name.removeprefix("mean:")) in means and pool != name:
+            return means[pool].sum() / read_tensor(files[pool], "sequences").sum()
         return read_tensor(files[name], f"lam:{name}").sum(0) / read_tensor(files[name], "sequences").sum()
 
     write_stream(path, forms, lam)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from upriver.curvature.consumers import FIT_PROBES, Correction, Covariance, agreement, compare
+from upriver.curvature.consumers import FIT_PROBES, Correction, Covariance, agreement, begun, compare, pool_means
 from upriver.curvature.factors import Factors, decomposed, read_moments, write_lam
 from upriver.curvature.rounds import convergence, doublings, labels_of, rounds
 from upriver.kernels import one_core_each
@@ -262,19 +262,19 @@ def _eigenvalues(work: Work, times: Times) -> dict[str, Any]:
     for group in work.groups("correction"):
         with times("correction"):
             moments = read_moments(work.top.path, work.layers, group, work.model.like)
-            make = lambda sums, m=moments: Correction(sums, work.dtype, m)  # noqa: E731
+            make = lambda sums, m=moments, of=group: Correction(begun(sums, of, work.model), work.dtype, m)  # noqa: E731
             sums = summed(work, CORRECTION, group, make, units=len(work.units))
             moments.clear()
             give_back()
         files |= dict.fromkeys((x.name for x in group), sums)
-    pairs = []
+    pairs, means = [], pool_means(work.layers, files)
     for group in work.groups("agreement"):
         with times("agreement"):
             moments = read_moments(work.top.path, work.layers, group, work.model.like)
             pairs.append(
-                compare(work.model, group, work.data, len(work.rows), moments, files, work.division.batch_tokens)
+                compare(work.model, group, work.data, len(work.rows), moments, files, means, work.division.batch_tokens)
             )
             moments.clear()
             give_back()
-    dist.on_first(lambda: write_lam(work.top.path / "correction" / "lam.safetensors", files))
+    dist.on_first(lambda: write_lam(work.top.path / "correction" / "lam.safetensors", files, means))
     return agreement(pairs)

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from upriver.curvature.base import Grads
 from upriver.errors import ModelError
 from upriver.model.capture import frozen
+from upriver.model.experts import Expert
 from upriver.model.layers import Layer, weight_gradient_as_stored, weight_OI
 from upriver.model.model import Model
 from upriver.model.packed import held_in
@@ -86,7 +87,8 @@ class Tracked:
                 "more; choose one of them with --curvature, without --refine"
             )
         names = {id(m): name for name, m in model.module.named_modules()}
-        self._prefix = {x.name: names[id(x.modules[0])] for x in layers}
+        held = {x.name: x.modules[0] for x in layers}
+        self._prefix = {n: names[id(m.experts if isinstance(m, Expert) else m)] for n, m in held.items()}
 
     @property
     def theta_P(self) -> Tensor:
@@ -95,11 +97,16 @@ class Tracked:
 
     def at(self, theta_P: Tensor) -> nn.Module:
         """The module with ``theta_P`` for its tracked weights."""
-        weights, stored = self.space.unflatten(theta_P[None]), {}
+        weights, stored, experts = self.space.unflatten(theta_P[None]), {}, {}
         for x in self.layers:
-            parts = weight_gradient_as_stored(x.modules[0], weights[x.name][0])
+            m, parts = x.modules[0], weight_gradient_as_stored(x.modules[0], weights[x.name][0])
+            if isinstance(m, Expert):
+                for part, value in parts.items():
+                    whole = experts.setdefault(f"{self._prefix[x.name]}.{part}", list(m.stored[part].unbind()))
+                    whole[m.number] = value
+                continue
             stored |= {f"{self._prefix[x.name]}.{part}": value for part, value in parts.items()}
-        return Replaced(self.model.module, stored)
+        return Replaced(self.model.module, stored | {name: torch.stack(each) for name, each in experts.items()})
 
     def outputs(self, theta_P: Tensor, batch: Batch) -> Tensor:
         return self.model.task.outputs(self.at(theta_P), batch)

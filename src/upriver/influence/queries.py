@@ -83,7 +83,7 @@ class TokenGradients:
         batch, found = self.batch, self.parts[layer.name]
         assert batch is not None
         assert batch.query_N is not None
-        real_M, counts_N = batch.real(a_NTI, layer.name)
+        real_M, counts_N = batch.real(a_NTI, layer.name, layer.at_NT)
         at_N = [None] * len(counts_N) if real_M is None else real_M.split(counts_N)
         for n, (query, at) in enumerate(zip(batch.query_N.tolist(), at_N, strict=True)):
             if at is None:

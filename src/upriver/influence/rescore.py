@@ -65,14 +65,16 @@ class TokenScores:
 
     def __call__(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         _, _, tokens_PT, layers_PL = self.parts[-1]
-        v_QOI = self.solved[layer.name]
+        v_QOI, T = self.solved[layer.name], tokens_PT.shape[1]
         totals_NQ = -by_dense(v_QOI, a_NTI, g_NTO, self.scratch).float()
         layers_PL[:, self.place[layer.name]] = totals_NQ[self.n_P, self.q_P]
         queries, counts = (x.tolist() for x in self.queries)
         for q, at, n_of in zip(queries, self.at_P.split(counts), self.n_of_P.split(counts), strict=True):
             n = slice(None) if len(at) == len(a_NTI) else n_of
             by_token = -_by_token(a_NTI[n], g_NTO[n], v_QOI[q])
-            folded = by_token.reshape(len(at), -1, tokens_PT.shape[1]).sum(1)  # a layer called twice: its calls added
+            if layer.at_NT is not None:  # an expert, which sees some positions; what stands at none is zero
+                by_token = tokens_PT.new_zeros(len(at), T).scatter_add(1, layer.at_NT[n].clamp(min=0), by_token.float())
+            folded = by_token.reshape(len(at), -1, T).sum(1)  # a layer called twice: its calls added
             tokens_PT.index_add_(0, at, folded.float())
 
     def result(self) -> Rescored:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from upriver.kernels import SIDES, aligned, matmul, side_by_side
 from upriver.model.layers import Layer
-from upriver.runtime.cost import Order, chunks
+from upriver.runtime.cost import Order, chunks, own_input
 from upriver.tensors import LowRank, Scratch, accumulator_dtype, on_cpu, sequence_gradients
 from upriver.text.batch import Batch
 
@@ -181,9 +181,10 @@ class Score:
 
     def _kept(self, layer: Layer, a_NTI: Tensor, g_NTO: Tensor, place: int) -> tuple[Tensor, Tensor]:
         """Padded copies in memory that later batches take over; an input that layers share waits once."""
-        if layer.A_of not in self.inputs:
-            self.inputs[layer.A_of] = self.scratch.padded(f"a {place} {layer.A_of}", a_NTI)
-        return self.inputs[layer.A_of], self.scratch.padded(f"g {place} {layer.name}", g_NTO)
+        of = own_input(layer)
+        if of not in self.inputs:
+            self.inputs[of] = self.scratch.padded(f"a {place} {of}", a_NTI)
+        return self.inputs[of], self.scratch.padded(f"g {place} {layer.name}", g_NTO)
 
     def _flush(self) -> None:
         """Score what waits, layer by layer."""

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from upriver.errors import ModelError, NumericalError
 from upriver.kernels import FastKernels
+from upriver.model.experts import Expert, packed_rows, run_one_by_one
 from upriver.model.layers import Layer, by_position, given, unfolded
 from upriver.model.packed import packed
 from upriver.runtime import dist
 from upriver.tensors import on_cpu
 
 Consume = Callable[[Layer, Tensor, Tensor], None]
-Call = tuple[Tensor, Tensor]  # a_NTI, g_NTO
+Call = tuple[Tensor, Tensor, Tensor | None]  # a_NTI, g_NTO, and of an expert where its rows stand
 
 
 def _nobody(layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None: ...
@@ -51,7 +52,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
         m.training = True  # for inference on a CPU bitsandbytes rounds their scales once more, and gives no gradient
     module.requires_grad_(False)
     try:
-        with torch.compiler.set_stance("force_eager"), FastKernels() if on_cpu else nullcontext():
+        kernels = FastKernels() if on_cpu else nullcontext()
+        with torch.compiler.set_stance("force_eager"), run_one_by_one(module), kernels:
             yield
     finally:
         dist.reshard(module)
@@ -163,27 +165,46 @@ class Run:
         if not self._backward:  # a recomputation under activation checkpointing only rebuilds the graph
             self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
             a = given(args, kwargs)
-            output.register_hook(partial(self._on_gradient, layer, module, a.detach(), a._version))
+            where = (kwargs["at_M"], kwargs["tokens"]) if isinstance(module, Expert) else None
+            output.register_hook(partial(self._on_gradient, layer, module, a.detach(), a._version, where))
         return output
 
-    def _on_gradient(self, layer: Layer, module: nn.Module, a: Tensor, version: int, g: Tensor) -> None:
+    def _on_gradient(self, layer: Layer, module: nn.Module, a: Tensor, version: int, where: Any, g: Tensor) -> None:
         if a._version != version:  # autograd would say so itself if the weight were not frozen
             raise ModelError(
                 f"the input of layer {layer.name!r} is written over by a later in-place operation of the model; "
                 "leave the layer out with --layers"
             )
         calls = self._waiting.setdefault(layer.name, (layer, []))[1]
-        a, g = unfolded(module, a), by_position(module, g)
-        calls.append((self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False)))
+        if where is None:
+            a, g = unfolded(module, a), by_position(module, g)
+            calls.append((self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False), None))
+        else:
+            calls.append(self._laid_out(layer, a, g, *where))
         if len(calls) == self._expected[layer.name]:
             self._hand_over(*self._waiting.pop(layer.name))
 
     def _hand_over(self, layer: Layer, calls: list[Call]) -> None:
-        a_NTI, g_NTO = calls[0]
+        a_NTI, g_NTO, at_NT = calls[0]
         if len(calls) > 1:
-            a_NTI, g_NTO = (torch.cat(parts, 1) for parts in zip(*calls, strict=True))
+            a_NTI, g_NTO = (torch.cat([call[i] for call in calls], 1) for i in (0, 1))
+            at_NT = None if at_NT is None else torch.cat([call[2] for call in calls], 1)  # type: ignore[misc]
+        layer = layer if at_NT is None else layer._replace(at_NT=at_NT)
         with torch.no_grad():
             self._consume(layer, a_NTI, g_NTO)
+
+    def _laid_out(self, layer: Layer, a_MI: Tensor, g_MO: Tensor, at_M: Tensor, tokens: int) -> Call:
+        """The rows of an expert by sequence, with ones for the bias where there is a row."""
+        T, rest = divmod(tokens, self._N)
+        if rest or (self._T is not None and T % self._T):
+            raise ModelError(
+                f"layer {layer.name!r} cannot be laid out by sequence and token: the experts see {tokens} tokens in a batch of "
+                f"{self._N} sequences; leave it out with --layers"
+            )
+        if layer.bias:
+            a_MI = torch.cat([a_MI, a_MI.new_ones(len(a_MI), 1)], 1)
+        (a_NtI, at_Nt), (g_NtO, _) = (packed_rows(x, at_M, self._N, T) for x in (a_MI, g_MO))
+        return a_NtI.to(self._dtype or a_NtI.dtype), g_NtO.to(self._dtype or g_NtO.dtype), at_Nt
 
     def _lay_out(self, layer: Layer, x: Tensor, bias: bool) -> Tensor:
         """``x`` as ``[N, T, width]``, with a column of ones for the bias."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from upriver.errors import ModelError
 from upriver.model.capture import capture, frozen
+from upriver.model.experts import Expert
 from upriver.model.layers import Layer, find_layers, probe, weight_gradient_as_stored
 from upriver.model.losses import LanguageModel
 from upriver.model.model import Model, check_causal
@@ -69,15 +70,19 @@ class _Comparison:
 
     def __init__(self, layers: list[Layer]):
         named = [(x, m, n, p) for x in layers for m in x.modules for n, p in m.named_parameters(recurse=False)]
+        experts = [(p, (x, n)) for x in layers for m in x.modules if isinstance(m, Expert) for n, p in m.stored.items()]
         held = [(p, (x, n)) for x, m, n, p in named if n == "bias" or (n == "weight" and not packed(m))]
-        self.owners = {p: owner for p, owner in held if not dist.sharded(p)}
+        self.owners = {p: owner for p, owner in held + experts if not dist.sharded(p)}
+        self.experts: dict[Any, list[tuple[Layer, str]]] = {}  # those that a parameter holds, where it holds several
+        for p, owner in experts:
+            self.experts.setdefault(p, []).append(owner)
         self.packed: list[tuple[Layer, Tensor, Tensor]] = []  # what some tokens gave to such a layer, and got back
         self.captured: dict[
             str, tuple[dict[str, Tensor], float]
         ] = {}  # parts as stored, and how far rounded sums may be off
 
     def __call__(self, x: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        kinds = (a_NTI.dtype, g_NTO.dtype, x.modules[0].get_parameter("weight").dtype)
+        kinds = (a_NTI.dtype, g_NTO.dtype, x.modules[0].weight.dtype)
         wide = torch.float64 if torch.float64 in kinds else torch.float32
         a_MI, g_MO = a_NTI.flatten(0, 1).to(wide), g_NTO.flatten(0, 1).to(wide)
         rounded = TF32 if wide == torch.float32 and torch.get_float32_matmul_precision() != "highest" else 0.0
@@ -90,14 +95,24 @@ class _Comparison:
             self.packed.append((x, a_NTI.flatten(0, 1)[most_m, : x.I - x.bias], g_MO[most_m]))
 
     def when_captured(self, p: Any) -> None:
-        if self.owners[p][0].name in self.captured:
+        if p not in self.experts and self.owners[p][0].name in self.captured:
             self.compare(p)
 
     @torch.no_grad()
     def compare(self, p: Any) -> None:
         x, name = self.owners.pop(p)
         parts, allowed = self.captured.get(x.name, ({}, 0.0))
-        mine, theirs = parts.pop(name, p.new_zeros(())), p.new_zeros(()) if p.grad is None else p.grad
+        theirs = p.new_zeros(()) if p.grad is None else p.grad
+        if p in self.experts:
+            mine, allowed = torch.zeros_like(p), 0.0
+            for x, name in self.experts[p]:
+                parts, most = self.captured.get(x.name, ({}, 0.0))
+                mine[x.modules[0].number] = parts.pop(name, p.new_zeros(()))  # type: ignore[index]
+                allowed = max(allowed, most)
+            chosen = [x.modules[0].number for x, _ in self.experts[p]]
+            mine, theirs = mine[chosen], theirs[chosen] if theirs.ndim else theirs
+        else:
+            mine = parts.pop(name, p.new_zeros(()))
         p.grad = None
         if float((mine - theirs).abs().max()) > allowed:
             raise ModelError(

@@ -6,6 +6,7 @@ its path or an enclosing class says so, and what is left inside a block is its M
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from functools import partial
@@ -16,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from upriver.errors import ModelError
+from upriver.model.experts import Expert, experts_of
 from upriver.model.packed import held_in, packed, parameter_sizes
 
 ATTENTION = re.compile(r"attn|attention|^wqkv$", re.IGNORECASE)
@@ -36,7 +38,11 @@ class Layer(NamedTuple):
     block: int | None  # depth
     A_of: str  # the layer whose input moment A this one shares (itself when alone)
     parts: int = 1  # diagonal blocks of A and S, at most
-    rows: float = 1.0  # inputs that it sees for a token of the corpus: positions of an image, calls
+    rows: float = (
+        1.0  # inputs that it sees for a token of the corpus: positions of an image, calls, tokens of an expert
+    )
+    pool: str = ""  # of an expert: the layer under which the experts of a block have one A and one S
+    at_NT: torch.Tensor | None = None  # while a pass hands over an expert: each row's position in its sequence, or -1
 
     @property
     def kind(self) -> str:
@@ -48,7 +54,8 @@ class Layer(NamedTuple):
 
     def told(self) -> dict[str, Any]:
         """What a manifest tells of it."""
-        return {"name": self.name, "shape": [self.O, self.I], "block": self.block, "kind": self.kind, "A_of": self.A_of}
+        told = {"name": self.name, "shape": [self.O, self.I], "block": self.block, "kind": self.kind, "A_of": self.A_of}
+        return told | ({"pool": self.pool} if self.pool else {})
 
 
 class Coverage(NamedTuple):
@@ -78,14 +85,17 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
     """The layers that ``spec`` names, in the order of the model.
 
     Args:
-        spec: ``mlp`` (both matrices of every block, three of a gated MLP), ``attention``, ``all`` (both and whatever other
-            linear layers the blocks hold), globs over module names, or several of these, separated by commas.
+        spec: ``mlp`` (both matrices of every block, three of a gated MLP, the experts of a mixture), ``attention``, ``all``
+            (both and whatever other linear layers the blocks hold), globs over module names (an expert's are
+            ``experts.3.gate_up_proj``), or several of these, separated by commas.
 
     Raises:
         ModelError: one of them matches nothing; the sentence lists what the model has.
     """
     linear = dict(_linear_modules(module))
-    found = {part: {n for n in linear if _matches(module, n, part)} for part in map(str.strip, spec.split(","))}
+    found = {
+        part: {n for n, m in linear.items() if _matches(module, n, m, part)} for part in map(str.strip, spec.split(","))
+    }
     nothing = [part for part, names in found.items() if not names]
     if nothing:
         have = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})) or "no linear layer at all"
@@ -104,15 +114,32 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
     for name, m in module.named_modules():
         for p in m.parameters(recurse=False):
             users.setdefault(id(p), []).append(name)
-    chosen = [m for name, m in linear.items() if any(name in names for names in found.values())]
-    groups = dict.fromkeys(tuple(users[id(m.weight)]) for m in chosen)
-    return [_layer(names[0], [module.get_submodule(n) for n in names]) for names in groups]
+    chosen = [(name, m) for name, m in linear.items() if any(name in names for names in found.values())]
+    groups = dict.fromkeys(name if isinstance(m, Expert) else tuple(users[id(m.weight)]) for name, m in chosen)
+    pools: dict[tuple[int, str], str] = {}
+    return [
+        _expert(x, linear[x], pools) if isinstance(x, str) else _layer(x[0], [module.get_submodule(n) for n in x])
+        for x in groups
+    ]
 
 
 def same_layers(layers: list[Layer], module: nn.Module, copy: nn.Module) -> list[Layer]:
     """The layers of ``module`` in a copy of it."""
     names = {m: name for name, m in module.named_modules()}
-    return [x._replace(modules=tuple(copy.get_submodule(names[m]) for m in x.modules)) for x in layers]
+
+    def same(m: nn.Module) -> nn.Module:
+        if isinstance(m, Expert):
+            return experts_of(copy.get_submodule(names[m.experts]))[f"{m.number}.{m.part}"]
+        return copy.get_submodule(names[m])
+
+    return [x._replace(modules=tuple(map(same, x.modules))) for x in layers]
+
+
+def _expert(name: str, m: nn.Module, pools: dict[tuple[int, str], str]) -> Layer:
+    assert isinstance(m, Expert)
+    pool = pools.setdefault((id(m.experts), m.part), name)
+    (O, I), bias = m.weight.shape, m.bias is not None
+    return Layer(name, (m,), O, I + bias, bias, block_number(name), pool, pool=pool)
 
 
 def _layer(name: str, modules: list[nn.Module]) -> Layer:
@@ -153,17 +180,15 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     """``(O, I)`` of a weight, also for GPT-2's transposed ``Conv1D`` and for one that is packed."""
     if isinstance(module, nn.Linear) and packed(module):
         return module.out_features, module.in_features
-    rows, *columns = module.get_parameter("weight").shape
+    rows, *columns = module.weight.shape
     return (columns[0], rows) if isinstance(module, Conv1D) else (rows, math.prod(columns))
 
 
 def weight_OI(module: nn.Module) -> torch.Tensor:
     """The weight as a matrix, the bias as its last column; a convolution's columns go channel by channel, each row by row."""
-    weight = module.get_parameter("weight").detach()
+    weight = module.weight.detach()
     matrix_OI = weight.T if isinstance(module, Conv1D) else weight.flatten(1)
-    return (
-        matrix_OI if module.bias is None else torch.cat([matrix_OI, module.get_parameter("bias").detach()[:, None]], 1)
-    )
+    return matrix_OI if module.bias is None else torch.cat([matrix_OI, module.bias.detach()[:, None]], 1)
 
 
 def unfolded(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -203,9 +228,13 @@ def rows_seen(module: nn.Module, x: torch.Tensor) -> int:
 
 
 def weight_gradient_as_stored(module: nn.Module, grad_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A gradient ``[O, I]`` (bias column last) as the module's own ``weight`` and ``bias``."""
+    """A gradient ``[O, I]`` (bias column last) as the module's own ``weight`` and ``bias``; an expert's as its parts of those of
+    all experts."""
     weight = grad_OI if module.bias is None else grad_OI[:, :-1]
     parts = {} if module.bias is None else {"bias": grad_OI[:, -1]}
+    if isinstance(module, Expert):
+        held = [weight.T if module.transposed else weight, *parts.values()]
+        return dict(zip(module.stored, held, strict=True))
     if isinstance(module, nn.Conv2d):
         return {"weight": weight.reshape(module.weight.shape), **parts}
     return {"weight": weight.T if isinstance(module, Conv1D) else weight, **parts}
@@ -222,18 +251,22 @@ def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             axes = 4 if isinstance(m, nn.Conv2d) else 2
             if weight is not None and ((weight.is_floating_point() and weight.ndim == axes) or packed(m)):
                 yield name, m
+        for part, expert in experts_of(m).items():
+            yield f"{name}.{part}", expert
 
 
-def _matches(module: nn.Module, name: str, spec: str) -> bool:
+def _matches(module: nn.Module, name: str, m: nn.Module, spec: str) -> bool:
     if spec not in ("mlp", "attention", "all"):
         return fnmatch(name, spec)
-    kind = None if _grouped(module.get_submodule(name)) else layer_kind(module, name)
+    kind = None if _grouped(m) else layer_kind(module, name)
     return kind is not None and (spec == "all" or spec == kind)
 
 
 def layer_kind(module: nn.Module, name: str) -> str | None:
     """``mlp``, ``attention`` or ``other`` for a linear layer inside a block; None outside the blocks."""
     parts = name.split(".")
+    if parts[-2:-1] != [] and parts[-2].isdigit() and experts_of(module.get_submodule(".".join(parts[:-2]))):
+        parts = [*parts[:-2], parts[-1]]  # whose number stands before the part
     around = [module, *(module.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))]
     numbered = [i for i, m in enumerate(around) if parts[i].isdigit() and isinstance(m, nn.ModuleList | nn.Sequential)]
     if not numbered:
@@ -242,7 +275,7 @@ def layer_kind(module: nn.Module, name: str) -> str | None:
     inside, classes = parts[start:], [type(m).__name__ for m in around[start + 1 :]]
     if any(ATTENTION.search(label) for label in inside + classes):
         return "attention"
-    if isinstance(module.get_submodule(name), nn.Conv2d):
+    if isinstance(getattr(around[-1], parts[-1]), nn.Conv2d):
         return "other"
     if any(map(MIXER.search, inside)) or any(map(MIXER_CLASS.search, classes)) or ROUTER.search(inside[-1]):
         return "other"
@@ -257,6 +290,7 @@ def probe(layers: list[Layer], forward: Callable[[], Any], tokens: int) -> list[
         ModelError: a layer is never called, as inside a compiled model, whose hooks do not run.
     """
     seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
+    pools = Counter(layer.pool for layer in layers)
     rows = dict.fromkeys(seen, 0)
 
     def note(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -269,7 +303,10 @@ def probe(layers: list[Layer], forward: Callable[[], Any], tokens: int) -> list[
     finally:
         for hook in hooks:
             hook.remove()
-    silent = [name for name, inputs in seen.items() if not inputs]
+    together: Counter[str] = Counter()  # an expert sees few tokens of one sequence, or none: they are counted together
+    for x in layers:
+        together[x.pool] += rows[x.name]
+    silent = [x.name for x in layers if not (seen[x.name] or together[x.pool] * bool(x.pool))]
     if silent:
         raise ModelError(
             f"{len(silent)} tracked layers were never called, the first is {silent[0]!r}: the model uses their weights without "
@@ -277,8 +314,9 @@ def probe(layers: list[Layer], forward: Callable[[], Any], tokens: int) -> list[
         )
     leaders: dict[tuple, str] = {}
     keys = [(layer.bias, *map(_patches, layer.modules), *map(id, seen[layer.name])) for layer in layers]
-    leads = [leaders.setdefault(key, layer.name) for layer, key in zip(layers, keys, strict=True)]
-    return [x._replace(A_of=A_of, rows=rows[x.name] / tokens) for x, A_of in zip(layers, leads, strict=True)]
+    leads = [x.pool or leaders.setdefault(key, x.name) for x, key in zip(layers, keys, strict=True)]
+    counts = [together[x.pool] / pools[x.pool] if x.pool else rows[x.name] for x in layers]
+    return [x._replace(A_of=A_of, rows=n / tokens) for x, A_of, n in zip(layers, leads, counts, strict=True)]
 
 
 def _patches(module: nn.Module) -> tuple:
@@ -290,17 +328,20 @@ def _patches(module: nn.Module) -> tuple:
 def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
     """What share of the parameters ``layers`` hold; the rest grouped by place, with the reason it is left out."""
     tracked = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
+    slices = Counter(p for x in layers for m in x.modules if isinstance(m, Expert) for p in m.stored.values())
     linear = {f"{name}.{p}" for name, m in _linear_modules(module) if not _grouped(m) for p in ("weight", "bias")}
+    linear |= {f"{name}.{p}" for name, m in module.named_modules() for x in experts_of(m).values() for p in x.stored}
     sizes = parameter_sizes(module)
     total = sum(sizes.values())
     groups: dict[tuple[str, str], int] = {}
     for name, p in module.named_parameters():
-        if id(p) not in tracked:
+        left = sizes[p] - slices[p] * p[:1].numel() if p in slices else sizes[p]  # of experts some may be chosen
+        if id(p) not in tracked and left:
             place = re.sub(r"\.\d+\.", ".*.", f".{name}").lstrip(".")
             group = (place.rsplit(".", 1)[0] if p.ndim < 3 else place, _why(name, p, name in linear))
-            groups[group] = groups.get(group, 0) + sizes[p]
+            groups[group] = groups.get(group, 0) + left
     rest = [{"name": n, "parameters": c, "share": c / total, "why": why} for (n, why), c in groups.items()]
-    covered = sum(size for p, size in sizes.items() if id(p) in tracked)
+    covered = total - sum(groups.values())
     return Coverage(covered, total, sorted(rest, key=lambda u: -u["parameters"]), held_in(x.modules[0] for x in layers))
 
 

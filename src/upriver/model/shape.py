@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from upriver.errors import ModelError
 from upriver.kernels import LONGEST
 from upriver.model.capture import capture, frozen
+from upriver.model.experts import Expert
 from upriver.model.head import hidden_states
 from upriver.model.layers import (
     LINEAR,
@@ -65,7 +66,7 @@ def module_shape(module: nn.Module, layers: list[Layer], tokens: int, forward: C
     low = lowest_block(layers)
     passed = [(n, m) for n, (m, back) in seen.inputs.items() if back and block_number(n) == low]
     return Shape(
-        layers=tuple(LayerSize(x.name, x.O, x.I, x.A_of, x.block, x.parts, x.rows) for x in layers),
+        layers=tuple(LayerSize(x.name, x.O, x.I, x.A_of, x.block, x.parts, x.rows, x.pool) for x in layers),
         blocks=tuple(Block(blocks[i], attention) for i in range(max(blocks, default=-1) + 1)),
         below=outside[False],
         head=outside[True],
@@ -219,6 +220,7 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
             O, I = weight_shape(m)
             before, back = inputs.get(name, (0.0, False))
             rows = rows_seen(m, a)
+            rows = 0 if isinstance(m, Expert) else rows  # whose weights are counted as parameters
             inputs[name] = (before + rows * O * I / tokens, back or a.requires_grad)
             wide = max(O, I) if not isinstance(m, nn.Conv2d) else int(rows * O // tokens)
             widest = max(widest, wide) if layer_kind(module, name) else widest
@@ -229,6 +231,8 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
 
     tracked = {n for n, m in module.named_modules() if any(m is t for x in layers for t in x.modules)}
     linear = [(n, m) for n, m in module.named_modules() if isinstance(m, LINEAR)]
+    linear += [(x.name, m) for x in layers for m in x.modules if isinstance(m, Expert)]
+    tracked |= {x.name for x in layers}
     hooks = [m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in linear]
     saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
     try:

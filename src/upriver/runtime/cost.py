@@ -61,11 +61,14 @@ class Sized(Protocol):
     def parts(self) -> int: ...
     @property
     def rows(self) -> float: ...
+    @property
+    def pool(self) -> str: ...
 
 
 class LayerSize(NamedTuple):
     """The plain data of a tracked layer; ``A_of`` is the layer whose input it shares, itself when alone, ``parts`` the most
-    diagonal blocks that its second moments are kept in, and ``rows`` how many inputs it sees for a token."""
+    diagonal blocks that its second moments are kept in, ``rows`` how many inputs it sees for a token, and ``pool`` the layer
+    under which the experts of a block share their moments; empty for all others."""
 
     name: str
     O: int
@@ -74,6 +77,7 @@ class LayerSize(NamedTuple):
     block: int | None
     parts: int = 1
     rows: float = 1.0
+    pool: str = ""
 
 
 Layers = Sequence[Sized]
@@ -94,6 +98,11 @@ class Spec(NamedTuple):
 
 def leads(x: Sized) -> bool:
     return x.A_of == x.name
+
+
+def own_input(x: Sized) -> str:
+    """The layer whose inputs a layer is given: another one's, or its own, as those of an expert are."""
+    return x.name if x.pool else x.A_of
 
 
 def largest(layers: Layers) -> int:
@@ -120,7 +129,7 @@ def square(n: int, parts: int) -> int:
 
 def sides(x: Sized) -> list[int]:
     """The sides of all blocks of a layer's ``S``, and of its ``A`` where it leads."""
-    return diagonal(x.O, x.parts) + (diagonal(x.I, x.parts) if leads(x) else [])
+    return [] if x.pool not in ("", x.name) else diagonal(x.O, x.parts) + (diagonal(x.I, x.parts) if leads(x) else [])
 
 
 def moments_size(layers: Layers) -> int:
@@ -134,14 +143,16 @@ def lam_size(layers: Layers) -> int:
 
 def _bases_and(numbers: int, layers: Layers) -> float:
     """Eigenvectors (of a shared input once) and so many numbers for each weight."""
-    A = {x.A_of: square(x.I, x.parts) for x in layers}
-    return SUM * (sum(A.values()) + sum(square(x.O, x.parts) + numbers * x.O * x.I for x in layers))
+    A, S = {x.A_of: square(x.I, x.parts) for x in layers}, {x.pool or x.name: square(x.O, x.parts) for x in layers}
+    return SUM * (sum(A.values()) + sum(S.values()) + numbers * sum(x.O * x.I for x in layers))
 
 
 def rotations(x: Sized, T: float) -> float:
     """A sequence's gradient in the eigenbases, a token: formed, and each side rotated where that is cheaper."""
     O, I, S, A = float(x.O), float(x.I), float(square(x.O, x.parts)), float(square(x.I, x.parts))
-    return x.rows * (O * I + min(S, S * I / (x.rows * T)) + min(A if leads(x) else 0.0, O * A / (x.rows * T)))
+    return x.rows * (
+        O * I + min(S, S * I / (x.rows * T)) + min(A if own_input(x) == x.name else 0.0, O * A / (x.rows * T))
+    )
 
 
 def _gradients_work(layers: Layers, tokens: int, at_once: Chunks) -> float:
@@ -152,7 +163,7 @@ COVARIANCE = Spec(
     "covariance",
     moments_size,
     lambda layers, tokens, _: SUM * tokens * widest(layers),
-    lambda x, T: x.rows * sum(n * n for n in sides(x)) / 2,
+    lambda x, T: x.rows * (square(x.O, x.parts) + (own_input(x) == x.name) * square(x.I, x.parts)) / 2,
 )
 CORRECTION = Spec(
     "correction",
@@ -167,11 +178,12 @@ DIAGONAL = Spec("diagonal", lambda layers: 2 * lam_size(layers), _gradients_work
 def groups(layers: Layers, held: Callable[[Layers], float], room: float) -> list[list[int]]:
     """The fewest runs of consecutive layers of which each holds at most ``room``; a larger layer is a run of its own."""
     found: list[list[int]] = []
-    for i in range(len(layers)):
-        if found and held([layers[j] for j in found[-1]] + [layers[i]]) <= room:
-            found[-1].append(i)
-        else:
-            found.append([i])
+    while (start := found[-1][-1] + 1 if found else 0) < len(layers):
+        low, high = start + 1, len(layers)  # by halves: a mixture has thousands of layers
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if held(layers[start:middle]) <= room else (low, middle - 1)
+        found.append(list(range(start, low)))
     return found
 
 
@@ -263,11 +275,8 @@ class Asked(NamedTuple):
 
 def norms_size(layers: Layers, asked: Asked) -> int:
     """Eigenvectors, and an inverse of the eigenvalues for each damping: what unit-norm scores hold through a scan."""
-    return (
-        SUM
-        * bool(asked.norms)
-        * sum(square(x.O, x.parts) + square(x.I, x.parts) + asked.norms * x.O * x.I for x in layers)
-    )
+    alone = sum(square(x.O, x.parts) + square(x.I, x.parts) for x in layers if x.pool in ("", x.name))
+    return SUM * bool(asked.norms) * (alone + asked.norms * sum(x.O * x.I for x in layers))
 
 
 def solved_size(layers: Layers, asked: Asked) -> int:

@@ -150,7 +150,7 @@ def eigen_size(layers: Layers, workers: int, item: int = WIDE) -> int:
     """The largest matrices, a worker each; of those in diagonal blocks the largest block, and the eigenvectors of the others."""
     sizes = []
     for x in layers:
-        blocks = [diagonal(n, x.parts) for n in ([x.O, x.I] if leads(x) else [x.O])]
+        blocks = [diagonal(n, x.parts) for n in ([x.O, x.I] if leads(x) else [x.O] if not x.pool else [])]
         others = SUM * sum(sum(k * k for k in b) - max(b) ** 2 for b in blocks)
         sizes += [EIGEN_COPIES * item * max(b) ** 2 + others for b in blocks]
     return sum(sorted(sizes, reverse=True)[:workers])

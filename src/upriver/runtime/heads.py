@@ -39,6 +39,7 @@ class LayerHead(Head):
     shape: list[int] = Field(min_length=2, max_length=2)
     block: int | None
     A_of: str
+    pool: str = ""
 
 
 class CoverageHead(Head):

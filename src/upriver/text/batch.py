@@ -108,12 +108,19 @@ class Batch:
         """Where tokens are predicted with loss."""
         return self._places(self.inputs["loss"], 1)
 
-    def real(self, x_NTI: Tensor, layer: str) -> tuple[Tensor | None, list[int]]:
+    def real(self, x_NTI: Tensor, layer: str, at_NT: Tensor | None = None) -> tuple[Tensor | None, list[int]]:
         """Which of the ``N T`` rows that a layer saw are real, int64 ``[M]``, or None for all; and how many each sequence has.
+
+        Args:
+            at_NT: of an expert, the position of each row, or -1 where there is none.
 
         Raises:
             ModelError: sequences are padded, and the layer saw something else than their positions.
         """
+        if at_NT is not None:
+            whole = self.real_NT is None or self.real_NT.shape[1] == 1
+            there_NT = at_NT >= 0 if whole else self.real_NT.gather(1, at_NT.clamp(min=0)) & (at_NT >= 0)
+            return there_NT.flatten().nonzero()[:, 0], there_NT.sum(1).tolist()
         seen = x_NTI.shape[1]
         places = None if self.real_NT is None else self._places(self.real_NT)
         if places is None or len(places.at_M) == places.mask_NT.numel():
