@@ -158,12 +158,12 @@ def test_the_house_is_no_larger_than_it_was_counted(tmp_path):
     counted = {
         "files of the main path (6)": (len(MAIN_PATH), 7),
         "lines of the main path (1,300)": (main, 1_360),
-        "files run in a fit (17)": (len(fit_files), 35),
-        "functions run in a fit (156)": (len(fit_functions), 335),
-        "files run in a trace (23)": (len(trace_files), 51),
-        "functions run in a trace (200)": (len(trace_functions), 460),
+        "files run in a fit (17)": (len(fit_files), 37),
+        "functions run in a fit (156)": (len(fit_functions), 345),
+        "files run in a trace (23)": (len(trace_files), 53),
+        "functions run in a trace (200)": (len(trace_functions), 470),
         "own imports of a module, tenths (32)": (10 * sum(len(own_imports(p)) for p in FILES) // len(FILES), 73),
-        "lines of Python (9,500)": (lines, 17_450),
+        "lines of Python (9,500)": (lines, 17_650),
     }
     for name, (found, bound) in counted.items():
         print(f"{name:40} {found:7,}   at most {bound:,}")

@@ -188,7 +188,7 @@ class Run:
         a_NTI, g_NTO, at_NT = calls[0]
         if len(calls) > 1:
             a_NTI, g_NTO = (torch.cat([call[i] for call in calls], 1) for i in (0, 1))
-            at_NT = None if at_NT is None else torch.cat([call[2] for call in calls], 1)  # type: ignore[misc]
+            at_NT = None if at_NT is None else torch.cat([at for *_, at in calls if at is not None], 1)
         layer = layer if at_NT is None else layer._replace(at_NT=at_NT)
         with torch.no_grad():
             self._consume(layer, a_NTI, g_NTO)

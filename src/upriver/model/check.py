@@ -82,7 +82,8 @@ class _Comparison:
         ] = {}  # parts as stored, and how far rounded sums may be off
 
     def __call__(self, x: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
-        kinds = (a_NTI.dtype, g_NTO.dtype, x.modules[0].weight.dtype)
+        module: Any = x.modules[0]
+        kinds = (a_NTI.dtype, g_NTO.dtype, module.weight.dtype)
         wide = torch.float64 if torch.float64 in kinds else torch.float32
         a_MI, g_MO = a_NTI.flatten(0, 1).to(wide), g_NTO.flatten(0, 1).to(wide)
         rounded = TF32 if wide == torch.float32 and torch.get_float32_matmul_precision() != "highest" else 0.0
@@ -104,12 +105,13 @@ class _Comparison:
         parts, allowed = self.captured.get(x.name, ({}, 0.0))
         theirs = p.new_zeros(()) if p.grad is None else p.grad
         if p in self.experts:
-            mine, allowed = torch.zeros_like(p), 0.0
+            mine, allowed, chosen = torch.zeros_like(p), 0.0, []
             for x, name in self.experts[p]:
                 parts, most = self.captured.get(x.name, ({}, 0.0))
-                mine[x.modules[0].number] = parts.pop(name, p.new_zeros(()))  # type: ignore[index]
+                expert: Any = x.modules[0]
+                mine[expert.number] = parts.pop(name, p.new_zeros(()))
+                chosen.append(expert.number)
                 allowed = max(allowed, most)
-            chosen = [x.modules[0].number for x, _ in self.experts[p]]
             mine, theirs = mine[chosen], theirs[chosen] if theirs.ndim else theirs
         else:
             mine = parts.pop(name, p.new_zeros(()))

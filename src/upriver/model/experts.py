@@ -70,7 +70,7 @@ def run_through_interface(module: nn.Module) -> bool:
     return vars(module).keys() >= TOLD and all(p is not None and p.ndim == 3 and p.is_floating_point() for p in held)
 
 
-def experts_of(module: nn.Module) -> dict[str, Expert]:
+def experts_of(module: Any) -> dict[str, Expert]:
     """The matrices of a module of experts, as ``3.down_proj``: of all experts the one, then of all the other."""
     if not run_through_interface(module):
         return {}
@@ -84,7 +84,7 @@ def experts_of(module: nn.Module) -> dict[str, Expert]:
 @contextmanager
 def run_one_by_one(module: nn.Module) -> Iterator[None]:
     """Experts of ``module`` go through :func:`run_experts` inside."""
-    configs = {id(m.config): m.config for m in module.modules() if run_through_interface(m)}
+    configs: dict[int, Any] = {id(m.config): m.config for m in module.modules() if run_through_interface(m)}
     before = [(c, c._experts_implementation) for c in configs.values()]
     if before:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

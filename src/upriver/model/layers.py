@@ -176,7 +176,7 @@ def given(args: tuple, kwargs: dict) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def weight_shape(module: nn.Module) -> tuple[int, int]:
+def weight_shape(module: Any) -> tuple[int, int]:
     """``(O, I)`` of a weight, also for GPT-2's transposed ``Conv1D`` and for one that is packed."""
     if isinstance(module, nn.Linear) and packed(module):
         return module.out_features, module.in_features
@@ -184,7 +184,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     return (columns[0], rows) if isinstance(module, Conv1D) else (rows, math.prod(columns))
 
 
-def weight_OI(module: nn.Module) -> torch.Tensor:
+def weight_OI(module: Any) -> torch.Tensor:
     """The weight as a matrix, the bias as its last column; a convolution's columns go channel by channel, each row by row."""
     weight = module.weight.detach()
     matrix_OI = weight.T if isinstance(module, Conv1D) else weight.flatten(1)

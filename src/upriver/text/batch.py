@@ -118,8 +118,9 @@ class Batch:
             ModelError: sequences are padded, and the layer saw something else than their positions.
         """
         if at_NT is not None:
-            whole = self.real_NT is None or self.real_NT.shape[1] == 1
-            there_NT = at_NT >= 0 if whole else self.real_NT.gather(1, at_NT.clamp(min=0)) & (at_NT >= 0)
+            there_NT = at_NT >= 0
+            if self.real_NT is not None and self.real_NT.shape[1] > 1:
+                there_NT &= self.real_NT.gather(1, at_NT.clamp(min=0))
             return there_NT.flatten().nonzero()[:, 0], there_NT.sum(1).tolist()
         seen = x_NTI.shape[1]
         places = None if self.real_NT is None else self._places(self.real_NT)
