@@ -187,7 +187,7 @@ class Run:
     def _hand_over(self, layer: Layer, calls: list[Call]) -> None:
         a_NTI, g_NTO, at_NT = calls[0]
         if len(calls) > 1:
-            a_NTI, g_NTO = (torch.cat([call[i] for call in calls], 1) for i in (0, 1))
+            a_NTI, g_NTO = torch.cat([a for a, _, _ in calls], 1), torch.cat([g for _, g, _ in calls], 1)
             at_NT = None if at_NT is None else torch.cat([at for *_, at in calls if at is not None], 1)
         layer = layer if at_NT is None else layer._replace(at_NT=at_NT)
         with torch.no_grad():
