@@ -57,9 +57,8 @@ def main() -> None:
         queries = up.complete(model, queries, 8)
     with (
         tempfile.TemporaryDirectory() as folder,
-        up.load_model(args.model).computing_in(
-            "bfloat16"
-        ) as rough,  # a model of its own: weights are converted in place
+        # models of their own: weights are converted in place
+        up.load_model(args.model).computing_in("bfloat16") as rough,
         up.load_model(args.model).computing_in("mixed") as mixed,
     ):
         place = args.factors or Path(folder) / "factors"

@@ -82,8 +82,8 @@ def trace(
         factors.check(model)
     check_length(model, corpus)
     if isinstance(queries, Queries):
-        for i in range(len(queries)):
-            check_token(model, int(queries.batch([i]).inputs["tokens"].max()), f"query {queries.ids[i]!r}")
+        for row in queries.rows:
+            check_token(model, int(row.encoded.tokens_T.max()), f"query {queries.records[row.query].id!r}")
     key = {
         "model": factors.manifest["key"]["model"] if factors else model.fingerprint,  # which has been checked
         "corpus": corpus.fingerprint,

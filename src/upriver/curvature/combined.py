@@ -10,7 +10,7 @@ Axes: Q queries, K parts, P tracked parameters, M outputs of a batch, C their wi
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 
 from upriver.curvature.base import Curvature, Damping, Grads, Solution
 from upriver.curvature.blocks import BlockCurvature
@@ -76,28 +76,18 @@ class Combined(Curvature):
 
     def _between(self, b_KP: Tensor) -> Tensor:
         """``B^T G B``, float64 ``[K, K]``, on the host."""
-        function, theta_P, K = self.function, self.function.theta_P, len(b_KP)
-        total_KK, width = torch.zeros(K, K, dtype=torch.float64), 0
+        function, total_KK = self.function, torch.zeros(len(b_KP), len(b_KP), dtype=torch.float64)
         with function.differentiable(), torch.no_grad():
-            for rows in self.data.plan(self.batch_tokens, self.rows):
-                batch = self.data.batch(rows).to(theta_P.device)
-                width = width or function.side_by_side(theta_P, batch, self.memory_bytes)  # the first is the largest
-
-                def outputs(theta_P: Tensor, batch=batch) -> Tensor:
-                    return function.outputs(theta_P, batch)
-
-                def along(b_P: Tensor, outputs=outputs) -> Tensor:
-                    return jvp(outputs, (theta_P,), (b_P,))[1]
-
-                outputs_MC = outputs(theta_P)
-                if (taken := 2 * K * outputs_MC.nbytes) > self.memory_bytes:
+            for batch in function.linear(self.data, self.rows, self.batch_tokens, self.memory_bytes):
+                if (taken := 2 * len(b_KP) * batch.outputs_MC.nbytes) > self.memory_bytes:
                     raise ConfigError(
-                        f"the memory is too small to combine {K} solutions of a question: got {show_bytes(self.memory_bytes)} "
-                        f"for them, they take {show_bytes(taken)}; give more with --memory, or leave out --combine"
+                        f"the memory is too small to combine {len(b_KP)} solutions of a question: got "
+                        f"{show_bytes(self.memory_bytes)} for them, they take {show_bytes(taken)}; "
+                        "give more with --memory, or leave out --combine"
                     )
-                curved = function.curved(outputs_MC, batch)
-                Jb_KMC = torch.cat([vmap(along)(few) for few in b_KP.to(theta_P).split(width)])
-                HJb_KMC = torch.cat([vmap(curved)(few) for few in Jb_KMC.split(width)])
+                b_like_KP = b_KP.to(function.model.like)
+                Jb_KMC = torch.cat([vmap(batch.along)(few) for few in b_like_KP.split(batch.width)])
+                HJb_KMC = torch.cat([vmap(batch.curved)(few) for few in Jb_KMC.split(batch.width)])
                 total_KK += (HJb_KMC.flatten(1) @ Jb_KMC.flatten(1).T).double().cpu()
         return total_KK / len(self.rows)
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 
 from upriver.curvature.base import Grads
-from upriver.curvature.products import Tracked
+from upriver.curvature.products import Linear, Tracked
 from upriver.model.layers import Layer
 from upriver.model.model import Model
 from upriver.text.batch import Sequences
@@ -49,25 +49,17 @@ def held_out(
         advance: told the tokens of each batch.
     """
     function = Tracked(model, layers)
-    theta_P = function.theta_P
-    v_QP = torch.cat([function.space.flatten(v) for v in solutions]).to(theta_P)
-    total_Q, width = torch.zeros(len(v_QP), dtype=torch.float64), 0
+    v_QP = torch.cat([function.space.flatten(v) for v in solutions]).to(model.like)
+    total_Q = torch.zeros(len(v_QP), dtype=torch.float64)
     with function.differentiable(), torch.no_grad():
-        for part in data.plan(batch_tokens, rows):
-            batch = data.batch(part).to(model.device)
-            width = width or function.side_by_side(theta_P, batch, memory_bytes)  # the first is the largest
+        for batch in function.linear(data, rows, batch_tokens, memory_bytes):
 
-            def outputs(theta_P: Tensor, batch=batch) -> Tensor:
-                return function.outputs(theta_P, batch)
+            def square(v_P: Tensor, batch: Linear = batch) -> Tensor:
+                Jv_MC = batch.along(v_P)
+                return (Jv_MC * batch.curved(Jv_MC)).sum()
 
-            curved = function.curved(outputs(theta_P), batch)
-
-            def square(v_P: Tensor, outputs=outputs, curved=curved) -> Tensor:
-                Jv_MC = jvp(outputs, (theta_P,), (v_P,))[1]
-                return (Jv_MC * curved(Jv_MC)).sum()
-
-            total_Q += torch.cat([vmap(square)(few).double().cpu() for few in v_QP.split(width)])
-            advance(int(data.lengths_N[part].sum()))
+            total_Q += torch.cat([vmap(square)(few).double().cpu() for few in v_QP.split(batch.width)])
+            advance(int(data.lengths_N[batch.rows].sum()))
     return list((total_Q / len(rows)).split([len(next(iter(v.values()))) for v in solutions]))
 
 

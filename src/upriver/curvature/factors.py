@@ -8,6 +8,7 @@ FACTORS/correction/lam.safetensors    lam of every layer
 FACTORS/diagonal/lam.safetensors      eigenvalues in the weights' own basis; made when first asked for
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ from upriver.tensors import Square, eigh, numbered, square
 from upriver.text.batch import Sequences
 
 ADVICE = "fit again with --overwrite"  # what to do about a damaged file
+
+
+def _eigen(path: Path, unit: int) -> Path:
+    return path / "eigen" / f"unit-{unit:06d}.safetensors"
 
 
 def decomposed(layer: Layer, sums: Path, sequences: int, model: Model) -> Tensors:
@@ -90,14 +95,14 @@ def read_moments(
         if (first := x.pool or x.name) not in pools:
             pools = {first: _read_side(path, unit[first], "S", like)}
         (Q_A, eig_A), (Q_S, eig_S) = leaders[x.A_of], pools[first]
-        T_mean = float(read_tensor(path / "eigen" / f"unit-{unit[x.name]:06d}.safetensors", "T_mean"))
+        T_mean = float(read_tensor(_eigen(path, unit[x.name]), "T_mean"))
         out[x.name] = Moments(Q_A, Q_S, eig_A, eig_S, T_mean)
     return out
 
 
 def _read_side(path: Path, unit: int, which: str, like: Tensor | None) -> tuple[Square, Tensor]:
     """The basis of ``A`` or ``S``, and its eigenvalues."""
-    with opened(path / "eigen" / f"unit-{unit:06d}.safetensors", ADVICE) as file:
+    with opened(_eigen(path, unit), ADVICE) as file:
         count = sum(name.startswith(f"Q_{which}") for name in file.keys())  # noqa: SIM118 - not a mapping
         Q = square([file.get_tensor(name) for name in numbered(f"Q_{which}", count)])
         eig = file.get_tensor(f"eig_{which}")
@@ -138,6 +143,8 @@ class Factors:
         self._last: tuple[str, Moments | None] = "", None
         self.manifest = read_head(self.path / "manifest.json", FitManifest, foreign, ADVICE)
         self.layers = [_layer_size(x, self.options.blocks) for x in self.manifest["layers"]]
+        self._unit = {x.name: i for i, x in enumerate(self.layers)}  # a mixture has thousands of layers
+        self._experts = Counter(x.pool for x in self.layers)
 
     @property
     def options(self) -> FitOptions:
@@ -198,8 +205,7 @@ class Factors:
             self._last = layer.pool, last
             return last
         assert last is not None
-        unit = next(i for i, x in enumerate(self.layers) if x.name == name)
-        return last._replace(T_mean=float(read_tensor(self.path / "eigen" / f"unit-{unit:06d}.safetensors", "T_mean")))
+        return last._replace(T_mean=float(read_tensor(_eigen(self.path, self._unit[name]), "T_mean")))
 
     def block(self, name: str, kind: str = "ekfac") -> Eigenblock:
         """One layer's curvature of a kind.
@@ -225,9 +231,8 @@ class Factors:
         return BlockCurvature([x.name for x in self.layers], lambda name: self.block(name, kind))
 
     def _layer(self, name: str) -> LayerSize:
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
+        if name in self._unit:
+            return self.layers[self._unit[name]]
         raise InputError(
             f"no such layer: got {name!r}; these factors hold {len(self.layers)}, such as {self.layers[0].name!r}"
         )
@@ -239,12 +244,8 @@ class Factors:
             return None
         if stage != "kfac":
             return float(self._read(stage, pool, "mean"))
-        at, experts = (
-            next(i for i, x in enumerate(self.layers) if x.name == pool),
-            sum(x.pool == pool for x in self.layers),
-        )
-        pairs, m = float(read_tensor(self.path / "eigen" / f"unit-{at:06d}.safetensors", "T_pool")), self.moments(name)
-        return pairs / experts * float(m.eig_S_O.double().mean() * m.eig_A_I.double().mean())
+        pairs, m = float(read_tensor(_eigen(self.path, self._unit[pool]), "T_pool")), self.moments(name)
+        return pairs / self._experts[pool] * float(m.eig_S_O.double().mean() * m.eig_A_I.double().mean())
 
     def _read(self, stage: str, name: str, what: str = "lam") -> Tensor:
         with opened(self.path / stage / "lam.safetensors", ADVICE) as file:

@@ -76,6 +76,16 @@ class Replaced(nn.Module):
         return functional_call(self.module, self._weights, args, kwargs)
 
 
+class Linear(NamedTuple):
+    """The outputs of a batch as a linear map of the weights, near the weights as they are."""
+
+    rows: np.ndarray
+    outputs_MC: Tensor
+    along: Callable[[Tensor], Tensor]  # v_P -> J v
+    curved: Callable[[Tensor], Tensor]  # x_MC -> H x, as Tracked.curved
+    width: int  # vectors that may go through it side by side
+
+
 class Tracked:
     """A model as a function of its tracked weights ``theta_P``."""
 
@@ -125,6 +135,24 @@ class Tracked:
         """``x_MC -> H x``, with ``H`` the Hessian of the loss of the outputs: for softmax the covariance under ``p``."""
         slope = grad(lambda h: self.loss_of(h, batch))
         return lambda x_MC: jvp(slope, (outputs_MC,), (x_MC,))[1]
+
+    def linear(
+        self, data: Sequences, rows: np.ndarray, batch_tokens: int, memory_bytes: int | None
+    ) -> Iterator[Linear]:
+        """The sequences ``rows`` batch by batch, for forward mode; to be used inside of :meth:`differentiable`."""
+        theta_P, width = self.theta_P, 0
+        for part in data.plan(batch_tokens, rows):
+            batch = data.batch(part).to(theta_P.device)
+            width = width or self.side_by_side(theta_P, batch, memory_bytes)  # the first is the largest
+
+            def outputs(theta_P: Tensor, batch: Batch = batch) -> Tensor:
+                return self.outputs(theta_P, batch)
+
+            def along(v_P: Tensor, outputs: Callable[[Tensor], Tensor] = outputs) -> Tensor:
+                return jvp(outputs, (theta_P,), (v_P,))[1]
+
+            outputs_MC = outputs(theta_P)
+            yield Linear(part, outputs_MC, along, self.curved(outputs_MC, batch), width)
 
     def side_by_side(self, theta_P: Tensor, batch: Batch, memory_bytes: int | None) -> int:
         """How many vectors may go through a batch at once.

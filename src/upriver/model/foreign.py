@@ -1,23 +1,19 @@
 """Refuse a checkpoint of which something else would be loaded than was trained."""
 
-import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from upriver.errors import ModelError
+from upriver.runtime.files import load_json
 
 BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias|rope_freqs\.weight)$")
 SCALES = re.compile(
     r"(_scale_inv|_scales?|\.scales?|\.qweight|\.q?zeros|_zero_point|\.g_idx|absmax|quant_map|_packed|_blocks)$"
 )
-TOKENS = (
-    "forcausallm",
-    "lmheadmodel",
-    "withlmhead",
-    "model",
-    "forconditionalgeneration",
-)  # with a head that predicts them
+# heads that predict tokens
+TOKENS = ("forcausallm", "lmheadmodel", "withlmhead", "model", "forconditionalgeneration")
 OWN_LOSS = "for another loss than that of a language model, load it in Python and give up.Model(module, task=...)"
 MERGE = "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(another)"
 
@@ -30,7 +26,8 @@ def check_folder(path: Path) -> None:
     """
     adapter, plain = path / "adapter_config.json", (path / "config.json").exists()
     if adapter.exists():
-        told = _json(adapter)
+        told = load_json(adapter, "put a sound copy there")
+        told = told if isinstance(told, dict) else {}
         kind = f"{told.get('peft_type') or 'of peft'} of {told.get('base_model_name_or_path')!r}"
         where = "beside a model's own weights, so that neither is plainly meant" if plain else "and no model"
         raise ModelError(
@@ -45,7 +42,7 @@ def check_folder(path: Path) -> None:
         )
 
 
-def check_taken(shown: str, module: Any, unexpected: list[str]) -> None:
+def check_taken(shown: str, module: Any, unexpected: Iterable[str]) -> None:
     """Refuse what was loaded if weights of the checkpoint were dropped, or if its configuration names another kind of head.
 
     Args:
@@ -75,11 +72,3 @@ def check_taken(shown: str, module: Any, unexpected: list[str]) -> None:
             f"would be dropped, the first is {lost[0]!r}; give the configuration that they were saved with, with as many "
             "layers, or the weights of the language model alone, without further heads"
         )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        found = None
-    return found if isinstance(found, dict) else {}

@@ -38,9 +38,7 @@ class Layer(NamedTuple):
     block: int | None  # depth
     A_of: str  # the layer whose input moment A this one shares (itself when alone)
     parts: int = 1  # diagonal blocks of A and S, at most
-    rows: float = (
-        1.0  # inputs that it sees for a token of the corpus: positions of an image, calls, tokens of an expert
-    )
+    rows: float = 1.0  # inputs that it sees for a token of the corpus: positions of an image, calls, an expert's tokens
     pool: str = ""  # of an expert: the layer under which the experts of a block have one A and one S
     at_NT: torch.Tensor | None = None  # while a pass hands over an expert: each row's position in its sequence, or -1
 

@@ -19,7 +19,7 @@ from upriver.model.model import Model, check_causal, checksums, dtype_named
 from upriver.model.packed import floating, packed_checkpoint, rest_in
 from upriver.model.weights import Checkpoint, leave_files, loses, stored_dtype, weights_of
 from upriver.runtime.device import pick_device
-from upriver.text.tokenise import require_offsets
+from upriver.text.tokenise import largest_token, require_offsets
 
 PLACES = "give a folder written by save_pretrained, a .gguf file"
 MOST = 240  # characters of what another library says, in a sentence
@@ -170,7 +170,7 @@ def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attent
         advice = _advice(options, error, "give a complete copy, of a kind that transformers loads here")
         what = f"no causal language model could be loaded from {_shown(place, options)}"
         raise ModelError(f"{what}: {_reason(error)}; {advice}") from error
-    check_taken(_shown(place, options), module, sorted(report["unexpected_keys"]))
+    check_taken(_shown(place, options), module, report["unexpected_keys"])
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             first = min(key if isinstance(key, str) else f"{key[0]} of shape {key[1:]}" for key in report[kind])
@@ -188,9 +188,8 @@ def _check(model: Model, place: str) -> None:
     for (name, x), (_, _, held) in zip(weights_of(model.module).items(), model._hashed[0], strict=True):
         if (id(x) in numbers or not isinstance(x, nn.Parameter)) and not math.isfinite(held):
             raise ModelError(f"the weights hold NaN or infinity: {name!r} of {place!r}; get a sound copy of the model")
-    added = {i: str(x) for i, x in model.tokenizer.added_tokens_decoder.items()}
     rows = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
-    highest = max((i for i in model.tokenizer.get_vocab().values() if i not in added), default=0)
+    highest = largest_token(model.tokenizer, added=False)
     if highest >= rows:  # further tokens past the rows, such as one for padding, are an error only where they occur
         raise ModelError(
             f"the vocabulary does not fit the tokenizer: the model embeds {rows:,} tokens, "

@@ -263,9 +263,8 @@ class Sizes(NamedTuple):
         shape, tokens = self.shape, min(tokens, JUDGED_TOKENS)
         flat, outputs = SUM * sum(x.O * x.I for x in shape.layers), SUM * shape.vocabulary * tokens
         kept = ITEM[self.budget.exact] * shape.activation * tokens
-        along = (
-            max(ALONG_BYTES, 4 * flat + 6 * outputs + kept) * 3 // 2
-        )  # with what the allocator keeps between batches
+        # half as much again is what the allocator keeps between batches
+        along = max(ALONG_BYTES, 4 * flat + 6 * outputs + kept) * 3 // 2
         return self.budget.widened + (JUDGED * at_once + 1) * flat + along + 2 * outputs + kept
 
     def batch(self, tokens: int) -> float:

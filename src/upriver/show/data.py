@@ -198,13 +198,17 @@ def _in_nats(score: float, n_train: int | None, scale: float | None) -> Json:
     }
 
 
+def shown_nats(passage: Json) -> float | None:
+    """The calibrated nats where the scale is known, else the plain ones, if there are any."""
+    return passage["score_nats"] if passage["calibrated_nats"] is None else passage["calibrated_nats"]
+
+
 def spread(raw: np.ndarray, n_train: float | None) -> Json | None:
     """Measure how the influence on one query is spread over all sequences: survival curves and the share of the top 1 %.
 
     ``survival.positive`` holds points ``[x, share]``: the share of all scored sequences whose score is at least ``x``
-    (raw, or nats where
-    ``n_train`` is given: over the scale of a query that was measured); ``survival.negative``
-    the same for ``-score``.  At most 200 points each, evenly
+    (raw, or nats where ``n_train`` is given: over the scale of a query that was measured);
+    ``survival.negative`` the same for ``-score``.  At most 200 points each, evenly
     spaced in the logarithm of the rank.
     """
     scores = raw[np.isfinite(raw)] / (n_train or 1)

@@ -18,7 +18,7 @@ import numpy as np
 
 from upriver.errors import ConfigError
 from upriver.runtime.artifact import atomic
-from upriver.show.data import build_report
+from upriver.show.data import build_report, shown_nats
 from upriver.show.folder import Json, read_folder
 
 SCRIPTS = ("charts.js", "detail.js", "viewer.js")
@@ -200,9 +200,7 @@ def jsonl_text(report: Json) -> str:
             passages = [p for p in query["passages"] if p["side"] == side]
             line[f"{name}s"] = [p["text"] for p in passages]
             line[f"{name}_ids"] = [f"{p['document']}:{p['start']}-{p['end']}" for p in passages]
-            line[f"{name}_scores"] = [
-                next(x for x in (p["calibrated_nats"], p["score_nats"], p["score"]) if x is not None) for p in passages
-            ]
+            line[f"{name}_scores"] = [p["score"] if (x := shown_nats(p)) is None else x for p in passages]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
 

@@ -14,7 +14,7 @@ from rich.style import Style
 from rich.text import Text
 
 from upriver.show.audit import Audit
-from upriver.show.data import answer, sign, unit
+from upriver.show.data import answer, shown_nats, sign, unit
 from upriver.show.folder import Json, read_folder
 from upriver.show.trust import figure, held_out
 
@@ -130,7 +130,7 @@ def _headline(query: Json) -> Text:
 def _line(passage: Json, copies: int) -> Text:
     raw, nats = (
         None if x is None else f"{x:+,.0f}" if abs(x) >= 1000 else f"{x:+.3g}"
-        for x in (passage["score"], _nats(passage))
+        for x in (passage["score"], shown_nats(passage))
     )
     text = Text(f"{passage['rank']}. ", style="bold")
     text.append(f"{nats} nats" if nats else f"raw {raw}", style="bold")
@@ -141,10 +141,6 @@ def _line(passage: Json, copies: int) -> Text:
     facts += ["spurious: few tokens hold it all"] if passage["spurious"] else []
     text.append("  " + " · ".join(fact[:60] for fact in facts), style="dim")
     return text
-
-
-def _nats(passage: Json) -> float | None:
-    return passage["score_nats"] if passage["calibrated_nats"] is None else passage["calibrated_nats"]
 
 
 def _excerpt(passage: Json) -> Text:

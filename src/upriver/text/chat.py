@@ -49,31 +49,37 @@ def _turn(
     specials: tuple[str, ...],
 ) -> tuple[int, int] | None:  # fmt: skip
     content = (messages[i].get("content") or "").strip()
-    if not content and not messages[i].get("tool_calls"):
+    shown = content or messages[i].get("tool_calls")
+    if not shown:
         return None
-    before = head = upto = None
-    if i:
-        try:
-            before, head = (_template(messages[:i], tokenizer, tools, reply=x) for x in (False, True))
-            upto = _template(messages[: i + 1], tokenizer, tools)
-        except BadRowError:  # a template need not take the beginning of a conversation
-            head = None
-    whole = head is not None and upto is not None and upto.startswith(head) and text.startswith(upto)
-    start = len(head) if whole and head is not None and len(head) >= position else position
-    if not (whole and head != before):  # there is no generation prompt: the header goes to where the content begins
+    unseen = BadRowError(f"the chat template does not show an answer of the assistant as it is: {shown!r:.60}")
+    start, end, prompted = _rendered(text, messages[: i + 1], tokenizer, tools) or (position, None, False)
+    start = max(start, position)
+    if not prompted:  # a header may go before the answer
         found = text.find(content, start) if content else -1
         if found < 0:
-            shown = content or messages[i].get("tool_calls")
-            raise BadRowError(f"the chat template does not show an answer of the assistant as it is: {shown!r:.60}")
-        start = start if whole and not text[start:found].strip() else found
-        if not whole or upto is None:
+            raise unseen
+        if end is None:
             end = found + len(content)
-            return start, end + max((len(x) for x in specials if x and text.startswith(x, end)), default=0)
-    assert upto is not None
-    if content.split("</think>")[-1].strip() not in upto[start:]:  # thoughts may be set apart
-        raise BadRowError(f"the chat template does not show an answer of the assistant as it is: {content!r:.60}")
-    bare = upto.rstrip()
-    return start, len(bare) if bare.endswith(specials) else len(upto)
+            return found, end + max((len(x) for x in specials if x and text.startswith(x, end)), default=0)
+        start = found if text[start:found].strip() else start
+    if content.split("</think>")[-1].strip() not in text[start:end]:  # thoughts may be set apart
+        raise unseen
+    bare = text[:end].rstrip()
+    return start, len(bare) if bare.endswith(specials) else len(text[:end])
+
+
+def _rendered(text: str, messages: Messages, tokenizer: Any, tools: Any) -> tuple[int, int | None, bool] | None:
+    """Where the last of the messages begins and ends in the text, and whether a generation prompt goes before it; None where the
+    template renders the beginning of the conversation otherwise."""
+    if len(messages) == 1:
+        return None
+    try:
+        before, head = (_template(messages[:-1], tokenizer, tools, reply=x) for x in (False, True))
+        upto = _template(messages, tokenizer, tools)
+    except BadRowError:  # a template need not take the beginning of a conversation
+        return None
+    return (len(head), len(upto), head != before) if upto.startswith(head) and text.startswith(upto) else None
 
 
 def _marked(messages: Messages, tokenizer: Any, tools: Any, template: str) -> tuple[str, Spans]:

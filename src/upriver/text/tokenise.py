@@ -98,9 +98,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest([backend, special, tokenizer.chat_template])
 
 
-def largest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the largest token id that the tokenizer can produce."""
-    return max(tokenizer.get_vocab().values())
+def largest_token(tokenizer: PreTrainedTokenizerBase, added: bool = True) -> int:
+    """Return the largest token id that the tokenizer can produce, or can without the tokens that were ``added`` to it."""
+    left_out = {} if added else tokenizer.added_tokens_decoder
+    return max((i for i in tokenizer.get_vocab().values() if i not in left_out), default=0)
 
 
 class Document(NamedTuple):
