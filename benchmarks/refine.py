@@ -23,9 +23,9 @@ from upriver.curvature.choose import solver
 from upriver.curvature.combined import Combined
 from upriver.curvature.energy import held_out, judge
 from upriver.influence.queries import gradients as query_gradients
+from upriver.model.check import tracked_layers
 from upriver.model.layers import Layer
-from upriver.model.load import Model
-from upriver.model.sweep import tracked_layers
+from upriver.model.model import Model
 from upriver.runtime.system import settle_memory
 
 DEMO = Path(up.__file__).parent / "demo"

@@ -1,6 +1,7 @@
 """The house: imports point upwards only, one hook, one importer of torch.distributed, and files of readable size."""
 
 import ast
+import importlib
 import lzma
 import sys
 import threading
@@ -57,6 +58,17 @@ def test_imports_point_to_rooms_above(path: Path):
         if name.startswith("upriver"):
             assert "." in name, f"{path.name} imports the package itself"
             assert ROOMS.index(room(name)) <= ROOMS.index(own), f"{path.name} imports {name} from a room below it"
+
+
+def test_what_benchmarks_and_studies_take_from_the_package_is_there():
+    """They run seldom, and would be found broken only then."""
+    root, lacking = SOURCE.parent.parent, []
+    for path in sorted([*(root / "benchmarks").rglob("*.py"), *(root / "studies").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "upriver":
+                module = importlib.import_module(str(node.module))
+                lacking += [f"{path.name}: {node.module}.{x.name}" for x in node.names if not hasattr(module, x.name)]
+    assert lacking == []
 
 
 def test_no_import_cycles_inside_a_room():
