@@ -17,7 +17,7 @@ from upriver.influence.queries import Measurements
 from upriver.influence.queries import gradients as query_gradients
 from upriver.model.load import Model
 from upriver.model.losses import Task
-from upriver.text.batch import Examples
+from upriver.text.examples import Examples
 
 LAMBDA = {"classifier": 0.05, "regressor": 0.05, "gpt2": 1.0, "twice": 1.0, "llama": 1.0}
 ROW = 3

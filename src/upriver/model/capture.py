@@ -30,6 +30,7 @@ from upriver.tensors import on_cpu
 
 Consume = Callable[[Layer, Tensor, Tensor], None]
 Call = tuple[Tensor, Tensor, Tensor | None]  # a_NTI, g_NTO, and of an expert where its rows stand
+Calls = dict[int, Call]  # by their number in the forward pass
 
 
 def _nobody(layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None: ...
@@ -109,7 +110,7 @@ class Run:
         self._N, self._T = 0, None
         self._backward = False
         self._expected: dict[str, int] = {}
-        self._waiting: dict[str, tuple[Layer, list[Call]]] = {}
+        self._waiting: dict[str, tuple[Layer, Calls]] = {}
         self._losses: Tensor | None = None  # of the batches that were not looked at yet, added up
 
     def __call__(self, N: int, T: int | None, forward: Callable[[], Tensor]) -> Tensor:
@@ -163,28 +164,32 @@ class Run:
         elif output._is_view():  # written over in place, a view would leave the graph, and its hook with it
             output = torch.ops.aten._unsafe_view(output, output.shape)
         if not self._backward:  # a recomputation under activation checkpointing only rebuilds the graph
-            self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
+            number = self._expected.get(layer.name, 0)
+            self._expected[layer.name] = number + 1
             a = given(args, kwargs)
             where = (kwargs["at_M"], kwargs["tokens"]) if isinstance(module, Expert) else None
-            output.register_hook(partial(self._on_gradient, layer, module, a.detach(), a._version, where))
+            output.register_hook(partial(self._on_gradient, layer, module, number, a.detach(), a._version, where))
         return output
 
-    def _on_gradient(self, layer: Layer, module: nn.Module, a: Tensor, version: int, where: Any, g: Tensor) -> None:
+    def _on_gradient(
+        self, layer: Layer, module: nn.Module, number: int, a: Tensor, version: int, where: Any, g: Tensor
+    ) -> None:
         if a._version != version:  # autograd would say so itself if the weight were not frozen
             raise ModelError(
                 f"the input of layer {layer.name!r} is written over by a later in-place operation of the model; "
                 "leave the layer out with --layers"
             )
-        calls = self._waiting.setdefault(layer.name, (layer, []))[1]
+        calls = self._waiting.setdefault(layer.name, (layer, {}))[1]
         if where is None:
             a, g = unfolded(module, a), by_position(module, g)
-            calls.append((self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False), None))
+            calls[number] = self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False), None
         else:
-            calls.append(self._laid_out(layer, a, g, *where))
+            calls[number] = self._laid_out(layer, a, g, *where)
         if len(calls) == self._expected[layer.name]:
             self._hand_over(*self._waiting.pop(layer.name))
 
-    def _hand_over(self, layer: Layer, calls: list[Call]) -> None:
+    def _hand_over(self, layer: Layer, waiting: Calls) -> None:
+        calls = [waiting[number] for number in sorted(waiting)]
         a_NTI, g_NTO, at_NT = calls[0]
         if len(calls) > 1:
             a_NTI, g_NTO = torch.cat([a for a, _, _ in calls], 1), torch.cat([g for _, g, _ in calls], 1)

@@ -174,12 +174,14 @@ def _short(data: Sequences) -> np.ndarray:
     return enough[:1] if len(enough) else rows[-1:] if len(rows) else np.array([int(np.argmin(data.lengths_N))])
 
 
-def check_length(model: Model, data: Sequences) -> None:
-    """Refuse sequences that the model does not take, and those that change what it makes of others in their batch.
+def check_data(model: Model, data: Sequences) -> None:
+    """Refuse labels that are none of the task's, sequences that the model does not take, and those that change what it makes of
+    others in their batch.
 
     Raises:
         ModelError: with the length that is allowed.
     """
+    model.task.check(model.module, data)
     longest, positions, limit = int(np.max(data.lengths_N)), model.positions, model.rotary_limit
     if positions and longest > positions:
         raise ModelError(

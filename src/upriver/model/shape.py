@@ -106,10 +106,11 @@ def batch_shape(model: Model, layers: list[Layer], batch: Batch, forward: Callab
     key = (tuple((x.name, x.A_of, x.parts, x.rows) for x in layers), form, model.n_parameters, *how)
     known = _SEEN.setdefault(model.module, {})
     if key not in known:
-        batch = batch.to(model.device)
+        batch = model.task.arranged(model.module, batch).to(model.device)
         with torch.no_grad(), frozen(model.module):
             forward(batch)  # the first pass runs the head whole
         tokens = len(batch.rows_N) * (model.task.positions(batch) or 1)
+        tokens = int(sum(x.sum() for x in batch.masks)) or tokens
         known[key] = module_shape(model.module, layers, tokens, lambda: forward(batch))
     return known[key]
 
