@@ -137,8 +137,8 @@ def convolution(setup: Setup, args: argparse.Namespace) -> Case:
 def loaded_digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    return (found.data - found.data.mean()) / found.data.std(), found.target
+    x, y = load_digits(return_X_y=True)
+    return (x - x.mean()) / x.std(), y  # type: ignore
 
 
 def fashion(setup: Setup, args: argparse.Namespace) -> Case:
