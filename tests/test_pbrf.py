@@ -132,6 +132,19 @@ def test_the_minimiser_is_no_higher_than_any_point_near_it(epsilon):
     assert all(p.objective(at_P + size * d, z, epsilon) > lowest for d in nearby for size in (1e-3, 0.1))
 
 
+def test_a_start_near_the_answer_saves_steps_and_changes_nothing_else():
+    z, near = sequence("classifier"), exact_response("classifier")
+    plain = pbrf("classifier", tolerance=1e-6).minimise(z, 1e-4)
+    begun = pbrf("classifier", tolerance=1e-6).minimise(z, 1e-4, near)
+    far = pbrf("classifier", tolerance=1e-6).minimise(z, 1e-4, {n: -9 * v for n, v in near.items()})
+    assert begun.stats["steps"] < plain.stats["steps"]
+    assert begun.converged
+    assert far.converged
+    for n, value in plain.value.items():
+        close(begun.value[n], value, 1e-4)
+        close(far.value[n], value, 1e-4)
+
+
 def test_neither_batch_size_nor_padding_changes_the_objective():
     z = sequence("gpt2")
     whole, single = pbrf("gpt2"), pbrf("gpt2", batch_tokens=1)
