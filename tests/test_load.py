@@ -475,6 +475,21 @@ def test_a_folder_without_a_tokenizer_is_refused_though_an_empty_one_can_be_made
     assert up.load_model(tmp_path).tokenizer("we")["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("name", "start", "packages"),
+    [("tokenizer.model", b"\n\x0e\n\x05<unk>", "sentencepiece protobuf"), ("qwen.tiktoken", b"IQ== 0\n", "tiktoken")],
+)
+def test_files_that_other_packages_read_name_them(name, start, packages, tmp_path, monkeypatch):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=300, **WIDTHS)).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(start)
+    for package in ("sentencepiece", "google", "tiktoken"):
+        monkeypatch.setitem(sys.modules, package, None)  # as where they are not installed
+    with pytest.raises(ModelError, match=f"{name} is read by packages that are not installed; pip install {packages}$"):
+        up.load_model(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path / "words")
+    assert up.load_model(tmp_path, tokenizer=tmp_path / "words").info["tokenizer"] == str(tmp_path / "words")
+
+
 @pytest.fixture
 def gguf(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")

@@ -236,7 +236,7 @@ def _measured(model: Model, queries: Any) -> Measured | None:
 def _settled(opts: AuditOptions, model: Model, data: Sequences, factors: Factors | None) -> AuditOptions:
     """The options with the layers named, and nothing in them that would be refused later."""
     if factors is None and opts.layers is None:
-        opts = opts.model_copy(update={"layers": "mlp" if isinstance(data, Corpus) else "*"})
+        opts = opts.model_copy(update={"layers": model.default_layers if isinstance(data, Corpus) else "*"})
     check_block(options(TraceOptions, {"damping": opts.damping, "rank": opts.rank}))
     return opts
 

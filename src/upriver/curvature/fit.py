@@ -132,7 +132,7 @@ def fit(
 
 
 def prepared(top: Artifact, model: Model, data: Sequences, opts: FitOptions, progress: Progress, say: Say) -> Work:
-    layers = tracked_layers(model, data, opts.layers, opts.blocks)
+    layers = tracked_layers(model, data, str(opts.layers), opts.blocks)
     check_loss(model, data, opts.fisher == "sampled")
     shape, budget = model_shape(model, layers, data), memory_budget(model, data, opts.batch, opts.memory)
     division = settled(top.path, divide_fit(shape, budget), model.device, say)

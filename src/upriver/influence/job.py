@@ -178,7 +178,7 @@ def settled_options(
         )
     own = str(model.dtype).removeprefix("torch.")
     missing = {
-        "layers": opts.layers or (told.layers if told else "mlp"),
+        "layers": opts.layers or (told.layers if told else model.default_layers),
         "dtype": opts.dtype or (told.dtype if told else own),
         "tf32": opts.tf32 if opts.tf32 is not None else bool(told and told.tf32),
         "seed": opts.seed if opts.seed is not None else (told.seed if told else 0),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from upriver.errors import ModelError, NumericalError
 from upriver.kernels import FastKernels
+from upriver.model.adapter import multiply_directly
 from upriver.model.experts import Expert, packed_rows, run_one_by_one
 from upriver.model.layers import Layer, by_position, given, unfolded
 from upriver.model.packed import packed
@@ -52,6 +53,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
     for m in filter(packed, modes):
         m.training = True  # for inference on a CPU bitsandbytes rounds their scales once more, and gives no gradient
     module.requires_grad_(False)
+    multiply_directly(modes)
     try:
         kernels = FastKernels() if on_cpu else nullcontext()
         with torch.compiler.set_stance("force_eager"), run_one_by_one(module), kernels:

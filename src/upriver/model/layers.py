@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from upriver.errors import ModelError
+from upriver.model.adapter import Trained, plain_name, trained
 from upriver.model.experts import Expert, experts_of
 from upriver.model.packed import held_in, packed, parameter_sizes
 
@@ -44,7 +45,8 @@ class Layer(NamedTuple):
 
     @property
     def kind(self) -> str:
-        return self.name.rsplit(".", 1)[-1]
+        parts = plain_name(self.name).split(".")
+        return ".".join(parts[-2:] if parts[-1] in ("lora_A", "lora_B") else parts[-1:])
 
     @property
     def parameters(self) -> int:
@@ -63,19 +65,27 @@ class Coverage(NamedTuple):
     total: int
     untracked: list[dict[str, Any]]  # name, parameters, share, why
     packed: str = ""  # what is said of tracked weights that are held in fewer bits
+    trained: int = 0  # parameters that an adapter trained; 0 without one
+    trained_tracked: int = 0  # of these
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> "Coverage":
         """What a manifest tells of it."""
-        return cls(stored["tracked"], stored["total"], stored["untracked"], stored.get("packed", ""))
+        return cls(**{name: stored[name] for name in cls._fields if name in stored})
 
     @property
     def share(self) -> float:
         return self.tracked / self.total
 
     def line(self) -> str:
-        rest = ", ".join(f"{u['name']} {u['share']:.1%} ({u['why']})" for u in self.untracked[:6])
-        line = f"tracked {self.tracked:,} of {self.total:,} parameters ({self.share:.1%}); not: {rest or 'nothing'}"
+        left = [u for u in self.untracked if u.get("trained") or not self.trained_tracked]
+        whole = self.trained if self.trained_tracked else self.total
+        rest = ", ".join(f"{u['name']} {u['parameters'] / whole:.1%} ({u['why']})" for u in left[:6])
+        line = f"tracked {self.tracked:,} of {self.total:,} parameters ({self.share:.1%})"
+        if self.trained:
+            share = self.trained_tracked / self.trained
+            line += f", {self.trained_tracked:,} of the {self.trained:,} that the adapter trained ({share:.1%})"
+        line += f"; not{' of these' * bool(self.trained_tracked)}: {rest or 'nothing'}"
         return f"{line}; {self.packed}" if self.packed else line
 
 
@@ -84,15 +94,17 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
 
     Args:
         spec: ``mlp`` (both matrices of every block, three of a gated MLP, the experts of a mixture), ``attention``, ``all``
-            (both and whatever other linear layers the blocks hold), globs over module names (an expert's are
-            ``experts.3.gate_up_proj``), or several of these, separated by commas.
+            (both and whatever other linear layers the blocks hold), ``lora`` (what an adapter trained; the others mean its
+            base), globs over module names (an expert's are ``experts.3.gate_up_proj``), or several of these, separated by commas.
 
     Raises:
         ModelError: one of them matches nothing; the sentence lists what the model has.
     """
-    linear = dict(_linear_modules(module))
+    adapter = trained(module)
+    linear = {name: m for name, m in _linear_modules(module) if name not in adapter.idle}
     found = {
-        part: {n for n, m in linear.items() if _matches(module, n, m, part)} for part in map(str.strip, spec.split(","))
+        part: {n for n, m in linear.items() if _matches(module, n, m, part, adapter)}
+        for part in map(str.strip, spec.split(","))
     }
     nothing = [part for part, names in found.items() if not names]
     if nothing:
@@ -104,6 +116,7 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
             if experts
             else ""
         )
+        note += "; there is no adapter that is in use and apart from its base" if nothing[0] == "lora" else ""
         raise ModelError(
             f"no layer to track: --layers {nothing[0]!r} matches nothing; this model has linear layers at {have}{note}; "
             "choose among them with --layers"
@@ -253,10 +266,12 @@ def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}.{part}", expert
 
 
-def _matches(module: nn.Module, name: str, m: nn.Module, spec: str) -> bool:
+def _matches(module: nn.Module, name: str, m: nn.Module, spec: str, adapter: Trained) -> bool:
+    if spec == "lora":
+        return name in adapter.layers
     if spec not in ("mlp", "attention", "all"):
-        return fnmatch(name, spec)
-    kind = None if _grouped(m) else layer_kind(module, name)
+        return fnmatch(name, spec) or fnmatch(plain_name(name), spec)
+    kind = None if _grouped(m) or name in adapter.own else layer_kind(module, name)
     return kind is not None and (spec == "all" or spec == kind)
 
 
@@ -270,7 +285,8 @@ def layer_kind(module: nn.Module, name: str) -> str | None:
     if not numbered:
         return None
     start = (numbered[0] + 1) % len(parts)  # after the outermost number; a numbered layer is told by its whole name
-    inside, classes = parts[start:], [type(m).__name__ for m in around[start + 1 :]]
+    inside = plain_name(".".join(parts[start:])).split(".")
+    classes = [type(m).__name__ for m in around[start + 1 :]]
     if any(ATTENTION.search(label) for label in inside + classes):
         return "attention"
     if isinstance(getattr(around[-1], parts[-1]), nn.Conv2d):
@@ -331,16 +347,24 @@ def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
     linear |= {f"{name}.{p}" for name, m in module.named_modules() for x in experts_of(m).values() for p in x.stored}
     sizes = parameter_sizes(module)
     total = sum(sizes.values())
-    groups: dict[tuple[str, str], int] = {}
+    groups: dict[tuple[str, str, bool], int] = {}
+    adapter = trained(module).parameters
     for name, p in module.named_parameters():
         left = sizes[p] - slices[p] * p[:1].numel() if p in slices else sizes[p]  # of experts some may be chosen
         if id(p) not in tracked and left:
             place = re.sub(r"\.\d+\.", ".*.", f".{name}").lstrip(".")
-            group = (place.rsplit(".", 1)[0] if p.ndim < 3 else place, _why(name, p, name in linear))
+            place = plain_name(place.rsplit(".", 1)[0] if p.ndim < 3 else place)
+            group = (place, _why(name, p, name in linear), id(p) in adapter)
             groups[group] = groups.get(group, 0) + left
-    rest = [{"name": n, "parameters": c, "share": c / total, "why": why} for (n, why), c in groups.items()]
+    rest = [
+        {"name": n, "parameters": c, "share": c / total, "why": why} | ({"trained": True} if own else {})
+        for (n, why, own), c in groups.items()
+    ]
     covered = total - sum(groups.values())
-    return Coverage(covered, total, sorted(rest, key=lambda u: -u["parameters"]), held_in(x.modules[0] for x in layers))
+    learnt = sum(sizes[p] for p in module.parameters() if id(p) in adapter)
+    left = sum(c for (_, _, own), c in groups.items() if own)
+    ordered = sorted(rest, key=lambda u: -u["parameters"])
+    return Coverage(covered, total, ordered, held_in(x.modules[0] for x in layers), learnt, learnt - left)
 
 
 def _why(name: str, parameter: nn.Parameter, linear: bool) -> str:
