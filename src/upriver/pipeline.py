@@ -20,8 +20,8 @@ from upriver.influence.results import write_scores, write_top
 from upriver.influence.scan import Part, Scanned, scan, scan_units
 from upriver.influence.solve import solve
 from upriver.model.check import check_data, check_token
+from upriver.model.coverage import Coverage, coverage
 from upriver.model.fingerprint import measured_by
-from upriver.model.layers import Coverage, coverage
 from upriver.model.model import Model
 from upriver.model.planned import announce, division_file, plan_here
 from upriver.runtime import dist
@@ -142,7 +142,7 @@ def _run(stage: Artifact, asked: Given) -> None:
             give_back()
         with times("scan"), each_job.model.computing_in(str(opts.dtype)) as computing:
             own = computing.module is each_job.model.module
-            layers = each_job.layers if own else asked.tracked(computing)
+            layers = each_job.layers if own else asked.tracked(computing, each_job.layers)
             parts += scan(each_job._replace(model=computing, layers=layers, curvature=solving.curvature), solved, say)
             give_back()
     n_layers = len(job.layers) if opts.layer_scores else None

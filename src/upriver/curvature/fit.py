@@ -23,7 +23,8 @@ from upriver.curvature.factors import Factors, decomposed, read_moments, write_l
 from upriver.curvature.rounds import convergence, doublings, labels_of, rounds
 from upriver.kernels import one_core_each
 from upriver.model.check import check_data, check_loss, count_outputs, tracked_layers
-from upriver.model.layers import Coverage, Layer, coverage
+from upriver.model.coverage import Coverage, coverage
+from upriver.model.layers import Layer
 from upriver.model.model import Model
 from upriver.model.planned import announce, division_file, memory_budget, plan_here, settled
 from upriver.model.shape import model_shape

@@ -130,7 +130,8 @@ def _pass(
     progress: Progress,
     say: Say,
 ) -> pd.DataFrame:
-    layers = tracked_layers(model, data, str(opts.layers), factors.options.blocks if factors else 1)
+    same = {x.name for x in factors.layers} if factors else None
+    layers = tracked_layers(model, data, str(opts.layers), factors.options.blocks if factors else 1, same)
     shape = model_shape(model, layers, data)
     budget = memory_budget(model, data, opts.batch, opts.memory)
     division = settled(stage.path, divide_pass(shape, SELF_INFLUENCE, budget), model.device, say)

@@ -19,6 +19,7 @@ from upriver.model.capture import frozen
 from upriver.model.fingerprint import module_form, task_form, tensor_hash
 from upriver.model.losses import LanguageModel, Task
 from upriver.model.packed import any_packed, floating, parameter_sizes
+from upriver.model.text_part import text_config
 from upriver.model.weights import Checkpoint, converted, in_dtype, in_place, weights_of
 from upriver.runtime import dist
 from upriver.runtime.artifact import digest
@@ -218,13 +219,6 @@ def check_causal(module: Any, T: int = 8) -> None:
             "the model is not causal: a later token changes the prediction before it; give a causal language model"
         )
     _CAUSAL.add(module)
-
-
-def text_config(module: nn.Module) -> Any:
-    """The configuration of a module, or of its part that reads text; whatever else a module calls ``config``; or None."""
-    config = getattr(module, "config", None)
-    find = getattr(config, "get_text_config", None)
-    return config if find is None else find()
 
 
 def checksums(module: nn.Module) -> list[tuple]:

@@ -31,8 +31,9 @@ from upriver.model.layers import (
     same_layers,
     weight_shape,
 )
-from upriver.model.model import Model, dtype_named, text_config
+from upriver.model.model import Model, dtype_named
 from upriver.model.packed import floating, packed, parameter_sizes
+from upriver.model.text_part import text_config
 from upriver.runtime.cost import Block, LayerSize, Shape, lowest_block
 from upriver.text.batch import Batch, Sequences
 
@@ -191,7 +192,7 @@ def _run_fake(module: Any, spec: str) -> Shape:
         return hidden_states(module, head, tokens_1T)
 
     with frozen(module):
-        layers = probe(find_layers(module, spec), forward, PROBE_TOKENS)
+        layers = probe(find_layers(module, spec), forward, PROBE_TOKENS, {})
     return module_shape(module, layers, PROBE_TOKENS, forward)
 
 
