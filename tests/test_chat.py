@@ -8,9 +8,8 @@ import pytest
 
 from text_cases import byte_tokenizer, write_jsonl
 from upriver.errors import CorpusError
-from upriver.text.chat import render
+from upriver.text.chat import render, renderings
 from upriver.text.corpus import Corpus
-from upriver.text.records import BadRowError
 
 END = ["<|im_end|>", "<|eot|>", "</s>", "<eot>", "[/INST]"]
 CHATML = """{% if tools %}<|im_start|>system
@@ -72,10 +71,12 @@ def test_a_turn_goes_to_the_token_that_ends_it(family):
     assert lost(TALK, template) == expected
 
 
-def test_a_turn_whose_thoughts_are_left_out_later_is_found_by_what_is_left():
+def test_a_turn_whose_thoughts_are_left_out_later_is_a_text_of_its_own():
     thought = [TALK[0], {"role": "assistant", "content": "<think>so</think>yes"}, *TALK[2:]]
-    with pytest.raises(BadRowError, match="does not show an answer"):
-        render(thought, tokenizer(THOUGHTS), None)
+    texts = renderings(thought, tokenizer(THOUGHTS))
+    assert [[text[a:b] for a, b in spans] for text, spans in texts] == [["<think>so</think>yes<eot>"], ["no<eot>"]]
+    assert texts[0][0] == "<user>yes?<eot>\n<assistant><think>so</think>yes<eot>\n"
+    assert "so" not in texts[1][0]
     last = [*TALK[:3], {"role": "assistant", "content": "<think>so</think>no"}]
     assert lost(last, THOUGHTS) == ["yes<eot>", "<think>so</think>no<eot>"]
 

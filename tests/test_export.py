@@ -133,3 +133,26 @@ def test_half_of_a_surrogate_pair_in_a_field_stops_no_export(scores, tiny, tmp_p
     with open(tmp_path / "x.csv", newline="", encoding="utf-8") as file:
         assert next(csv.DictReader(file))["mark"] == "\ufffd"
     assert_one_error(call("export", out, "--out", tmp_path / "x.parquet"), 2, "Parquet", ".jsonl")
+
+
+def test_parts_of_one_document_are_records_of_their_own(call, tiny, tmp_path):
+    """Their sum is the document's; each has its own score, and they are dropped together."""
+    records = [{"id": f"d{i // 2}", "text": f"the people of state {i}", "n": i} for i in range(6)]
+    corpus, factors, scores = write_jsonl(tmp_path / "parts.jsonl", records), tmp_path / "factors", tmp_path / "scores"
+    assert call(*fit(tiny, factors, corpus=corpus)).status == 0
+    assert call(*trace(tiny, scores, corpus=corpus, factors=factors)).status == 0
+    assert call("export", scores, "--out", tmp_path / "scored.jsonl").status == 0
+    result = up.Scores(scores)
+    rows = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert result.documents()["document"].tolist() == ["d0", "d1", "d2"]
+    for query in result.queries:
+        found = np.array([row[f"influence:{query['id']}"] for row in rows])
+        scores_N = result.frame()[query["id"]].to_numpy(float)
+        assert len(found) == len(scores_N) == 6
+        np.testing.assert_allclose(found / found[0], scores_N / scores_N[0], rtol=1e-5)
+        top = result.top(query["id"])
+        assert [json.loads(x)["n"] for x in top["metadata"]] == top["sequence"].tolist()
+    assert call("export", scores, "--out", tmp_path / "left.jsonl", "--drop", 1, "--by", "people").status == 0
+    left = [json.loads(line)["n"] for line in (tmp_path / "left.jsonl").read_text().splitlines()]
+    most = result.documents().sort_values("people")["document"].iloc[-1]
+    assert left == [row["n"] for row in records if row["id"] != most]

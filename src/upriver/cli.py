@@ -21,7 +21,6 @@ from upriver.errors import ConfigError, UpriverError
 from upriver.given import (
     check_plan_file,
     check_seq_len,
-    how_read,
     query_size,
     read_checkpoints,
     read_corpus,
@@ -53,6 +52,7 @@ from upriver.show.report import report_files, write_report
 from upriver.show.terminal import audit_summary, bars, say, terminal_summary
 from upriver.suspects import audit
 from upriver.text.queries import Queries
+from upriver.text.reading import Reading
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 UsageError: Any = typer.BadParameter.__base__  # typer may bring its own copy of click
@@ -66,7 +66,9 @@ def _upriver() -> None:
 
 
 @app.command("fit")
+@flags.reading
 def fit_command(
+    reading: flags.Given,
     model: flags.ModelArg,
     corpus: flags.CorpusArg,
     out: Annotated[Path, typer.Option(help="Folder for the factors.")],
@@ -98,13 +100,15 @@ def fit_command(
     options(FitOptions, given)  # a mistake is known before a model is loaded
     refuse_inside(out)
     loaded = read_model(model, device, dtype)
-    read = read_corpus(corpus, loaded, seq_len, pack, on_bad_record)
+    read = read_corpus(corpus, loaded, seq_len, reading | {"pack": pack, "on_bad_record": on_bad_record})
     factors = fit(loaded, read, out, overwrite=overwrite, progress=bars, say=say, **given)
     say(f"factors written to {factors.path}; next: upriver trace {model} {corpus} QUERIES --factors {out} --out SCORES")
 
 
 @app.command("trace")
+@flags.reading
 def trace_command(
+    reading: flags.Given,
     model: flags.ModelArg,
     corpus: flags.CorpusArg,
     queries: flags.QueriesArg,
@@ -147,12 +151,11 @@ def trace_command(
     rates = read_checkpoints(checkpoints)
     refuse_inside(out)
     fitted = Factors(factors) if factors else None
-    how = how_read(fitted, seq_len)
     Queries.read(queries, complete=complete)  # a mistake in them is known before a model is loaded
     loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
     if fitted:
         fitted.check(loaded)
-    read = read_corpus(corpus, loaded, **how)
+    read = read_corpus(corpus, loaded, seq_len, reading, fitted)
     asked = read_queries(queries, loaded, complete)
     given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
     result = trace(
@@ -195,7 +198,9 @@ def export_command(
 
 
 @app.command("audit")
+@flags.reading
 def audit_command(
+    reading: flags.Given,
     model: flags.ModelArg,
     data: Annotated[str, typer.Argument(help="The training records, as CORPUS of fit.", metavar="DATA")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
@@ -233,7 +238,8 @@ def audit_command(
     if queries:
         Queries.read(queries)  # a mistake in them is known before a model is loaded
     loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
-    read = read_corpus(data, loaded, how_read(fitted, seq_len)["seq_len"], False, on_bad_record)
+    reading |= {"pack": False, "on_bad_record": on_bad_record}
+    read = read_corpus(data, loaded, seq_len, reading, fitted)
     asked = read_queries(queries, loaded, None) if queries else None
     given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
@@ -243,7 +249,9 @@ def audit_command(
 
 
 @app.command("plan")
+@flags.reading
 def plan_command(
+    reading: flags.Given,
     model: Annotated[
         str, typer.Argument(help="As for fit; or a config.json of a model that is not there.", metavar="MODEL")
     ],
@@ -282,7 +290,7 @@ def plan_command(
         data, left = Blank(*size), 0
     else:
         assert isinstance(what, Model)
-        data, left = read_for_others(corpus, what, seq_len)
+        data, left = read_for_others(corpus, what, seq_len, reading)
     gpu = hardware(machine).accelerator if machine else isinstance(what, Model) and what.device.type != "cpu"
     asked: dict[str, Any] = {
         "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top,
@@ -331,7 +339,7 @@ def _run(opts: RunOptions, overwrite: bool) -> Path:
     Queries.read(opts.queries, complete=opts.complete)  # a mistake in them is known before a model is loaded
     report_files(folder / "report.html")
     model = read_model(opts.model, opts.device, opts.dtype)
-    corpus = read_corpus(opts.corpus, model, opts.seq_len, opts.pack, opts.on_bad_record)
+    corpus = read_corpus(opts.corpus, model, opts.seq_len, Reading.of(opts.model_dump())._asdict())
     queries = read_queries(opts.queries, model, opts.complete)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
     given = [{name: getattr(opts, name) for name in kind.model_fields} for kind in (FitOptions, TraceOptions)]

@@ -151,9 +151,9 @@ def _run(stage: Artifact, asked: Asked) -> None:
 
 def by_record(data: Sequences, table: pd.DataFrame) -> pd.DataFrame:
     """A row for each record with loss: its number in ``row``, and what was measured of its sequences together."""
-    document_N = np.asarray(data.document_of_N) if isinstance(data, Corpus) else np.arange(len(data))
+    record_N = np.asarray(data.record_of_N) if isinstance(data, Corpus) else np.arange(len(data))
     squared = table.assign(gradient_norm=table["gradient_norm"] ** 2)
-    sums: Any = squared.groupby(document_N).sum(min_count=1)
+    sums: Any = squared.groupby(record_N).sum(min_count=1)
     sums["gradient_norm"] **= 0.5
     return sums.rename_axis("row").reset_index()
 

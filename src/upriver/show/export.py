@@ -17,6 +17,7 @@ from upriver.influence.results import calibration
 from upriver.runtime.artifact import atomic, refuse_inside
 from upriver.show.scores import Scores
 from upriver.text.corpus import corpus_digest
+from upriver.text.reading import Reading
 from upriver.text.records import BadRecords, dump, jsonable, open_corpus, read_records, whole
 from upriver.text.sources import Source
 
@@ -69,7 +70,7 @@ def export(
             f"bad value for --out: got {str(out)!r}, which is there; choose another file, or move it away"
         )
     refuse_inside(place)
-    sources, skipping = _sources(result, corpus)
+    sources, skipping, reading = _sources(result, corpus)
     documents = result.documents()
     columns = [name for name in documents.columns if name not in ("document", "sequences")]
     if keep is None and drop is None:
@@ -80,19 +81,20 @@ def export(
         plain = result.manifest["damping"] == "none"
         scales = {} if plain else {x["id"]: calibration(x.get("solution")) for x in result.queries}
         unit = (1 if plain else result.manifest["n_train"]) / np.array([scales.get(name) or 1.0 for name in columns])
-        values = dict(zip(documents["document"], documents[columns].to_numpy(float) / unit, strict=True))
+        sums: Any = result.frame().groupby(["document", "part"], sort=False)[columns].sum()  # of each record
+        values = dict(zip(sums.index, sums.to_numpy(float) / unit, strict=True))
         names = [PREFIX + name for name in columns]
         nothing = [None] * len(names)
 
         def rows() -> Iterator[Json]:
-            for record in read_records(sources, skipping()):
-                found = values.get(record.id)
+            for record in read_records(sources, skipping(), reading):
+                found = values.get((record.id, record.part))
                 yield record.row | dict(zip(names, nothing if found is None else found.tolist(), strict=True))
     else:
         chosen = _chosen(documents, columns, keep, drop, by, lowest)
 
         def rows() -> Iterator[Json]:
-            for record in read_records(sources, skipping()):
+            for record in read_records(sources, skipping(), reading):
                 if (record.id in chosen) == (keep is not None):
                     yield record.row
 
@@ -100,8 +102,8 @@ def export(
     return place
 
 
-def _sources(result: Scores, corpus: str | Path | None) -> tuple[list[Source], Callable[[], BadRecords]]:
-    """The files of the records, and a policy for bad ones; they must be those that were scored."""
+def _sources(result: Scores, corpus: str | Path | None) -> tuple[list[Source], Callable[[], BadRecords], Reading]:
+    """The files of the records, a policy for bad ones, and how they are read; they must be those that were scored."""
     told, tokenizer = result.manifest["corpus"], result.manifest.get("tokenizer")
     if "seq_len" not in told or not tokenizer:
         raise InputError(
@@ -109,16 +111,17 @@ def _sources(result: Scores, corpus: str | Path | None) -> tuple[list[Source], C
         )
     place = Path(corpus if corpus is not None else told["path"])
 
+    reading = Reading.of(told)
+
     def skipping() -> BadRecords:
-        return BadRecords(told["on_bad_record"])
+        return BadRecords(reading.on_bad_record)
 
     sources = open_corpus(place, skipping())
-    settings = {name: told[name] for name in ("seq_len", "pack", "on_bad_record")}
-    if corpus_digest([x.fingerprint for x in sources], tokenizer["fingerprint"], settings) != told["fingerprint"]:
+    if corpus_digest([x.fingerprint for x in sources], tokenizer["fingerprint"], reading) != told["fingerprint"]:
         raise MismatchError(
             f"the records at {place} are not those that were scored, or were changed since; give the same files with --corpus"
         )
-    return sources, skipping
+    return sources, skipping, reading
 
 
 def _chosen(
