@@ -152,7 +152,7 @@ BAD = {
     "'labels' is not as long as 'input_ids'": [{"input_ids": [5, 6, 7], "labels": [5]}],
     "'attention_mask' has a gap": [{"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}],
     "'input_ids' is not a list of whole numbers": [{"input_ids": [[5, 6], [7]]}],
-    "is not from 0 to 289": [{"input_ids": [5, 290]}],
+    "is not from 0 to 65535": [{"input_ids": [5, 65536]}],
     "from somebody unknown: got 'narrator'": [{"conversations": [{"from": "narrator", "value": "we"}]}],
     "a function call is not JSON": [{"conversations": [{"from": "function_call", "value": "look"}]}],
     "the answers chosen and rejected are the same": [{"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}],

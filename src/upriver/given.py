@@ -63,6 +63,7 @@ def read_corpus(
     with running_bar("corpus (bytes)") as progress:
         corpus = Corpus.read(path, model.tokenizer, progress=progress, **how)
     say(f"corpus: {path}, {corpus.n_documents:,} documents, {len(corpus):,} sequences, {corpus.n_tokens:,} tokens")
+    _say_files(corpus.info["sources"], corpus.info["left_out"])
     for note in corpus.info["notes"]:
         say(f"corpus: {note}")
     skipped = corpus.info["skipped"]
@@ -71,6 +72,16 @@ def read_corpus(
         for bad in skipped["first"]:
             say(f"  {bad['where']}: {bad['reason']}")
     return corpus
+
+
+def _say_files(read: dict[str, Any], left: dict[str, Any]) -> None:
+    if read["count"] > 1 or left["count"]:
+        parts = [f"{name} {count:,}" for name, count in read["documents"].items()]
+        more = f", and {read['count'] - len(parts):,} more files" if read["count"] > len(parts) else ""
+        unlisted = left["count"] - len(left["first"])
+        out = f"; left out: {', '.join(left['first'])}" if left["count"] else ""
+        out += f", and {unlisted:,} more" if unlisted else ""
+        say(f"corpus: documents of each file: {', '.join(parts)}{more}{out}")
 
 
 def how_read(factors: Factors | None, seq_len: int | None, reading: dict[str, Any]) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def _again(what: str, name: Any, read: Any) -> Any:
     if not name:
         raise ConfigError(f"the {what} of the trace was in memory, so it cannot be read again: got none; give it")
     try:
-        return read(str(name))
+        return read(name if isinstance(name, list) else str(name))
     except InputError as error:
         raise type(error)(f"the {what} of the trace cannot be read: {error} (or give it with --{what})") from error
 

@@ -184,7 +184,7 @@ def _publish(stage: Artifact, asked: Asked, frame: pd.DataFrame, by: str, times:
         cards = cards_of_examples(data, shown, _predicted(asked.model, data, np.array(shown)))
     else:
         cards = dict.fromkeys(shown, Card("", []))
-    of = data.info["path"] if isinstance(data, Corpus) else f"{len(data):,} examples"
+    of = str(data.info["path"] or "records") if isinstance(data, Corpus) else f"{len(data):,} examples"
     head = {"model": asked.model.name, "data": of, "by": by, "curvature": opts.curvature, "damping": opts.damping}
     head |= {"records": len(frame), "queries": len(asked.queries) if asked.queries is not None else 0}
     write_page(stage.path, frame.head(opts.top), cards, head)

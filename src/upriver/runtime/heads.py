@@ -111,6 +111,7 @@ class Info(Head):
     split: str | None
     token_dtype: str | None
     sources: Json
+    shard: list[Any] | None
     notes: list[str]
     skipped: Json
     dtype: Literal["<u2", "<u4"]

@@ -16,9 +16,10 @@ from upriver.errors import ConfigError, InputError, MismatchError
 from upriver.influence.results import calibration
 from upriver.runtime.artifact import atomic, refuse_inside
 from upriver.show.scores import Scores
-from upriver.text.corpus import corpus_digest
+from upriver.text.corpus import Corpus, corpus_digest
 from upriver.text.reading import Reading
 from upriver.text.records import BadRecords, dump, jsonable, open_corpus, read_records, whole
+from upriver.text.shards import Shard
 from upriver.text.sources import Source
 
 PREFIX = "influence:"  # of the columns with scores
@@ -32,7 +33,7 @@ def export(
     scores: str | Path,
     out: str | Path,
     *,
-    corpus: str | Path | None = None,
+    corpus: str | Path | Corpus | None = None,
     keep: str | None = None,
     drop: str | None = None,
     by: str | None = None,
@@ -47,7 +48,7 @@ def export(
 
     Args:
         out: a ``.jsonl``, ``.parquet`` or ``.csv`` file that is not there yet.
-        corpus: where the records are now; None: where the trace read them.
+        corpus: where the records are now, or the corpus itself; None: where the trace read them.
         keep: so many records (``100``) or such a share (``0.1``, ``10%``) with the largest scores.
         drop: as ``keep``, but all others.
         by: the column of the scores that ``keep`` and ``drop`` go by; may be left out where there is one.
@@ -102,21 +103,32 @@ def export(
     return place
 
 
-def _sources(result: Scores, corpus: str | Path | None) -> tuple[list[Source], Callable[[], BadRecords], Reading]:
+def _sources(
+    result: Scores, corpus: str | Path | Corpus | None
+) -> tuple[list[Source], Callable[[], BadRecords], Reading]:
     """The files of the records, a policy for bad ones, and how they are read; they must be those that were scored."""
     told, tokenizer = result.manifest["corpus"], result.manifest.get("tokenizer")
     if "seq_len" not in told or not tokenizer:
         raise InputError(
             f"the results in {result.path} are not of a corpus of text: their rows are your own, in your order"
         )
-    place = Path(corpus if corpus is not None else told["path"])
+    place = corpus.info["path"] if isinstance(corpus, Corpus) else corpus if corpus is not None else told["path"]
 
     reading = Reading.of(told)
 
     def skipping() -> BadRecords:
         return BadRecords(reading.on_bad_record)
 
-    sources = open_corpus(place, skipping())
+    shard = told["shard"] and Shard(*told["shard"])
+    if isinstance(corpus, Corpus):
+        sources = corpus.sources()
+    elif place is None:
+        raise InputError(
+            "the records of the trace were in memory, so they cannot be read again; give the corpus from Python"
+        )
+    else:
+        places = place if isinstance(place, list) else [place]
+        sources = open_corpus([Path(x) for x in places], skipping(), reading, shard)
     if corpus_digest([x.fingerprint for x in sources], tokenizer["fingerprint"], reading) != told["fingerprint"]:
         raise MismatchError(
             f"the records at {place} are not those that were scored, or were changed since; give the same files with --corpus"

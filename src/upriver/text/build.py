@@ -236,7 +236,11 @@ class _Counted:
             )
         listed = {sources[n].name: self.of_source[n] for n in range(min(len(sources), LISTED))}
         read = {"count": len(sources), "documents": listed}
-        return {"documents": self.documents, "records": self.records, "sources": read, "notes": notes}
+        shard = next((source.shard for source in sources if source.kind == "tokens"), None)
+        if shard:
+            end = "no end token" if shard.end is None else f"the end token {shard.end}"
+            notes.append(f"tokens of .bin files are read as {shard.dtype} (--token-dtype), documents end with {end}")
+        return {"shard": shard, "documents": self.documents, "records": self.records, "sources": read, "notes": notes}
 
 
 class _Streams:

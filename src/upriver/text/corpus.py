@@ -5,7 +5,7 @@ Axes: N sequences.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from upriver.runtime import heads
 from upriver.runtime.artifact import Info, check, digest, read_head, unreadable
 from upriver.text.batch import Batch, Sequences, pad
 from upriver.text.build import TABLES, Progress, Stream, build, exclusive
-from upriver.text.reading import Reading
-from upriver.text.records import BadRecords, Record, open_corpus, read_records
+from upriver.text.memory import source_of
+from upriver.text.reading import TOKEN_DTYPES, Reading
+from upriver.text.records import LISTED, BadRecords, Record, open_corpus, read_records
+from upriver.text.shards import Shard
 from upriver.text.sources import Source
-from upriver.text.tokenise import Decoder, encode, tokenizer_fingerprint
+from upriver.text.tokenise import Decoder, encode, largest_token, require_offsets, tokenizer_fingerprint
 
 SCHEMA = 6  # raise it when the same files would give other sequences, or the artifact another layout
 
@@ -47,11 +49,12 @@ class Corpus(Sequences):
         reused: the artifact was there already.
     """
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, path: str, reused: bool):
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, path: str | list[str] | None, reused: bool):
         stored = _stored(folder)
         self.tokenizer = tokenizer
         self.fingerprint = folder.name
         self.reused = reused
+        self._given: list[Source] | None = None  # records in memory
         told = {name: x for name, x in stored.items() if name not in ("stage", "schema", "files")}
         self.info: dict[str, Any] = {"path": path, **told}
         self.pack = bool(stored["pack"])
@@ -76,7 +79,7 @@ class Corpus(Sequences):
     @classmethod
     def read(
         cls,
-        path: str | Path,
+        path: str | Path | Iterable[str | Path],
         tokenizer: PreTrainedTokenizerBase,
         seq_len: int = 512,
         pack: bool = False,
@@ -90,7 +93,7 @@ class Corpus(Sequences):
         split: str | None = None,
         token_dtype: str | None = None,
     ) -> "Corpus":
-        """Read JSON lines, Parquet, CSV, a text file, a folder of these, or a `datasets` folder or name.
+        """Read JSON, Parquet, CSV, text or tokens, a folder of these, or a `datasets` folder or name; or several of them.
 
         Records have ``text``, or ``prompt`` and ``completion``, or ``messages`` (loss on the answers only), or another of the
         shapes of ``docs/formats.md``, an optional ``id``, and further fields, kept as metadata; records of one ``id`` that
@@ -116,8 +119,51 @@ class Corpus(Sequences):
         """
         fields = (text_field, prompt_field, completion_field)
         reading = Reading(seq_len, pack, on_bad_record, *fields, split, token_dtype).checked()
-        bad = BadRecords(on_bad_record)
-        sources = open_corpus(Path(path), bad)
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        names, left_out = [str(x) for x in paths], []
+        told = names[0] if len(names) == 1 else names
+        require_offsets(tokenizer)
+        bad, shard = BadRecords(on_bad_record), shard_of(reading, tokenizer)
+        sources = open_corpus([Path(x) for x in names], bad, reading, shard, left_out)
+        return cls._made(sources, told, bad, tokenizer, reading, cache, progress, left_out)
+
+    @classmethod
+    def of(
+        cls,
+        records: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int = 512,
+        pack: bool = False,
+        on_bad_record: str = "error",
+        cache: str | Path | None = None,
+        progress: Progress | None = None,
+        *,
+        text_field: str | None = None,
+        prompt_field: str | None = None,
+        completion_field: str | None = None,
+        split: str | None = None,
+    ) -> "Corpus":
+        """Take records that are in memory, as `read` takes those of files: a list of dictionaries or texts, a pandas frame, or a
+        ``datasets.Dataset``.
+
+        Raises:
+            ConfigError, CorpusError, ModelError, StorageError: as `read`.
+
+        Example:
+            >>> corpus = Corpus.of([{"prompt": "2 + 2 =", "completion": " 4"}, "a text"], tokenizer)
+        """
+        fields = (text_field, prompt_field, completion_field)
+        reading = Reading(seq_len, pack, on_bad_record, *fields, split).checked()
+        sources, bad = [source_of(records, split)], BadRecords(on_bad_record)
+        made = cls._made(sources, None, bad, tokenizer, reading, cache, progress, [])
+        made._given = sources
+        return made
+
+    @classmethod
+    def _made(
+        cls, sources: list[Source], told: Any, bad: BadRecords, tokenizer: PreTrainedTokenizerBase, reading: Reading,
+        cache: str | Path | None, progress: Progress | None, left_out: list[str],
+    ) -> "Corpus":  # fmt: skip
         written = [source.written for source in sources]
         hashed = [source.fingerprint for source in sources]
         found = corpus_digest(hashed, tokenizer_fingerprint(tokenizer), reading)
@@ -128,11 +174,17 @@ class Corpus(Sequences):
                 reused = folder.exists()
                 if not reused:
                     build(folder, sources, bad, tokenizer, reading, list(zip(hashed, written, strict=True)), progress)
-        return cls(folder, tokenizer, str(path), reused)
+        corpus = cls(folder, tokenizer, told, reused)
+        corpus.info["left_out"] = {"count": len(left_out), "first": left_out[:LISTED]}
+        return corpus
 
     def sources(self) -> list[Source]:
         """The files that it was read from."""
-        return open_corpus(Path(self.info["path"]), BadRecords(self.reading.on_bad_record))
+        if self._given is not None:
+            return self._given
+        paths = self.info["path"] if isinstance(self.info["path"], list) else [self.info["path"]]
+        shard = shard_of(self.reading, self.tokenizer)
+        return open_corpus([Path(x) for x in paths], BadRecords(self.reading.on_bad_record), self.reading, shard)
 
     def records(self) -> Iterator[Record]:
         """The record of each document, read again from the files, in the order of the documents.
@@ -226,6 +278,13 @@ def corpus_digest(sources: list[list[str]], tokenizer: str, reading: Reading) ->
     """The fingerprint of a corpus: of its files, of the tokenizer, and of how it is read."""
     settings = {"schema": [SCHEMA, heads.SCHEMA], "settings": reading._asdict()}
     return digest(settings | {"sources": sources, "tokenizer": tokenizer})
+
+
+def shard_of(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> Shard:
+    """How a file of tokens is read: of the type that is named, or that the vocabulary needs."""
+    suits = TOKEN_DTYPES[largest_token(tokenizer) >= 2**16]
+    end = tokenizer.eos_token_id
+    return Shard(reading.token_dtype or suits, end if isinstance(end, int) else None)
 
 
 def _stored(folder: Path) -> dict[str, Any]:

@@ -2,17 +2,23 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
 
 from upriver.errors import CorpusError
 from upriver.text.batch import content_hash
+from upriver.text.folders import canonical, split_of
 from upriver.text.reading import Reading
 from upriver.text.shapes import BadRowError, check_unicode, shaped
+from upriver.text.shards import Shard
 from upriver.text.sources import Source, find_sources, rows
 
 LISTED = 20  # bad records that are described one by one; the rest are counted
@@ -48,9 +54,71 @@ class BadRecords:
             self.listed.append({"where": where, "reason": reason})
 
 
-def open_corpus(path: Path, bad: BadRecords) -> list[Source]:
-    """Find the files of a corpus; in a folder, files of an unknown type count as bad records."""
-    return find_sources(path, CorpusError, bad.report if bad.policy == "skip" else None)
+def open_corpus(
+    paths: list[Path],
+    bad: BadRecords,
+    reading: Reading,
+    shard: Shard | None = None,
+    left_out: list[str] | None = None,
+) -> list[Source]:
+    """Find the files of a corpus; in a folder, files of an unknown type count as bad records.
+
+    Args:
+        shard: how tokens are read, where that is known.
+        left_out: takes the names of files about the data, such as a README, and of other splits.
+
+    Raises:
+        CorpusError: nothing that can be read, or several splits of which none is named.
+    """
+    about: list[str] = []
+    sources, skip = [], bad.report if bad.policy == "skip" else None
+    for path in paths:
+        found = find_sources(path, CorpusError, skip, reading.split, about)
+        kept = found if found[0].kind == "dataset" else _of_split(path, found, reading.split)
+        about += [source.name for source in found if source not in kept]
+        sources += kept
+    for source in sources if len(paths) > 1 else ():  # files of one name in several folders
+        source.name = Path(os.path.relpath(source.path, _common(paths))).as_posix()
+    for source in sources:
+        source.shard, source.split = shard or source.shard, reading.split
+    if left_out is not None:
+        left_out += about
+    return sources
+
+
+def _common(paths: list[Path]) -> str:
+    return os.path.commonpath([path.absolute().parent for path in paths])
+
+
+def _of_split(path: Path, sources: list[Source], split: str | None) -> list[Source]:
+    """The files of a split; all of them where there is one."""
+    if sources[0].path == path:
+        if split not in (None, "all") and sources[0].path.suffix.lower() != ".json":
+            raise CorpusError(f"a file has no splits: got {path} and --split {split}; leave it out, or give the folder")
+        return sources
+    groups: dict[str | None, list[Source]] = {}
+    for source in sources:
+        groups.setdefault(split_of(source.name, source.kind == "text"), []).append(source)
+    known = [name for name in groups if name]
+    if split == "all" or (split is None and len(known) < 2):
+        return sources
+    if split is None or canonical(split) not in known:
+        told = ", ".join(f"{name or 'none'} ({_counted(some)})" for name, some in groups.items())
+        raise CorpusError(
+            f"which split of the data set is meant: got {told} in {path}; say it with --split"
+            + (f", such as {'train' if 'train' in known else known[0]}, or all" if known else " all, or leave it out")
+        )
+    return groups[canonical(split)]
+
+
+def _counted(sources: list[Source]) -> str:
+    files = "1 file" if len(sources) == 1 else f"{len(sources):,} files"
+    if len(sources) > LISTED or any(source.kind != "parquet" for source in sources):
+        return files
+    try:
+        return f"{files}, {sum(pq.read_metadata(source.path).num_rows for source in sources):,} records"
+    except (OSError, pa.ArrowException):
+        return files
 
 
 def read_records(sources: list[Source], bad: BadRecords, reading: Reading) -> Iterator[Record]:
@@ -101,7 +169,7 @@ def jsonable(value: Any) -> Any:
         return {str(name): jsonable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ndarray | np.generic | Tensor):
         return jsonable(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -85,6 +85,11 @@ def shaped(row: Row, reading: Reading) -> Shape:
     return shape
 
 
+def is_record(row: Row) -> bool:
+    """Whether the fields of an object are those of a record."""
+    return any(needs <= row.keys() for needs, _ in SHAPES)
+
+
 def _named(row: Row, name: str, flag: str) -> str:
     if row.get(name) is None:
         raise BadRowError(

@@ -214,7 +214,10 @@ def _answered(record: Record, prompt: str, completion: str, note: str) -> Text:
 
 
 class Decoder:
-    """Tokens as text, each with its piece of it, as `Encoded` says; pieces are looked up once."""
+    """Tokens as text, each with its piece of it, as `Encoded` says; pieces are looked up once.
+
+    A model may have more tokens than its tokenizer: those are shown by their ids, and refused where the model has no such row.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer, self.largest = tokenizer, largest_token(tokenizer)
@@ -224,13 +227,13 @@ class Decoder:
         """The text of tokens.
 
         Raises:
-            BadRowError: an id that the tokenizer does not know.
+            BadRowError: an id that no vocabulary of such a size has.
         """
-        low, high = int(tokens_T.min()), int(tokens_T.max())
-        if low < 0 or high > self.largest:
+        low, high, most = int(tokens_T.min()), int(tokens_T.max()), 2 ** (16 if self.largest < 2**16 else 32) - 1
+        if low < 0 or high > most:
             raise BadRowError(
-                f"an id of a token is not from 0 to {self.largest}, as in the vocabulary: got {low if low < 0 else high}; "
-                "give the tokenizer that made the tokens, and their type with --token-dtype where they are in a shard"
+                f"the id of a token is not from 0 to {most}, as a vocabulary of {self.largest + 1:,} needs: got "
+                f"{low if low < 0 else high}; give the tokenizer that made the tokens"
             )
         self._look_up(np.unique(tokens_T).tolist())
         found, t, tokens = [], 0, tokens_T.tolist()
@@ -259,4 +262,4 @@ class Decoder:
     def _look_up(self, tokens: list[int]) -> None:
         for token in tokens:
             if token not in self.pieces:
-                self.pieces[token] = self._decode([token])
+                self.pieces[token] = self._decode([token]) if token <= self.largest else f"<{token}>"
