@@ -239,7 +239,9 @@ class _Counted:
         shard = next((source.shard for source in sources if source.kind == "tokens"), None)
         if shard:
             end = "no end token" if shard.end is None else f"the end token {shard.end}"
-            notes.append(f"tokens of .bin files are read as {shard.dtype} (--token-dtype), documents end with {end}")
+            binary = any(source.path.suffix.lower() == ".bin" for source in sources)
+            what = f"tokens are read as {shard.dtype} (--token-dtype)" if binary else "tokens are read"
+            notes.append(f"{what}, documents end with {end}")
         return {"shard": shard, "documents": self.documents, "records": self.records, "sources": read, "notes": notes}
 
 
