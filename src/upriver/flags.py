@@ -129,3 +129,35 @@ def opens_model(command: Callable[..., None]) -> Callable[..., None]:
     opened.__signature__ = inspect.Signature([*known, *added])  # type: ignore[attr-defined]
     opened.__annotations__ = command.__annotations__ | typed | more
     return opened
+
+
+Given = dict[str, Any]
+READING: dict[str, Any] = {
+    "text_field": Annotated[str | None, typer.Option(help="Field of a record that is its text, or its messages.")],
+    "prompt_field": Annotated[str | None, typer.Option(help="Field that is the prompt.")],
+    "completion_field": Annotated[
+        str | None, typer.Option(help="Field that is learned; of preference records chosen (default) or rejected.")
+    ],
+    "split": Annotated[str | None, typer.Option(help="Split of a data set that has several, such as train; or all.")],
+    "token_dtype": Annotated[
+        str | None, typer.Option(help="uint16 or uint32, of .bin files of tokens. Default: by the vocabulary.")
+    ],
+}
+
+
+def reading(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags that say how records are read; it takes them together, as ``reading``."""
+    own = inspect.signature(command)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in READING.items()
+    ]
+
+    @wraps(command)
+    def given(**values: Any) -> None:
+        command(reading={name: values.pop(name) for name in READING}, **values)
+
+    kept = [parameter for name, parameter in own.parameters.items() if name != "reading"]
+    given.__signature__ = own.replace(parameters=[*kept, *added])  # pyright: ignore - what typer looks at
+    given.__annotations__ = {parameter.name: parameter.annotation for parameter in [*kept, *added]}
+    return given

@@ -34,6 +34,7 @@ from upriver.show.terminal import bars, say, verified_summary
 from upriver.text.batch import Sequences
 from upriver.text.corpus import Corpus
 from upriver.text.queries import FIELDS, Queries
+from upriver.text.reading import Reading
 
 AT_ONCE, ROOM, VECTORS = 4, 1 << 30, 16  # queries solved side by side, the bytes that they may take, vectors of each
 
@@ -193,7 +194,7 @@ def _asked(path: Path, manifest: Json, told: list[Json], given: tuple, device: s
     _same(path, key, "model", model.fingerprint)
     if not isinstance(corpus, Sequences):
         info = manifest["corpus"] or {}
-        how: Json = {name: info.get(name) for name in ("seq_len", "pack", "on_bad_record")}
+        how: Json = {name: info[name] for name in Reading._fields if name in info}
         corpus = _again("corpus", corpus or info.get("path"), lambda name: Corpus.read(name, model.tokenizer, **how))
     _same(path, key, "corpus", corpus.fingerprint)
     if queries is None:
@@ -217,7 +218,7 @@ def _again(what: str, name: Any, read: Any) -> Any:
     if not name:
         raise ConfigError(f"the {what} of the trace was in memory, so it cannot be read again: got none; give it")
     try:
-        return read(str(name))
+        return read(name if isinstance(name, list) else str(name))
     except InputError as error:
         raise type(error)(f"the {what} of the trace cannot be read: {error} (or give it with --{what})") from error
 

@@ -151,9 +151,9 @@ def _run(stage: Artifact, asked: Asked) -> None:
 
 def by_record(data: Sequences, table: pd.DataFrame) -> pd.DataFrame:
     """A row for each record with loss: its number in ``row``, and what was measured of its sequences together."""
-    document_N = np.asarray(data.document_of_N) if isinstance(data, Corpus) else np.arange(len(data))
+    record_N = np.asarray(data.record_of_N) if isinstance(data, Corpus) else np.arange(len(data))
     squared = table.assign(gradient_norm=table["gradient_norm"] ** 2)
-    sums: Any = squared.groupby(document_N).sum(min_count=1)
+    sums: Any = squared.groupby(record_N).sum(min_count=1)
     sums["gradient_norm"] **= 0.5
     return sums.rename_axis("row").reset_index()
 
@@ -184,7 +184,7 @@ def _publish(stage: Artifact, asked: Asked, frame: pd.DataFrame, by: str, times:
         cards = cards_of_examples(data, shown, _predicted(asked.model, data, np.array(shown)))
     else:
         cards = dict.fromkeys(shown, Card("", []))
-    of = data.info["path"] if isinstance(data, Corpus) else f"{len(data):,} examples"
+    of = str(data.info["path"] or "records") if isinstance(data, Corpus) else f"{len(data):,} examples"
     head = {"model": asked.model.name, "data": of, "by": by, "curvature": opts.curvature, "damping": opts.damping}
     head |= {"records": len(frame), "queries": len(asked.queries) if asked.queries is not None else 0}
     write_page(stage.path, frame.head(opts.top), cards, head)

@@ -211,7 +211,7 @@ def _answer(record: dict[str, Any], side: str, tokenizer: Any, number: int) -> t
             f"record {number} is no preference pair: got {type(prompt).__name__} as its prompt and {type(answer).__name__} as "
             f"{side!r}; give prompt, chosen and rejected as texts, or as lists of messages"
         )
-    made = Record(str(number), parts, {}, f"record {number}")
+    made = Record(str(number), 0, parts, {}, f"record {number}")
     (document,) = next(documents([made], tokenizer, BadRecords()))
     return document.encoded.tokens_T, document.loss_T
 

@@ -226,6 +226,11 @@ class RunOptions(FitOptions, TraceOptions):
     seq_len: int = Field(512, ge=2)
     pack: bool = False
     on_bad_record: Literal["error", "skip"] = "error"
+    text_field: str | None = None
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    split: str | None = None
+    token_dtype: Literal["uint16", "uint32"] | None = None
     complete: int | None = Field(None, ge=1)
     device: str = "auto"
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from upriver.runtime.config import PLAIN_GRADIENTS
-from upriver.show.folder import Json
+from upriver.show.folder import Json, corpus_name
 
 GOOD, FAIR = 0.95, 0.8  # correlations: above the first fine, below the second a warning
 EXACT = 1e-3  # relative difference of a sum that should be equal
@@ -220,8 +220,8 @@ def _model(manifest: Json) -> Iterator[Json]:
 
 def _corpus(manifest: Json) -> Iterator[Json]:
     corpus = manifest.get("corpus") or {}
-    if corpus.get("path"):
-        yield _fact("Corpus", str(corpus["path"]).rsplit("/", 1)[-1], str(corpus.get("fingerprint") or ""))
+    if name := corpus_name(corpus):
+        yield _fact("Corpus", name, str(corpus.get("fingerprint") or ""))
     for key in ("documents", "sequences", "tokens"):
         if corpus.get(key):
             yield _fact(key.capitalize(), f"{corpus[key]:,}")

@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from upriver.errors import QueryError
 from upriver.runtime.artifact import digest
 from upriver.text.batch import Batch, pad, sequence_hash, sequence_keys
-from upriver.text.records import half_pair
+from upriver.text.shapes import half_pair
 from upriver.text.sources import find_sources, json_rows
 from upriver.text.tokenise import Encoded, encode, tokenizer_fingerprint
 
 FIELDS = ("id", "prompt", "completion", "contrast")
-RESERVED = ("sequence", "document", "start", "end", "sequences")  # columns of the result's tables
+RESERVED = ("sequence", "document", "part", "start", "end", "sequences")  # columns of the result's tables
 
 
 @dataclass(frozen=True)
