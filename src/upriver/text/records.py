@@ -94,7 +94,7 @@ def _of_split(path: Path, sources: list[Source], split: str | None) -> list[Sour
     """The files of a split; all of them where there is one."""
     if sources[0].path == path:
         if split not in (None, "all") and sources[0].path.suffix.lower() != ".json":
-            raise CorpusError(f"a file has no splits: got {path} and --split {split}; leave it out, or give the folder")
+            raise CorpusError(f"a file has no splits: got {path} and --split {split}; give --split all, or the folder")
         return sources
     groups: dict[str | None, list[Source]] = {}
     for source in sources:
