@@ -17,11 +17,11 @@ from upriver.influence import results
 from upriver.influence.queries import Measurements
 from upriver.influence.scan import SAMPLE, Part, Scanned
 from upriver.model.load import Model
-from upriver.model.losses import Regression
+from upriver.model.tasks import Regression
 from upriver.pipeline import trace
 from upriver.runtime.artifact import Artifact
-from upriver.text.batch import Examples
 from upriver.text.corpus import Corpus
+from upriver.text.examples import Examples
 
 IDS = ["a", "b", "c", "d", "e"]
 N, Q, L = 97, len(IDS), 3

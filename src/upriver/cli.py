@@ -29,7 +29,7 @@ from upriver.given import (
     read_queries,
 )
 from upriver.influence.forecast import plan_model
-from upriver.model.load import Model
+from upriver.model.load import Model, Place
 from upriver.model.planned import Blank
 from upriver.model.shape import config_only
 from upriver.pipeline import trace
@@ -66,13 +66,13 @@ def _upriver() -> None:
 
 
 @app.command("fit")
-@flags.reading
+@flags.opens_model
 def fit_command(
     reading: flags.Given,
     model: flags.ModelArg,
     corpus: flags.CorpusArg,
     out: Annotated[Path, typer.Option(help="Folder for the factors.")],
-    layers: flags.Layers = "mlp",
+    layers: flags.Layers = None,
     seq_len: flags.SeqLen = 512,
     pack: Annotated[bool, typer.Option("--pack", help="Join documents with the end token before cutting.")] = False,
     fisher: Annotated[str, typer.Option(help="sampled, empirical or (few outputs) exact labels.")] = "sampled",
@@ -106,7 +106,7 @@ def fit_command(
 
 
 @app.command("trace")
-@flags.reading
+@flags.opens_model
 def trace_command(
     reading: flags.Given,
     model: flags.ModelArg,
@@ -198,7 +198,7 @@ def export_command(
 
 
 @app.command("audit")
-@flags.reading
+@flags.opens_model
 def audit_command(
     reading: flags.Given,
     model: flags.ModelArg,
@@ -249,15 +249,15 @@ def audit_command(
 
 
 @app.command("plan")
-@flags.reading
+@flags.opens_model
 def plan_command(
     reading: flags.Given,
     model: Annotated[
-        str, typer.Argument(help="As for fit; or a config.json of a model that is not there.", metavar="MODEL")
+        Place, typer.Argument(help="As for fit; or a config.json of a model that is not there.", metavar="MODEL")
     ],
     corpus: Annotated[str, typer.Argument(help="As for fit; or its size, such as 1000000x512.", metavar="CORPUS")],
     queries: Annotated[str, typer.Option(help="A file of queries, or their number; 0 plans the fit alone.")] = "100",
-    layers: flags.Layers = "mlp",
+    layers: flags.Layers = None,
     seq_len: flags.SeqLen = 512,
     max_tokens: flags.MaxTokens = 1_000_000,
     rank: flags.Rank = "32",
@@ -278,7 +278,7 @@ def plan_command(
     if out:
         check_plan_file(out)
     options(FitOptions, {"max_tokens": max_tokens, "dtype": dtype, "batch_tokens": batch_tokens})
-    alone, size = config_only(model), parse_sizes(corpus)
+    alone, size = config_only(model.name), parse_sizes(corpus)
     what = alone or read_model(model, "auto", dtype)
     if isinstance(what, Path) and size is None:
         raise ConfigError(
@@ -338,7 +338,7 @@ def _run(opts: RunOptions, overwrite: bool) -> Path:
     folder = Path(opts.out)
     Queries.read(opts.queries, complete=opts.complete)  # a mistake in them is known before a model is loaded
     report_files(folder / "report.html")
-    model = read_model(opts.model, opts.device, opts.dtype)
+    model = read_model(Place(opts.model, opts.base, opts.tokenizer), opts.device, opts.dtype)
     corpus = read_corpus(opts.corpus, model, opts.seq_len, Reading.of(opts.model_dump())._asdict())
     queries = read_queries(opts.queries, model, opts.complete)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}

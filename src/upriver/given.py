@@ -8,7 +8,7 @@ from typing import Any
 from upriver.curvature.factors import Factors
 from upriver.errors import ConfigError, StorageError
 from upriver.model.generate import complete
-from upriver.model.load import Model, load_model
+from upriver.model.load import Model, Place
 from upriver.runtime.artifact import load_json, refuse_inside
 from upriver.runtime.config import weights_in
 from upriver.runtime.system import give_back, resident_memory
@@ -45,10 +45,12 @@ def query_size(queries: str, model: Model | Path) -> dict[str, int]:
     return {"queries": len(read), "query_tokens": max(1, round(float(read.lengths.mean())))}
 
 
-def read_model(name: str, device: str, dtype: str | None) -> Model:
+def read_model(place: Place, device: str, dtype: str | None) -> Model:
     """The model in the type that it will compute in, so that it is there once."""
-    model = load_model(name, dtype and weights_in(dtype), device)
-    say(f"model: {name}, {model.info['architecture']}, {model.n_parameters:,} parameters, {model.attention} attention")
+    model = place.load(dtype and weights_in(dtype), device)
+    what = f"{model.info['architecture']}, {model.n_parameters:,} parameters, {model.attention} attention"
+    over = f", an adapter ({model.info['adapter']}) over {model.info['base']}" if "adapter" in model.info else ""
+    say(f"model: {place.name}, {what}{over}")
     return model
 
 

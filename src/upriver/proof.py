@@ -19,7 +19,7 @@ from upriver.evaluate.verify import Trial, agreement, realised
 from upriver.influence.job import Given
 from upriver.influence.queries import Measured, in_turn
 from upriver.influence.results import calibration
-from upriver.model.load import load_model
+from upriver.model.load import Place
 from upriver.model.model import Model
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, Tensors, digest, discard, locked, read_tensors
@@ -41,7 +41,7 @@ AT_ONCE, ROOM, VECTORS = 4, 1 << 30, 16  # queries solved side by side, the byte
 
 def verify(
     scores: str | Path | Scores,
-    model: Model | str | Path | None = None,
+    model: Model | Place | str | Path | None = None,
     corpus: Sequences | str | Path | None = None,
     queries: Measured | None = None,
     factors: Factors | str | Path | None = None,
@@ -187,9 +187,10 @@ def _asked(path: Path, manifest: Json, told: list[Json], given: tuple, device: s
     """What the trace was made from: as it was given, or read again; each has the fingerprint that the trace tells."""
     key, (model, corpus, queries, factors) = manifest["key"], given
     if not isinstance(model, Model):
-        model = _again(
-            "model", model or (manifest["model"] or {}).get("name"), lambda name: load_model(name, None, device)
-        )
+        known, place = manifest["model"] or {}, model if isinstance(model, Place) else Place(str(model or ""))
+        base = place.base or (None if place.name else known.get("base"))
+        place = Place(place.name or known.get("name", ""), base, place.tokenizer or known.get("tokenizer"))
+        model = _again("model", place.name, lambda _: place.load(None, device))
     _same(path, key, "model", model.fingerprint)
     if not isinstance(corpus, Sequences):
         info = manifest["corpus"] or {}
@@ -232,9 +233,10 @@ def _same(path: Path, key: Json, what: str, found: str) -> None:
 # ---- the command
 
 
+@flags.opens_model
 def verify_command(
     scores: Annotated[Path, typer.Argument(help="Folder written by upriver trace.", metavar="SCORES")],
-    model: Annotated[str | None, typer.Option(help="The model, where it is no longer in its place.")] = None,
+    model: Annotated[Place | None, typer.Option(help="The model, where it is no longer in its place.")] = None,
     corpus: Annotated[str | None, typer.Option(help="The corpus, likewise.")] = None,
     factors: Annotated[Path | None, typer.Option(help="The factors, likewise.")] = None,
     how: Annotated[

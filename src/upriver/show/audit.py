@@ -22,8 +22,8 @@ from upriver.errors import InputError
 from upriver.runtime.artifact import Manifest, atomic, read_head
 from upriver.show.folder import read_columns
 from upriver.show.report import code
-from upriver.text.batch import Examples
 from upriver.text.corpus import Corpus
+from upriver.text.examples import Examples
 from upriver.text.records import Record, dump, jsonable
 
 SHOWN = 4000  # characters of a text on the page

@@ -70,6 +70,9 @@ def _checks(manifest: Json, queries: list[Json]) -> Iterator[Json]:
         note = f"of {coverage.get('total', 0):,} parameters"
         note += ", not tracked: " + ", ".join(parts) + more if parts else ""
         yield _fact("Parameters tracked", _percent(coverage.get("share")), note)
+        if trained := coverage.get("trained"):
+            share = _percent(coverage.get("trained_tracked", 0) / trained)
+            yield _fact("Of what the adapter trained", share, f"of {trained:,} parameters")
     halves = (manifest.get("fit") or {}).get("halves")
     if halves is not None:
         yield _graded("Convergence of the factors", halves, "correlation between the two halves of the fitting sample")
