@@ -28,6 +28,7 @@ from upriver.given import (
     read_for_others,
     read_model,
     read_queries,
+    read_run_file,
 )
 from upriver.influence.forecast import plan_model
 from upriver.model.load import Model
@@ -304,13 +305,7 @@ def run_command(
     overwrite: flags.Overwrite = False,
 ) -> None:
     """fit + trace + report from one file."""
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the run file {file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from error
-    _run(options(RunOptions, values, f"{file}: "), overwrite)
+    _run(options(RunOptions, read_run_file(file), f"{file}: "), overwrite)
 
 
 @app.command("demo")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upriver.errors import ModelError
-from upriver.runtime.files import load_json
+from upriver.runtime.files import load_json, strange
 
 BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias|rope_freqs\.weight)$")
 SCALES = re.compile(
@@ -22,8 +22,14 @@ def check_folder(path: Path) -> None:
     """Refuse a folder whose model is not told by its ``config.json`` alone.
 
     Raises:
-        ModelError: it holds an adapter, or the checkpoints of a training run and no model beside them.
+        ModelError: it holds a pipe or a device in place of a file, an adapter, or the checkpoints of a training run and no
+            model beside them.
     """
+    for file in sorted(path.iterdir()):
+        if what := strange(file):
+            raise ModelError(
+                f"a file of the model cannot be read: got {str(file)!r}, {what}; put the file itself there"
+            )
     adapter, plain = path / "adapter_config.json", (path / "config.json").exists()
     if adapter.exists():
         told = load_json(adapter, "put a sound copy there")

@@ -29,7 +29,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import ConfigError, CorpusError, ModelError, StorageError
-from upriver.runtime.artifact import SCHEMA, abandoned, checksum, write_array, write_json
+from upriver.runtime.artifact import SCHEMA, abandoned, checksum, plain, write_array, write_json
 from upriver.text.batch import sequence_hash, sequence_keys
 from upriver.text.records import BadRecords, dump, read_records
 from upriver.text.sources import Source
@@ -103,7 +103,7 @@ def exclusive(path: Path) -> Iterator[None]:
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "w")  # noqa: SIM115 - held until the end of the block
+        lock = open(plain(path), "w")  # noqa: SIM115 - held until the end of the block
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -191,6 +191,7 @@ def _fill(
         "seq_len": settings.seq_len,
         "pack": settings.pack,
         "on_bad_record": settings.on_bad_record,
+        "separators": {source.name: source.separator for source in sources if source.separator not in ("", ",")},
         "skipped": {"count": bad.count, "first": bad.listed},
         "dtype": dtype,
     }
