@@ -20,7 +20,9 @@ from upriver.given import check_plan_file, read_run_file
 from upriver.model.load import load_model
 from upriver.runtime.artifact import Artifact
 from upriver.show.report import report_files
+from upriver.text.batch import content_hash
 from upriver.text.corpus import Corpus
+from upriver.text.places import Places
 from upriver.text.queries import Queries
 
 TOKENIZER = byte_tokenizer()
@@ -282,3 +284,24 @@ def test_what_python_does_not_have_in_a_table_is_text_or_a_bad_record(tmp_path):
     ):
         Corpus.read(tmp_path / "b.parquet", TOKENIZER)
     assert texts(tmp_path / "b.parquet", "skip") == ["we the", "it is"]
+
+
+def test_many_ids_take_little_memory_and_none_is_forgotten():
+    places, n = Places(), 20_000
+    keys = [content_hash(b"%d" % i) for i in range(n)]
+    tracemalloc.start()
+    assert all(places.setdefault(key, (i % 3, i + 1)) == (i % 3, i + 1) for i, key in enumerate(keys))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 64 * n
+    assert all(places.setdefault(key, (9, 9)) == (i % 3, i + 1) for i, key in enumerate(keys))
+    assert places.setdefault(0, (7, 1 << 39)) == (7, 1 << 39)
+
+
+def test_the_further_fields_of_records_bound_how_many_are_held_at_once(tmp_path):
+    path = write_jsonl(tmp_path / "c.jsonl", [{**GOOD, "page": "x" * 400_000}] * 90)
+    tracemalloc.start()
+    assert len(texts(path)) == 90
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 << 20

@@ -50,6 +50,7 @@ from upriver.runtime.hardware import hardware
 from upriver.runtime.plan import Request, describe, parse_sizes, request_for
 from upriver.runtime.units import stop
 from upriver.show.export import export
+from upriver.show.output import steady_output
 from upriver.show.report import report_files, write_report
 from upriver.show.terminal import audit_summary, bars, say, terminal_summary
 from upriver.suspects import audit
@@ -346,6 +347,7 @@ def _write_report(scores: Path, out: Path | None) -> Path:
     return page
 
 
+@steady_output()
 def main() -> None:
     """Run the command line; an error is one sentence on standard error, and the exit status says whose fault it was."""
     debug = "--debug" in sys.argv

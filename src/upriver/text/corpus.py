@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Corpus(Sequences):
         except (OSError, ValueError) as error:
             raise unreadable(folder, error, AGAIN) from error
         self._cached_text = lru_cache(16)(self._read_text)
-        self._cached_pieces = lru_cache(16)(self._cut)
+        self._cached_cuts = lru_cache(16)(self._cut)
 
     @classmethod
     def read(
@@ -168,15 +169,20 @@ class Corpus(Sequences):
         pieces, start = [], span.start
         while start < span.stop:
             first, after = int(self._starts_D3[document, 0]), int(self._starts_D3[document + 1, 0])
-            pieces += self._cached_pieces(document)[start - first : span.stop - first]
+            text, cuts_C = (
+                self.document_text(document),
+                self._cached_cuts(document)[start - first : span.stop - first + 1],
+            )
+            pieces += [text[a:b] for a, b in pairwise(cuts_C.tolist())]
             start, document = after, document + 1
         return pieces
 
-    def _cut(self, document: int) -> list[str]:
-        text = self.document_text(document)
-        pieces = encode(self.tokenizer, [text], self._line(document)["special"])[0].pieces(text)
+    def _cut(self, document: int) -> np.ndarray:
+        """Where each token of a document begins in its text."""
+        cuts_C = encode(self.tokenizer, [self.document_text(document)], self._line(document)["special"])[0].cuts_C
         n_tokens = int(self._starts_D3[document + 1, 0] - self._starts_D3[document, 0])
-        return [""] * (n_tokens - len(pieces)) + pieces  # a packed document begins with the end token of the one before
+        # a packed document begins with the end token of the one before
+        return np.concatenate([np.zeros(n_tokens + 1 - len(cuts_C), cuts_C.dtype), cuts_C])
 
     def document_text(self, document: int) -> str:
         """A document as it was tokenised: prompt and completion joined, messages as the chat template renders them."""

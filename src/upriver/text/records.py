@@ -9,6 +9,7 @@ from typing import Any
 
 from upriver.errors import ConfigError, CorpusError
 from upriver.text.batch import content_hash
+from upriver.text.places import Places
 from upriver.text.sources import Source, find_sources, rows
 
 LISTED = 20  # bad records that are described one by one; the rest are counted
@@ -61,7 +62,7 @@ def read_records(sources: list[Source], bad: BadRecords) -> Iterator[Record]:
     Raises:
         CorpusError: a file that is damaged; a record that cannot be used, unless these are skipped.
     """
-    seen: dict[int, tuple[int, int]] = {}  # hash of the id -> file, line
+    seen = Places()
     for number, source in enumerate(sources):
         for line, row in rows(source):
             where = f"{source.path}:{line}"
@@ -164,6 +165,15 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def size_of(value: Any) -> int:
+    """About how many characters a value holds, of whatever it is made."""
+    if isinstance(value, dict):
+        return sum(64 + len(name) + size_of(item) for name, item in value.items())
+    if isinstance(value, list):
+        return sum(16 + size_of(item) for item in value)
+    return len(value) if isinstance(value, str) else 16
 
 
 def half_pair(name: str, value: str) -> str | None:
