@@ -27,6 +27,7 @@ from upriver.given import (
     read_for_others,
     read_model,
     read_queries,
+    read_run_file,
 )
 from upriver.influence.forecast import plan_model
 from upriver.model.load import Model, Place
@@ -48,6 +49,7 @@ from upriver.runtime.hardware import hardware
 from upriver.runtime.plan import Request, describe, parse_sizes, request_for
 from upriver.runtime.units import stop
 from upriver.show.export import export
+from upriver.show.output import steady_output
 from upriver.show.report import report_files, write_report
 from upriver.show.terminal import audit_summary, bars, say, terminal_summary
 from upriver.suspects import audit
@@ -312,13 +314,7 @@ def run_command(
     overwrite: flags.Overwrite = False,
 ) -> None:
     """fit + trace + report from one file."""
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the run file {file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from error
-    _run(options(RunOptions, values, f"{file}: "), overwrite)
+    _run(options(RunOptions, read_run_file(file), f"{file}: "), overwrite)
 
 
 @app.command("demo")
@@ -359,6 +355,7 @@ def _write_report(scores: Path, out: Path | None) -> Path:
     return page
 
 
+@steady_output()
 def main() -> None:
     """Run the command line; an error is one sentence on standard error, and the exit status says whose fault it was."""
     debug = "--debug" in sys.argv
