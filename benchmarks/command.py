@@ -24,14 +24,20 @@ def upriver(*args: object, env: Mapping[str, str] | None = None, quiet: bool = F
 
     A ``quiet`` one shows what it said only when it fails.  Linux only: ``ru_maxrss`` is in KiB there.
     """
+    status, ran, said = run(*args, env=env, quiet=quiet)
+    if status:
+        sys.exit(f"upriver {args[0]} failed\n{said}")
+    return ran
+
+
+def run(*args: object, env: Mapping[str, str] | None = None, quiet: bool = True) -> tuple[int, Ran, str]:
+    """Do the same and return the exit status, whatever it is, what the command took, and what a ``quiet`` one said."""
     command = [sys.executable, "-m", "upriver.cli", *map(str, args)]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         said = log if quiet else None
         start = time.perf_counter()
         process = subprocess.Popen(command, env=THREADS | os.environ | dict(env or {}), stdout=said, stderr=said)
         _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        if status:
-            log.seek(0)
-            sys.exit(f"upriver {args[0]} failed\n{log.read()}")
-    return Ran(seconds, usage.ru_maxrss * 1024)
+        ran = Ran(time.perf_counter() - start, usage.ru_maxrss * 1024)
+        log.seek(0)
+        return os.waitstatus_to_exitcode(status), ran, log.read()

@@ -1,6 +1,9 @@
 """What of a conversation carries loss: all that the assistant generates, by templates of five families, and nothing else."""
 
 import json
+import resource
+import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ from text_cases import byte_tokenizer, write_jsonl
 from upriver.errors import CorpusError
 from upriver.text.chat import render, renderings
 from upriver.text.corpus import Corpus
+from upriver.text.watch import TooLongError, bounded
 
 END = ["<|im_end|>", "<|eot|>", "</s>", "<eot>", "[/INST]"]
 CHATML = """{% if tools %}<|im_start|>system
@@ -182,3 +186,35 @@ def test_a_field_that_stands_twice_is_a_bad_record(tmp_path):
     path.write_text('{"id": "a", "text": "the people", "text": "of the union"}\n')
     with pytest.raises(CorpusError, match=r"twice\.jsonl:1: a JSON object has the field 'text' twice"):
         Corpus.read(path, byte_tokenizer())
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_loops_for_ever_is_stopped():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = ENDLESS
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    start = time.monotonic()
+    with pytest.raises(TooLongError), bounded(0.2):
+        tokenizer.apply_chat_template([{"role": "user", "content": "we"}], tokenize=False)
+    assert time.monotonic() - start < 5
+    with bounded(0.2):  # and nothing of it comes later
+        pass
+    time.sleep(0.3)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limit
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded on Linux")
+@pytest.mark.parametrize("mark", ["", "q: {% generation %}the people{% endgeneration %}"])
+def test_a_template_that_makes_endless_text_is_a_bad_record(tmp_path, monkeypatch, mark):
+    monkeypatch.setenv("UPRIVER_CACHE", str(tmp_path / "cache"))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        mark + "{% if messages[0].content == 'LOOP' %}{{ 'x' * 100000000000 }}{% endif %}{{ messages[1].content }}"
+    )
+    turns = [[{"role": "user", "content": x}, {"role": "assistant", "content": "the people"}] for x in ("we", "LOOP")]
+    path = write_jsonl(tmp_path / "c.jsonl", [{"messages": x} for x in turns])
+    with pytest.raises(CorpusError, match=r"c\.jsonl:2: the chat template makes more than 1 GB of text; mend the loop"):
+        Corpus.read(path, tokenizer)
+    assert Corpus.read(path, tokenizer, on_bad_record="skip").n_documents == 1

@@ -389,9 +389,19 @@ def test_a_reward_model_compares_two_answers(tmp_path):
         up.fit(up.Model(module, tokenizer, up.Preference()), data, tmp_path / "g", layers="mlp")
     with pytest.raises(ModelError, match=r"the columns lack chosen_input_ids, rejected_input_ids"):
         up.fit(model, (X, Y), tmp_path / "g", layers="mlp")
-    with pytest.raises(
-        CorpusError, match=r"record 0 is no preference pair: got str as its prompt and NoneType as 'chosen'"
-    ):
+    with pytest.raises(CorpusError, match=r"record 0 is no preference pair: the field 'chosen' is missing"):
         up.preference_examples([{"prompt": "a"}], tokenizer)
     with pytest.raises(CorpusError, match=r"record 0: a pair is not cut: got \d+ tokens of the rejected answer"):
         up.preference_examples(RECORDS, tokenizer, seq_len=len(tokenizer("who taught it that").input_ids) - 1)
+
+
+def test_pairs_in_every_shape_are_the_same_pairs():
+    """Answers that hold their prompt, as chats have them, and earlier answers of the prompt, which are not compared."""
+    from test_text_shapes import ANSWER, CHAT, OTHER, USER
+
+    before = [USER, OTHER, USER]
+    apart = up.preference_examples([{"prompt": before, "chosen": [ANSWER], "rejected": [OTHER]}], CHAT)
+    whole = up.preference_examples([{"chosen": [*before, ANSWER], "rejected": [*before, OTHER]}], CHAT)
+    assert apart.fingerprint == whole.fingerprint
+    labels = apart.inputs["chosen_labels"][0]
+    assert CHAT.decode(labels[labels != -100]) == "the people<eos>"

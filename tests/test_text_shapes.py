@@ -111,6 +111,25 @@ def test_alpaca_with_a_chat_template_is_a_chat(tmp_path):
         read(tmp_path, [row], PLAIN)
 
 
+def test_a_preference_whose_answers_hold_all_that_was_said(tmp_path):
+    """The prompt is what they have in common, whatever else a field of that name says."""
+    before = [{"role": "system", "content": "be brief"}, USER, OTHER, USER]
+    for more in ({}, {"prompt": "who"}, {"prompt": before}):
+        row = {"chosen": [*before, ANSWER], "rejected": [*before, OTHER], **more}
+        corpus = read(tmp_path, [row])
+        assert corpus.document_text(0).count("<|system|>be brief") == 1
+        assert learned(corpus) == "the people<eos>"
+
+
+def test_the_system_beside_messages_is_said(tmp_path):
+    corpus = read(
+        tmp_path, [{"messages": [USER, ANSWER], "system": "be brief"}, {"messages": [USER, ANSWER], "system": 3}]
+    )
+    assert corpus.document_text(0).startswith("<|system|>be brief<eos>")
+    assert corpus.info["notes"] == ["1 record: the field 'system' is the first message, of the system"]
+    assert corpus.metadata(1) == {"system": 3}
+
+
 def test_what_calls_and_answers_in_sharegpt(tmp_path):
     call = {"name": "look", "arguments": {}}
     talk = [

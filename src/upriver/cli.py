@@ -17,12 +17,13 @@ from rich.console import Console
 
 import upriver.flags as flags
 from upriver.curvature.fit import Factors, fit
-from upriver.errors import ConfigError, UpriverError
+from upriver.errors import UpriverError
 from upriver.given import (
     read_checkpoints,
     read_corpus,
     read_model,
     read_queries,
+    read_run_file,
 )
 from upriver.model.load import Place
 from upriver.pipeline import trace
@@ -38,6 +39,7 @@ from upriver.runtime.config import (
 )
 from upriver.runtime.units import stop
 from upriver.show.export import export
+from upriver.show.output import steady_output
 from upriver.show.report import report_files, write_report
 from upriver.show.terminal import audit_summary, bars, say, terminal_summary
 from upriver.suspects import audit
@@ -57,7 +59,6 @@ def _upriver() -> None:
 
 @app.command("fit")
 @flags.opens_model
-@flags.reading
 def fit_command(
     reading: flags.Given,
     model: flags.ModelArg,
@@ -98,7 +99,6 @@ def fit_command(
 
 @app.command("trace")
 @flags.opens_model
-@flags.reading
 def trace_command(
     reading: flags.Given,
     model: flags.ModelArg,
@@ -191,7 +191,6 @@ def export_command(
 
 @app.command("audit")
 @flags.opens_model
-@flags.reading
 def audit_command(
     reading: flags.Given,
     model: flags.ModelArg,
@@ -250,13 +249,7 @@ def run_command(
     overwrite: flags.Overwrite = False,
 ) -> None:
     """fit + trace + report from one file."""
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the run file {file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from error
-    _run(options(RunOptions, values, f"{file}: "), overwrite)
+    _run(options(RunOptions, read_run_file(file), f"{file}: "), overwrite)
 
 
 @app.command("demo")
@@ -297,6 +290,7 @@ def _write_report(scores: Path, out: Path | None) -> Path:
     return page
 
 
+@steady_output()
 def main() -> None:
     """Run the command line; an error is one sentence on standard error, and the exit status says whose fault it was."""
     debug = "--debug" in sys.argv

@@ -1,6 +1,7 @@
 """What a command is given, read and told of: the model, the corpus and the queries."""
 
 import os
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,33 @@ from upriver.curvature.factors import Factors
 from upriver.errors import ConfigError, StorageError
 from upriver.model.generate import complete
 from upriver.model.load import Model, Place
-from upriver.runtime.artifact import load_json, refuse_inside
+from upriver.runtime.artifact import load_json, plain, refuse_inside
 from upriver.runtime.config import weights_in
 from upriver.runtime.system import give_back, resident_memory
 from upriver.show.terminal import running_bar, say
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 from upriver.text.reading import Reading
+from upriver.text.tables import SEPARATORS
+
+LARGEST_RUN_FILE = 1 << 20  # bytes
+
+
+def read_run_file(file: Path) -> dict[str, Any]:
+    """What a run file says."""
+    try:
+        with open(plain(file), "rb") as opened:
+            text = opened.read(LARGEST_RUN_FILE + 1)
+        if len(text) > LARGEST_RUN_FILE:
+            raise ConfigError(
+                f"the run file is too large: got {file} of more than 1 MB; give a file of keys and values"
+            )
+        return tomllib.loads(text.decode())
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"cannot read the run file {file}: {why}; give a TOML file that you may read") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}; write each flag as key = value") from error
 
 
 def read_for_others(
@@ -68,6 +89,8 @@ def read_corpus(
     _say_files(corpus.info["sources"], corpus.info["left_out"])
     for note in corpus.info["notes"]:
         say(f"corpus: {note}")
+    for name, separator in corpus.info.get("separators", {}).items():
+        say(f"the cells of {name} are separated by {SEPARATORS[separator]}s")
     skipped = corpus.info["skipped"]
     if skipped["count"]:
         say(f"skipped {skipped['count']:,} bad records; the first:")

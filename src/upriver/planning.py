@@ -20,7 +20,6 @@ from upriver.runtime.plan import Request, describe, parse_sizes, request_for
 
 
 @flags.opens_model
-@flags.reading
 def plan_command(
     reading: flags.Given,
     model: Annotated[

@@ -7,6 +7,7 @@ from typing import Any
 
 from upriver.errors import ModelError
 from upriver.model.adapter import FILE
+from upriver.runtime.files import strange
 
 BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias|rope_freqs\.weight)$")
 SCALES = re.compile(
@@ -21,8 +22,13 @@ def check_folder(path: Path) -> None:
     """Refuse a folder without a model that holds the checkpoints of a training run, of a model or of an adapter.
 
     Raises:
-        ModelError: it names the newest of them.
+        ModelError: it names the newest of them, or a pipe or a device in place of a file.
     """
+    for file in sorted(path.iterdir()):
+        if what := strange(file):
+            raise ModelError(
+                f"a file of the model cannot be read: got {str(file)!r}, {what}; put the file itself there"
+            )
     plain = (path / "config.json").exists()
     held = [x for x in path.glob("checkpoint-*") if x.name[11:].isdigit()]
     runs = [x for x in held if (x / "config.json").exists() or (x / FILE).exists()]

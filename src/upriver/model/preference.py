@@ -24,7 +24,9 @@ from upriver.model.tasks import IGNORED, logits
 from upriver.tensors import sent
 from upriver.text.batch import Batch, Sequences
 from upriver.text.examples import Examples
+from upriver.text.reading import Reading
 from upriver.text.records import BadRecords, Record
+from upriver.text.shapes import BadRowError, shaped
 from upriver.text.tokenise import documents
 
 SIDES = ("chosen", "rejected")
@@ -201,18 +203,12 @@ def preference_examples(
 
 
 def _answer(record: dict[str, Any], side: str, tokenizer: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
-    prompt, answer = record.get("prompt", ""), record.get(side)
-    if isinstance(answer, list):
-        parts = {"messages": [*(prompt or []), *answer]}
-    elif isinstance(answer, str) and isinstance(prompt, str):
-        parts = {"prompt": prompt, "completion": answer}
-    else:
-        raise CorpusError(
-            f"record {number} is no preference pair: got {type(prompt).__name__} as its prompt and {type(answer).__name__} as "
-            f"{side!r}; give prompt, chosen and rejected as texts, or as lists of messages"
-        )
-    made = Record(str(number), 0, parts, {}, f"record {number}")
-    (document,) = next(documents([made], tokenizer, BadRecords()))
+    try:
+        shape = shaped(record, Reading(completion_field=side))
+    except BadRowError as reason:
+        raise CorpusError(f"record {number} is no preference pair: {reason}") from reason
+    made = Record(str(number), 0, shape.parts, {}, f"record {number}")
+    document = next(documents([made], tokenizer, BadRecords()))[-1]
     return document.encoded.tokens_T, document.loss_T
 
 

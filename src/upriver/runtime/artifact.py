@@ -40,11 +40,13 @@ from upriver.runtime.files import (
     load_json,
     new_digest,
     opened,
+    plain,
     read_json,
     read_tensor,
     read_tensors,
     sealed,
     storage_error,
+    strange,
     unreadable,
     write_array,
     write_json,
@@ -328,7 +330,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         there = (path / ".lock").exists()
-        lock = open(path / ".lock", "a")  # noqa: SIM115 - held for the whole run
+        lock = open(plain(path / ".lock"), "a")  # noqa: SIM115 - held for the whole run
     except OSError as error:
         raise storage_error(path, error) from error
     with lock:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -41,6 +42,7 @@ SEAL = re.compile(rb'"seal": ?"([0-9a-f]{32})"')
 HEADS = ("key.json", "manifest.json", "info.json")  # they say themselves what they are of
 ADVICE = "delete its folder and give the same command again"
 WRONG = "its checksum is not that of its content: it is damaged, or was moved, or belongs to another run"
+STRANGE = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.(tmp|partial)")  # the name that it shall get, and the process
 
 
@@ -57,8 +59,34 @@ def new_digest() -> Any:
 
 def file_digest(path: Path) -> str:
     """A hash of a file's content, by which inputs are told apart."""
-    with open(path, "rb") as source:
+    with open(plain(path), "rb") as source:
         return hashlib.file_digest(source, new_digest).hexdigest()
+
+
+class NoFileError(OSError):
+    """A pipe, a device or a socket stands where a file should."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def strange(path: str | Path) -> str | None:
+    """What stands at a path, if it is no file or folder: reading it might wait or go on for ever."""
+    try:
+        return STRANGE.get(stat.S_IFMT(os.stat(path).st_mode))
+    except (OSError, ValueError):  # there is nothing, or what can be no path at all
+        return None
+
+
+def plain(path: Path) -> Path:
+    """The path of a file that can be opened without waiting.
+
+    Raises:
+        NoFileError: something else stands there.
+    """
+    if what := strange(path):
+        raise NoFileError(errno.EINVAL, f"{path} is {what} and no file")
+    return path
 
 
 # ---- whole or not at all
@@ -122,7 +150,7 @@ def checksum(path: Path) -> str:
     at = _stamp(path)
     if at not in _KNOWN:
         found = xxhash.xxh3_128()
-        with open(path, "rb") as source:
+        with open(plain(path), "rb") as source:
             if path.suffix == ".safetensors":
                 found.update(SEAL.sub(b"", _header(source)[0]))
             while chunk := source.read(CHUNK):
@@ -178,7 +206,7 @@ def sealed(path: Path) -> str | None:
     Raises:
         OSError, ValueError: it cannot be read, or is no such file.
     """
-    with open(path, "rb") as source:
+    with open(plain(path), "rb") as source:
         return _header(source)[1]
 
 
@@ -235,7 +263,7 @@ def load_json(path: Path, advice: str = ADVICE) -> Any:
         StorageError: it cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(plain(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable(path, error, advice) from error
 

@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 
 from upriver.errors import ConfigError
-from upriver.runtime.artifact import atomic
+from upriver.runtime.artifact import atomic, plain
 from upriver.show.data import build_report, shown_nats
 from upriver.show.folder import Json, read_folder
 
@@ -100,7 +100,7 @@ def report_files(out: Path) -> list[Path]:
     files = [html, html.with_suffix(".json"), html.with_suffix(".jsonl"), html.with_name(table)]
     for file in files:
         try:
-            with open(file, "rb") as there:
+            with open(plain(file), "rb") as there:
                 head = there.read(HEAD)
         except FileNotFoundError:
             continue
@@ -115,7 +115,7 @@ def report_files(out: Path) -> list[Path]:
 def is_report(file: Path) -> bool:
     """Whether a report wrote a file, as its beginning tells."""
     try:
-        with open(file, "rb") as there:
+        with open(plain(file), "rb") as there:
             return file.suffix in OURS and bool(OURS[file.suffix].match(there.read(HEAD)))
     except OSError:
         return False

@@ -32,7 +32,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import ConfigError, CorpusError, ModelError, StorageError
-from upriver.runtime.artifact import SCHEMA, abandoned, checksum, write_array, write_json
+from upriver.runtime.artifact import SCHEMA, abandoned, checksum, plain, write_array, write_json
 from upriver.text.batch import sequence_hash, sequence_keys
 from upriver.text.reading import Reading
 from upriver.text.records import LISTED, BadRecords, Record, dump, read_records
@@ -99,7 +99,7 @@ def exclusive(path: Path) -> Iterator[None]:
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "w")  # noqa: SIM115 - held until the end of the block
+        lock = open(plain(path), "w")  # noqa: SIM115 - held until the end of the block
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -185,6 +185,7 @@ def _fill(
         **counted.told(sources),
         **_finish(folder, windows, reading, dtype),
         **reading._asdict(),
+        "separators": {source.name: source.separator for source in sources if source.separator not in ("", ",")},
         "skipped": {"count": bad.count, "first": bad.listed},
         "dtype": dtype,
     }

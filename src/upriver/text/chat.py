@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from upriver.text.shapes import REASONING, BadRowError, taught
+from upriver.text.watch import MORE, SECONDS, TooLongError, bounded
 
 Spans = list[tuple[int, int]]
 Messages = list[dict[str, Any]]
@@ -177,9 +178,10 @@ def _marked(talk: Conversation) -> tuple[str, Spans]:
     template = talk.tokenizer.get_chat_template(tools=talk.tools)
     try:
         given: Any = {"tools": talk.tools, "chat_template": template, "return_assistant_tokens_mask": True}
-        rendered: Any = render_jinja_template([talk.messages], **given | talk.tokenizer.special_tokens_map)
+        with bounded():
+            rendered: Any = render_jinja_template([talk.messages], **given | talk.tokenizer.special_tokens_map)
     except Exception as error:
-        raise BadRowError(f"the chat template refuses the messages: {error}") from error
+        raise _refused(error) from error
     texts, spans = rendered
     return str(texts[0]), [(start, end) for start, end in spans[0] if end > start]
 
@@ -187,6 +189,15 @@ def _marked(talk: Conversation) -> tuple[str, Spans]:
 def _template(talk: Conversation, reply: bool = False) -> str:
     how = {"tools": talk.tools, "tokenize": False, "add_generation_prompt": reply}
     try:
-        return str(talk.tokenizer.apply_chat_template(talk.messages, **how))
+        with bounded():
+            return str(talk.tokenizer.apply_chat_template(talk.messages, **how))
     except Exception as error:  # a template is a program of its own and may raise anything
-        raise BadRowError(f"the chat template refuses the messages: {error}") from error
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> BadRowError:
+    if isinstance(error, TooLongError):
+        return BadRowError(f"the chat template did not end within {SECONDS:.0f} seconds; mend the loop in it")
+    if isinstance(error, MemoryError):
+        return BadRowError(f"the chat template makes more than {MORE >> 30} GB of text; mend the loop in it")
+    return BadRowError(f"the chat template refuses the messages: {error}")

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Corpus(Sequences):
         except (OSError, ValueError) as error:
             raise unreadable(folder, error, AGAIN) from error
         self._cached_text = lru_cache(16)(self._read_text)
-        self._cached_pieces = lru_cache(16)(self._cut)
+        self._cached_cuts = lru_cache(16)(self._cut)
         self._decoder = Decoder(tokenizer)
 
     @classmethod
@@ -235,19 +236,25 @@ class Corpus(Sequences):
         pieces, start = [], span.start
         while start < span.stop:
             first, after = int(self._starts_D3[document, 0]), int(self._starts_D3[document + 1, 0])
-            pieces += self._cached_pieces(document)[start - first : span.stop - first]
+            text, cuts_C = (
+                self.document_text(document),
+                self._cached_cuts(document)[start - first : span.stop - first + 1],
+            )
+            pieces += [text[a:b] for a, b in pairwise(cuts_C.tolist())]
             start, document = after, document + 1
         return pieces
 
-    def _cut(self, document: int) -> list[str]:
-        text, line = self.document_text(document), self._line(document)
+    def _cut(self, document: int) -> np.ndarray:
+        """Where each token of a document begins in its text."""
+        line = self._line(document)
         first, after = self._starts_D3[document : document + 2, 0].tolist()
         if line["special"] is None:  # it came as tokens
-            tokens_T = self._tokens[after - line["tokens"] : after].astype(np.int64)
-            pieces = self._decoder.decoded(tokens_T)[1].pieces(text)
+            encoded = self._decoder.decoded(self._tokens[after - line["tokens"] : after].astype(np.int64))[1]
         else:
-            pieces = encode(self.tokenizer, [text], line["special"])[0].pieces(text)
-        return [""] * (after - first - len(pieces)) + pieces  # a packed one begins with the end token of the one before
+            encoded = encode(self.tokenizer, [self.document_text(document)], line["special"])[0]
+        # a packed document begins with the end token of the one before
+        added = after - first - len(encoded.tokens_T)
+        return np.concatenate([np.zeros(added, encoded.cuts_C.dtype), encoded.cuts_C])
 
     def document_text(self, document: int) -> str:
         """A document as it was tokenised: prompt and completion joined, messages as the chat template renders them."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from upriver.errors import CorpusError
 from upriver.text.batch import content_hash
 from upriver.text.folders import canonical, split_of
+from upriver.text.places import Places
 from upriver.text.reading import Reading
 from upriver.text.shapes import BadRowError, check_unicode, shaped
 from upriver.text.shards import Shard
@@ -94,7 +95,7 @@ def _of_split(path: Path, sources: list[Source], split: str | None) -> list[Sour
     """The files of a split; all of them where there is one."""
     if sources[0].path == path:
         if split not in (None, "all") and sources[0].path.suffix.lower() != ".json":
-            raise CorpusError(f"a file has no splits: got {path} and --split {split}; leave it out, or give the folder")
+            raise CorpusError(f"a file has no splits: got {path} and --split {split}; give --split all, or the folder")
         return sources
     groups: dict[str | None, list[Source]] = {}
     for source in sources:
@@ -127,8 +128,7 @@ def read_records(sources: list[Source], bad: BadRecords, reading: Reading) -> It
     Raises:
         CorpusError: a file that is damaged; a record that cannot be used, unless these are skipped.
     """
-    seen: dict[int, tuple[int, int]] = {}  # hash of the id -> file, line
-    last, part = "", 0
+    seen, last, part = Places(), "", 0
     for number, source in enumerate(sources):
         for line, row in rows(source):
             where = f"{source.path}:{line}"
@@ -174,6 +174,15 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def size_of(value: Any) -> int:
+    """About how many characters a value holds, of whatever it is made."""
+    if isinstance(value, dict):
+        return sum(64 + len(name) + size_of(item) for name, item in value.items())
+    if isinstance(value, list):
+        return sum(16 + size_of(item) for item in value)
+    return len(value) if isinstance(value, str) else 16
 
 
 def whole(text: str) -> str:

@@ -120,9 +120,10 @@ def _turns(name: str, value: Any, role: str) -> Messages:
 
 def _chat(row: Row, messages: Messages, fields: tuple[str, ...], answer: Messages | None = None) -> Shape:
     """A conversation; where the ``answer`` stands apart, it alone carries loss."""
-    system = row.get("system") if messages[:1] and messages[0]["role"] != "system" else None
-    if system:
+    system, note = row.get("system"), ""
+    if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
         messages, fields = [{"role": "system", "content": text_of("system", system)}, *messages], (*fields, "system")
+        note = "the field 'system' is the first message, of the system"
     if answer is not None:
         said = [m | {"weight": 0} if m["role"] == "assistant" else m for m in messages]
         messages = [*({name: x for name, x in m.items() if name != "train"} for m in said), *answer]
@@ -130,7 +131,7 @@ def _chat(row: Row, messages: Messages, fields: tuple[str, ...], answer: Message
     parts: dict[str, Any] = {"messages": messages}
     if row.get("tools"):
         parts["tools"], fields = _tools(row["tools"]), (*fields, "tools")
-    return Shape(parts, fields)
+    return Shape(parts, fields, note)
 
 
 def _preference(row: Row, reading: Reading) -> Shape:
@@ -147,9 +148,10 @@ def _preference(row: Row, reading: Reading) -> Shape:
     full = messages_of(name, answer)
     before = _turns(prompt, row[prompt], "user") if prompt else []
     fields = (name,) if prompt is None else (prompt, name)
-    if prompt is None or (full[0]["role"] != "assistant" and full[: len(before)] == before):  # answers hold it too
+    if full[0]["role"] not in ("assistant", "tool"):  # the answers hold the prompt too
         pairs = zip(full, messages_of("the other answer", [other] if isinstance(other, dict) else other), strict=False)
-        same = len(before) or next((i for i, (a, b) in enumerate(pairs) if a != b), len(full))
+        same = len(before) if before and full[: len(before)] == before else None
+        same = same or next((i for i, (a, b) in enumerate(pairs) if a != b), len(full))
         before, full = full[:same], full[same:]
     if not full:
         raise BadRowError("the answers chosen and rejected are the same; leave the record out")
@@ -183,7 +185,7 @@ def _alpaca(row: Row, given: str, output: str) -> Shape:
     shape = _chat(row, [*turns, {"role": "assistant", "content": answer}], fields)
     preface = "Below is an instruction that describes a task"
     preface += ", paired with an input that provides further context. " if more else ". "
-    preface = f"{row['system']}\n\n### Instruction:\n" if row.get("system") else preface + ALPACA
+    preface = f"{row['system']}\n\n### Instruction:\n" if "system" in shape.fields else preface + ALPACA
     prompt = f"{preface}{asked}\n\n" + (f"### Input:\n{more}\n\n" if more else "") + "### Response:\n"
     if not row.get("history"):
         shape.parts["plain"] = Plain(prompt, answer, ASKED + "in Alpaca's own prompt (docs/formats.md)")

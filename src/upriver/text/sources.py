@@ -4,49 +4,32 @@ A row is a dictionary, or a sentence that says why it is none; where a whole fil
 Rows are counted from 1; of the forms made of lines the number is that of the line.
 """
 
-import bz2
-import csv
-import gzip
-import io
 import json
-import lzma
 import os
 import re
 import stat
-import sys
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from upriver.errors import CorpusError, InputError
-from upriver.runtime.artifact import digest, file_digest, new_digest
+from upriver.runtime.artifact import digest, file_digest, plain, strange
 from upriver.text.arrays import NotOneError, record_rows
 from upriver.text.folders import about_files, one_split
+from upriver.text.lines import COMPRESSIONS, LARGEST, TOO_LARGE, LongLine, damaged, not_utf8, read_chunks, read_lines
 from upriver.text.shards import UNTOLD, Shard, token_rows
+from upriver.text.tables import Row, csv_rows, parquet_rows
 
 KINDS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
     ".txt": "text", ".text": "text", ".md": "text", ".bin": "tokens", ".npy": "tokens",
 }  # fmt: skip
-COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
-KNOWN = "use .jsonl, .json, .parquet, .csv or .txt (also as .gz, .xz, .bz2, .zst, but Parquet), .bin, .npy, or a folder of them"
-UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException)
-BOM = b"\xef\xbb\xbf"
-READ = 1 << 20  # bytes that are read at once
-LARGEST = 16 << 20  # bytes of one document: it is tokenised in one piece, which takes some 160 times as much memory
-TOO_LARGE = (
-    f"the document is too large: got more than {LARGEST >> 20} MB of text; "
-    "give it in several records, such as one a line in a .jsonl file"
+KNOWN = (
+    "use .jsonl, .json, .parquet, .csv, .tsv or .txt (also as .gz, .xz, .bz2, .zst, but Parquet), .bin, .npy, or a folder of "
+    "such files"
 )
-
-Row = dict[str, Any] | str
 ErrorType = type[InputError]
 
 
@@ -62,6 +45,7 @@ class Source:
     read_bytes: int = 0  # of `size`, so far
     shard: Shard = UNTOLD
     split: str | None = None  # field of a JSON object that holds several lists of records
+    separator: str = ""  # of the cells of a CSV file, once it was read
     read_digest: str = ""  # of the content of a file of lines, hashed as it was read to its end
 
     @property
@@ -78,7 +62,7 @@ class Source:
         try:
             hashes = [file_digest(file) for file in self.files]
         except OSError as reason:
-            raise CorpusError(f"{self.path}: {_damaged(reason)}") from reason
+            raise CorpusError(f"{self.path}: {damaged(reason)}") from reason
         return [self.name, *hashes] if self.data is None else [self.name, *hashes, digest(self.form)]
 
     @property
@@ -133,7 +117,7 @@ def find_sources(
     mode = _mode(path, error)
     if not mode or any(_mode(path / name, error) for name in ("dataset_info.json", "dataset_dict.json")):
         return [_dataset(path, bool(mode), error, split)]
-    sources, files = [], [path] if stat.S_ISREG(mode) else sorted(_files(path, error))
+    sources, files = [], sorted(_files(path, error)) if stat.S_ISDIR(mode) else [path]
     if about is not None and files != [path]:
         known = {file: (_kind(file) or ("",))[0] for file in files}
         texts, records = ([f for f in files if known[f] and (known[f] == "text") == text] for text in (True, False))
@@ -141,7 +125,12 @@ def find_sources(
         files = [file for file in files if file not in left]
         about += [file.relative_to(path).as_posix() for file in left]
     for file in files:
-        if (kind := _kind(file)) is not None:
+        if what := strange(file):
+            reason = f"{what} and no file; write what comes out of it to a file, and give that"
+            if skip is None or file == path:
+                raise error(f"cannot be read: got {file}, {reason}")
+            skip(str(file), reason)
+        elif (kind := _kind(file)) is not None:
             name = file.name if file == path else file.relative_to(path).as_posix()
             name = name.encode(errors="backslashreplace").decode()  # a name need not be UTF-8
             sources.append(Source(file, name, *kind))
@@ -179,9 +168,9 @@ def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Itera
         mode = _mode(path, error)
         if not mode:
             raise error(f"a link that leads nowhere: got {path}; mend or remove it")
-        if stat.S_ISREG(mode):
+        if not stat.S_ISDIR(mode):
             yield path
-        elif stat.S_ISDIR(mode) and not _read_anyway(path, above):
+        elif not _read_anyway(path, above):
             yield from _files(path, error, above)
 
 
@@ -209,6 +198,8 @@ def _dataset(path: Path, saved: bool, error: ErrorType, split: str | None) -> So
     import datasets
 
     try:
+        for file in _files(path, error) if saved else ():
+            plain(file)
         data: Any = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     except Exception as reason:
         what = f"cannot read the data set saved in {path}: {reason}; save it again with save_to_disk"
@@ -222,13 +213,7 @@ def rows(source: Source) -> Iterator[tuple[int, Row]]:
     Raises:
         CorpusError: the file is damaged or cut short.
     """
-    readers = {
-        "jsonl": _json_rows,
-        "tokens": token_rows,
-        "csv": _csv_rows,
-        "text": _text_rows,
-        "parquet": _parquet_rows,
-    }
+    readers = {"jsonl": _json_rows, "tokens": token_rows, "csv": _csv_rows, "text": _text_rows, "parquet": parquet_rows}
     if source.data is None:
         yield from readers[source.kind](source)
     for row, value in enumerate(source.data or (), 1):
@@ -240,14 +225,16 @@ def _json_rows(source: Source) -> Iterator[tuple[int, Row]]:
     """One object a line; a ``.json`` file may also be an array, or one object."""
     if ".json" in [suffix.lower() for suffix in source.path.suffixes[-2:]]:
         with suppress(NotOneError):
-            yield from record_rows(source.path, _chunks(source), source.split)
+            yield from record_rows(source.path, read_chunks(source), source.split)
             return
     yield from json_rows(source)
 
 
 def json_rows(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int, Row]]:
-    for line, content in _lines(source, error):
-        if content.strip():
+    for line, content in read_lines(source, error):
+        if isinstance(content, LongLine):
+            yield line, TOO_LARGE
+        elif content.strip():
             yield line, _json_row(content)
 
 
@@ -257,7 +244,7 @@ def _json_row(content: bytes) -> Row:
     except _TwiceError as reason:
         return f"a JSON object has the field {reason.args[0]!r} twice; which of the two is meant cannot be known, leave one out"
     except UnicodeDecodeError as reason:
-        return _not_utf8(content[reason.start], f"byte {reason.start + 1} of the line")
+        return not_utf8(content[reason.start], f"byte {reason.start + 1} of the line")
     except (ValueError, RecursionError) as reason:
         if content.lstrip().startswith(b"["):
             return "a JSON array that goes over several lines; name the file .json, or write one JSON object a line"
@@ -280,119 +267,21 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _not_utf8(byte: int, place: str) -> str:
-    return f"not UTF-8: got 0x{byte:02x} at {place}; save the file as UTF-8"
-
-
 def _csv_rows(source: Source) -> Iterator[tuple[int, Row]]:
-    lines = (content.decode(errors="surrogateescape") for _, content in _lines(source))
-    reader = csv.reader(lines, strict=True)
-    limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a whole book
-    try:
-        header = _csv_cells(reader)
-        if isinstance(header, str):
-            raise CorpusError(f"{source.path}:1: the header cannot be used: {header}")
-        header, line = header or [], reader.line_num + 1
-        while (cells := _csv_cells(reader)) is not None:
-            if isinstance(cells, str):
-                yield line, cells
-            elif cells and len(cells) != len(header):
-                fault = f"broken CSV: got {len(cells)} cells, the header has {len(header)}"
-                yield line, f"{fault}; quote cells that hold a comma"
-            elif cells:
-                yield line, dict(zip(header, cells, strict=True))
-            line = reader.line_num + 1
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _csv_cells(reader: Iterator[list[str]]) -> list[str] | str | None:
-    """Read the cells of the next row, or say why it has none; the reader then goes on with the next line."""
-    try:
-        cells = next(reader, None)
-    except csv.Error as reason:
-        if "new-line" in str(reason):
-            return "broken CSV: got a carriage return inside a line; end lines with LF or CRLF, or quote the cell"
-        return f"broken CSV: {reason}; close every quote that is opened"
-    escaped = re.search("[\udc80-\udcff]", "".join(cells or []))
-    if escaped:
-        return _not_utf8(ord(escaped[0]) - 0xDC00, f"character {escaped.start() + 1} of the row")
-    return cells
+    tab = ".tsv" in [suffix.lower() for suffix in source.path.suffixes]
+    return csv_rows(source, "\t" if tab else "")
 
 
 def _text_rows(source: Source) -> Iterator[tuple[int, Row]]:
     content = bytearray()
-    for _, line in _lines(source):
-        content += line
-        if len(content) > LARGEST:
+    for _, line in read_lines(source):
+        if isinstance(line, LongLine) or len(content) + len(line) > LARGEST:
             yield 1, TOO_LARGE
             return
+        content += line
     try:
         yield 1, {"id": source.name, "text": content.decode()}
     except UnicodeDecodeError as reason:
         start = content.rfind(b"\n", 0, reason.start) + 1
         line = content.count(b"\n", 0, reason.start) + 1
-        yield line, _not_utf8(content[reason.start], f"byte {reason.start - start + 1} of the line")
-
-
-def _parquet_rows(source: Source) -> Iterator[tuple[int, Row]]:
-    row = 0
-    try:
-        with open(source.path, "rb") as raw, pq.ParquetFile(raw) as file:  # arrow takes some names for addresses
-            for batch in file.iter_batches(batch_size=256):
-                for value in batch.to_pylist():
-                    row += 1
-                    yield row, value
-                source.read_bytes = source.size * row // max(1, file.metadata.num_rows)
-    except UNREADABLE as reason:
-        raise CorpusError(f"{source.path}:{row + 1}: {_damaged(reason)}") from reason
-
-
-def _lines(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int, bytes]]:
-    yield from enumerate(_read(source, error, iter), 1)
-
-
-def _chunks(source: Source) -> Iterator[bytes]:
-    """The content of a file, of which no line need end."""
-    return _read(source, CorpusError, lambda stream: iter(partial(stream.read1, READ), b""))
-
-
-def _read(source: Source, error: ErrorType, pieces: Callable[[Any], Iterator[bytes]]) -> Iterator[bytes]:
-    line, openers = 0, {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    try:
-        with ExitStack() as opened:
-            file = opened.enter_context(open(source.path, "rb", buffering=0))
-            raw = stream = opened.enter_context(io.BufferedReader(hashed := _Hashed(file), READ))
-            if source.compression == ".zst":
-                stream = opened.enter_context(io.BufferedReader(pa.input_stream(raw, compression="zstd")))  # pyright: ignore
-            elif source.compression:
-                stream = opened.enter_context(openers[source.compression](raw, "rb"))
-            for line, content in enumerate(pieces(stream), 1):
-                yield content.removeprefix(BOM) if line == 1 else content
-                source.read_bytes = file.tell()
-            while raw.read(READ):  # what stands behind the end of what is compressed
-                pass
-            source.read_digest = hashed.digest.hexdigest()
-    except UNREADABLE as reason:
-        raise error(f"{source.path}:{line + 1}: {_damaged(reason)}") from reason
-
-
-class _Hashed(io.RawIOBase):
-    """A file whose bytes are hashed, as `file_digest` does, when they are read."""
-
-    def __init__(self, file: Any):
-        self.file, self.digest = file, new_digest()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self.file.readinto(buffer)
-        self.digest.update(memoryview(buffer)[:count])
-        return count
-
-
-def _damaged(reason: BaseException) -> str:
-    if isinstance(reason, PermissionError):
-        return "the file may not be read; change its permissions"
-    return f"the file cannot be read on: {reason}; it is damaged or cut short, make it again"
+        yield line, not_utf8(content[reason.start], f"byte {reason.start - start + 1} of the line")

@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from upriver.errors import CorpusError, ModelError
 from upriver.runtime.artifact import digest
 from upriver.text.chat import renderings
-from upriver.text.records import BadRecords, Record
+from upriver.text.pieces import PIECE, Cutter, cutter
+from upriver.text.records import BadRecords, Record, size_of
 from upriver.text.shapes import BadRowError
 from upriver.text.sources import LARGEST, TOO_LARGE
 
-CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 1_000_000
+CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 2 * PIECE
 UNKNOWN, LONGEST = "\ufffd", 16  # what stands for bytes that are no character yet; tokens that one may be made of
 Spans = list[tuple[int, int]]  # of characters; None where they would be the whole text
 
@@ -34,7 +35,7 @@ class Encoded(NamedTuple):
     """
 
     tokens_T: np.ndarray  # int64
-    cuts_C: np.ndarray  # int64 [T + 1]
+    cuts_C: np.ndarray  # int64 [T + 1]; positions in a long text are int32
     starts_T: np.ndarray  # int64: where the tokenizer says the token starts; 0 for special tokens added by itself
     ends_T: np.ndarray  # int64: and ends
     special_T: np.ndarray  # bool: added by the tokenizer, not read from the text
@@ -49,15 +50,22 @@ class Encoded(NamedTuple):
         return bool(self.special_T.all())
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special: bool = True) -> list[Encoded]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special: bool = True, piece: int = PIECE
+) -> list[Encoded]:
     """Tokenise ``texts`` as ``tokenizer(text)`` does, special tokens included unless ``add_special`` is false.
+
+    A long text is tokenised in pieces, which give the same tokens, where its tokenizer allows it (`pieces`).
 
     Raises:
         ModelError: the tokenizer does not tell character offsets.
     """
     require_offsets(tokenizer)
+    cut = cutter(tokenizer) if any(len(text) > 2 * piece for text in texts) else None
+    ends = [cut.ends(text, piece) if cut else [len(text)] for text in texts]
+    short = [text[: end[0]] for text, end in zip(texts, ends, strict=True)]
     encoded = tokenizer(
-        list(texts),
+        short,
         add_special_tokens=add_special,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
@@ -66,17 +74,43 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special
         verbose=False,  # a document may be longer than the model's context: it is cut into windows afterwards
     )
     found = []
-    fields = zip(texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+    fields = zip(short, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
     for text, tokens, offsets, special in fields:
         starts_T, ends_T = np.array(offsets, np.int64).reshape(-1, 2).T
         special_T = np.array(special, bool)
-        cuts_C = np.zeros(len(tokens) + 1, np.int64)
-        cuts_C[1:] = np.maximum.accumulate(ends_T)
-        from_text = np.flatnonzero(~special_T)
-        if len(from_text):
-            cuts_C[from_text[-1] + 1 :] = len(text)
+        cuts_C = _cuts(ends_T, special_T, len(text))
         found.append(Encoded(np.array(tokens, np.int64), cuts_C, starts_T, ends_T, special_T))
-    return found
+    return [
+        _go_on(first, text, end, cut) if cut and len(end) > 1 else first
+        for first, text, end in zip(found, texts, ends, strict=True)
+    ]
+
+
+def _go_on(first: Encoded, text: str, ends: list[int], cut: Cutter) -> Encoded:
+    """Tokenise the further pieces of a long text behind its first; what the tokenizer puts behind a text comes last."""
+    own = np.flatnonzero(~first.special_T)
+    last = int(own[-1]) + 1 if len(own) else len(first.tokens_T)
+    parts = [(first.tokens_T[:last], first.starts_T[:last].astype(np.int32), first.ends_T[:last].astype(np.int32))]
+    for start, end in pairwise(ends):
+        found = cut.later.encode(text[start:end], add_special_tokens=False)
+        offsets_T2 = np.array(found.offsets, np.int32).reshape(-1, 2) + np.int32(start)
+        parts.append((np.array(found.ids, np.int64), *offsets_T2.T))
+    parts.append((first.tokens_T[last:], first.starts_T[last:].astype(np.int32), first.ends_T[last:].astype(np.int32)))
+    tokens_T, starts_T, ends_T = (np.concatenate(x) for x in zip(*parts, strict=True))
+    special_T = np.zeros(len(tokens_T), bool)
+    special_T[: min(last, len(first.special_T))] = first.special_T[:last]
+    special_T[len(tokens_T) - len(first.tokens_T) + last :] = True
+    return Encoded(tokens_T, _cuts(ends_T, special_T, len(text)), starts_T, ends_T, special_T)
+
+
+def _cuts(ends_T: np.ndarray, special_T: np.ndarray, length: int) -> np.ndarray:
+    """Where each token of a text begins, and where the last one ends."""
+    cuts_C = np.zeros(len(ends_T) + 1, ends_T.dtype)
+    cuts_C[1:] = np.maximum.accumulate(ends_T)
+    from_text = np.flatnonzero(~special_T)
+    if len(from_text):
+        cuts_C[from_text[-1] + 1 :] = length
+    return cuts_C
 
 
 def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -181,7 +215,7 @@ def _chunks(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, bad: 
             bad.report(record.where, TOO_LARGE)
             continue
         chunk += texts
-        n_characters += sum(len(x.text) for x in texts)
+        n_characters += sum(len(x.text) for x in texts) + size_of(record.metadata)
         if len(chunk) >= CHUNK_DOCUMENTS or n_characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, n_characters = [], 0
