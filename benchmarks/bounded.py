@@ -2,9 +2,9 @@
 
     python benchmarks/bounded.py [--memory 1GB] [--documents 1000000] [--out build/bounded]
 
-Three inputs: 3 GB of zeros in one line, some 440 kB as .xz; one text of 15.9 MB; and a million documents of five words.  Each goes
-through `upriver fit`, the last two through `upriver trace` as well, with `--memory`, in processes of their own.  Prints the
-peak of each, beside that of the same commands on one short text.  Inputs and results that are in --out already stay.
+Three inputs: 3 GB of zeros in one line, some 440 kB as .xz; one text of 15.9 MB; and a million documents of five words.  Each
+goes through `upriver fit`, the last two through `upriver trace` as well, with `--memory`, in processes of their own.  Prints
+the peak of each, beside that of the same commands on one short text.  Inputs and results that are in --out already stay.
 """
 
 import argparse

@@ -97,7 +97,7 @@ def test_a_query_and_a_run_file_are_bounded(tmp_path):
 def test_a_cell_of_parquet_is_bounded(tmp_path, count):
     """The first is told by the sizes that the file states; the other is stored once for many rows."""
     large = pa.DictionaryArray.from_arrays(
-        pa.array([0] * count, pa.int32()), ["x" * (LARGE * (2 if count == 1 else 1) + 1)]
+        pa.array([0] * count, pa.int32()), ["x" * (LARGE + (2 << 20 if count == 1 else 1))]
     )
     tables = [pa.table({"text": x}) for x in (pa.array(["we the"]).dictionary_encode(), large)]
     kept = {"compression": "zstd", "store_schema": False, "dictionary_pagesize_limit": LARGE << 1}
@@ -110,6 +110,16 @@ def test_a_cell_of_parquet_is_bounded(tmp_path, count):
     assert len(told) == min(20, count)
     assert told["2"].startswith("the document is too large")
     assert pa.default_memory_pool().max_memory() < max(before, 600 << 20)
+
+
+def test_a_column_that_unfolds_from_little_is_refused_by_what_the_file_says(tmp_path):
+    """Each cell would fit; all of them are written out one by one, and compressed to almost nothing."""
+    table = pa.table({"text": ["we the " * 500_000] * 48})
+    pq.write_table(table, tmp_path / "c.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(
+        CorpusError, match=r"c\.parquet:1: its row group is too large: got 160 MB in the column 'text', "
+    ):
+        Corpus.read(tmp_path / "c.parquet", TOKENIZER)
 
 
 # ---- no file

@@ -291,14 +291,14 @@ def _write_report(scores: Path, out: Path | None) -> Path:
 
 
 @steady_output()
-def main() -> None:
+def main(command: Any = app) -> None:
     """Run the command line; an error is one sentence on standard error, and the exit status says whose fault it was."""
     debug = "--debug" in sys.argv
     args = [arg for arg in sys.argv[1:] if arg != "--debug"] or ["--help"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     signal.signal(signal.SIGTERM, stop)
     try:
-        if app(args, prog_name="upriver", standalone_mode=False) == INTERRUPTED:
+        if command(args, prog_name="upriver", standalone_mode=False) == INTERRUPTED:
             raise KeyboardInterrupt
     except UpriverError as error:
         _fail(error, str(error), error.exit_status, debug)

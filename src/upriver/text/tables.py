@@ -160,10 +160,10 @@ def _told(source: Table, lines: Iterator[tuple[int, Any]]) -> tuple[str, Iterato
     if fit.keys() <= {","} or (len(fit) == 1 and len(texts) < 2):
         return next(iter(fit), ","), chain(sample, lines)
     if len(best) > 1 or most < 0.5:
-        seen = ", ".join(f"{SEPARATORS[separator]} ({share:.0%} of the rows)" for separator, share in fit.items())
+        seen = ", ".join(f"{SEPARATORS[separator]} {share:.0%}" for separator, share in fit.items())
         raise CorpusError(
-            f"{source.path}:1: which character separates the cells cannot be told: got a header that these would cut, and the "
-            f"rows that they cut into as many cells: {seen}; save the file with commas, its cells quoted"
+            f"{source.path}:1: which character separates the cells cannot be told: got a header that each of these cuts, and "
+            f"this share of the rows into as many cells: {seen}; save the file with commas, its cells in quotes"
         )
     return best[0], chain(sample, lines)
 
@@ -199,11 +199,11 @@ def parquet_rows(source: Table) -> Iterator[tuple[int, Row]]:
                 raise CorpusError(f"{source.path}: two columns have the name {twice[0]!r}; rename or leave out one")
             for group in range(file.num_row_groups):
                 facts = file.metadata.row_group(group)
-                at_once = _rows_at_once(facts)
-                for _ in range(0 if at_once else facts.num_rows):
+                at_once, fault = _rows_at_once(facts)
+                for _ in range(facts.num_rows if fault else 0):
                     row += 1
-                    yield row, f"{TOO_LARGE} (the rows of group {group + 1} of the file are stored together)"
-                for batch in file.iter_batches(at_once, [group]) if at_once else ():
+                    yield row, fault
+                for batch in () if fault else file.iter_batches(at_once, [group]):
                     for value in _values(batch):
                         row += 1
                         yield row, value
@@ -212,20 +212,24 @@ def parquet_rows(source: Table) -> Iterator[tuple[int, Row]]:
         raise CorpusError(f"{source.path}:{row + 1}: {damaged(reason)}") from reason
 
 
-def _rows_at_once(group: pq.RowGroupMetaData) -> int:
-    """Rows of a group that are read at once; none where the group says that its cells are larger than what fits.
+def _rows_at_once(group: pq.RowGroupMetaData) -> tuple[int, str]:
+    """Rows of a group that are read at once; or why it is not read, where it says that its cells are larger than what fits.
 
     A cell may be stored once for many rows, so that all rows of a batch may be as large as a column.
     """
     columns = [group.column(c) for c in range(group.num_columns)]
     largest = max((column.total_uncompressed_size for column in columns), default=0)
-    unfolded = any(
-        column.total_uncompressed_size > max(UNFOLDS[0], UNFOLDS[1] * column.total_compressed_size)
-        for column in columns
-    )
-    if unfolded or largest > group.num_rows * (LARGEST + READ):
-        return 0
-    return max(8, min(BATCH, (256 << 20) // max(1, largest)))
+    if largest > group.num_rows * (LARGEST + READ):
+        return 0, TOO_LARGE
+    for column in columns:
+        size = column.total_uncompressed_size
+        if size > max(UNFOLDS[0], UNFOLDS[1] * column.total_compressed_size):
+            times = size // max(1, column.total_compressed_size)
+            return 0, (
+                f"its row group is too large: got {size >> 20:,} MB in the column {column.path_in_schema!r}, {times:,} times what it "
+                f"takes in the file; write the file again with row groups of at most {UNFOLDS[0] >> 20} MB"
+            )
+    return max(8, min(BATCH, (256 << 20) // max(1, largest))), ""
 
 
 def _values(batch: pa.RecordBatch) -> Iterator[Row]:
