@@ -116,6 +116,12 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
             if experts
             else ""
         )
+        made = len(_computed(module))
+        note += (
+            f"; {made} of them compute their weight, as under weight normalisation, and cannot be tracked"
+            if made
+            else ""
+        )
         note += "; there is no adapter that is in use and apart from its base" if nothing[0] == "lora" else ""
         raise ModelError(
             f"no layer to track: --layers {nothing[0]!r} matches nothing; this model has linear layers at {have}{note}; "
@@ -266,6 +272,12 @@ def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}.{part}", expert
 
 
+def _computed(module: nn.Module) -> tuple[str, ...]:
+    """The names of linear layers whose weight is made of other parameters for each pass, as under weight normalisation."""
+    linear = ((n, m) for n, m in module.named_modules() if isinstance(m, LINEAR))
+    return tuple(f"{n}." for n, m in linear if m._parameters.get("weight") is None)
+
+
 def _matches(module: nn.Module, name: str, m: nn.Module, spec: str, adapter: Trained) -> bool:
     if spec == "lora":
         return name in adapter.layers
@@ -348,13 +360,14 @@ def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
     sizes = parameter_sizes(module)
     total = sum(sizes.values())
     groups: dict[tuple[str, str, bool], int] = {}
-    adapter = trained(module).parameters
+    adapter, computed = trained(module).parameters, _computed(module)
     for name, p in module.named_parameters():
         left = sizes[p] - slices[p] * p[:1].numel() if p in slices else sizes[p]  # of experts some may be chosen
         if id(p) not in tracked and left:
             place = re.sub(r"\.\d+\.", ".*.", f".{name}").lstrip(".")
             place = plain_name(place.rsplit(".", 1)[0] if p.ndim < 3 else place)
-            group = (place, _why(name, p, name in linear), id(p) in adapter)
+            why = "a weight that is computed" if name.startswith(computed) else _why(name, p, name in linear)
+            group = (place, why, id(p) in adapter)
             groups[group] = groups.get(group, 0) + left
     rest = [
         {"name": n, "parameters": c, "share": c / total, "why": why} | ({"trained": True} if own else {})
