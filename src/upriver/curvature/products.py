@@ -113,11 +113,11 @@ class Tracked:
             m, parts = x.modules[0], weight_gradient_as_stored(x.modules[0], weights[x.name][0])
             if isinstance(m, Expert):
                 for part, value in parts.items():
-                    whole = experts.setdefault(f"{self._prefix[x.name]}.{part}", list(m.stored[part].unbind()))
-                    whole[m.number] = value
+                    whole = experts.setdefault(f"{self._prefix[x.name]}.{part}", (m, m.pieces(m.stored[part])))
+                    whole[1][m.number] = value
                 continue
             stored |= {f"{self._prefix[x.name]}.{part}": value for part, value in parts.items()}
-        return Replaced(self.model.module, stored | {name: torch.stack(each) for name, each in experts.items()})
+        return Replaced(self.model.module, stored | {name: m.joined(each) for name, (m, each) in experts.items()})
 
     def outputs(self, theta_P: Tensor, batch: Batch) -> Tensor:
         return self.model.task.outputs(self.at(theta_P), batch)

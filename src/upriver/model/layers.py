@@ -301,7 +301,7 @@ def layer_kind(module: nn.Module, name: str) -> str | None:
     classes = [type(m).__name__ for m in around[start + 1 :]]
     if any(ATTENTION.search(label) for label in inside + classes):
         return "attention"
-    if isinstance(getattr(around[-1], parts[-1]), nn.Conv2d):
+    if isinstance(getattr(around[-1], parts[-1], None), nn.Conv2d):
         return "other"
     if any(map(MIXER.search, inside)) or any(map(MIXER_CLASS.search, classes)) or ROUTER.search(inside[-1]):
         return "other"
@@ -354,7 +354,9 @@ def _patches(module: nn.Module) -> tuple:
 def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
     """What share of the parameters ``layers`` hold; the rest grouped by place, with the reason it is left out."""
     tracked = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
-    slices = Counter(p for x in layers for m in x.modules if isinstance(m, Expert) for p in m.stored.values())
+    slices: Counter[Any] = Counter()  # numbers of a parameter that some experts hold of it
+    for m in (m for x in layers for m in x.modules if isinstance(m, Expert)):
+        slices.update({p: p[m.index].numel() for p in m.stored.values()})
     linear = {f"{name}.{p}" for name, m in _linear_modules(module) if not _grouped(m) for p in ("weight", "bias")}
     linear |= {f"{name}.{p}" for name, m in module.named_modules() for x in experts_of(m).values() for p in x.stored}
     sizes = parameter_sizes(module)
@@ -362,7 +364,7 @@ def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
     groups: dict[tuple[str, str, bool], int] = {}
     adapter, computed = trained(module).parameters, _computed(module)
     for name, p in module.named_parameters():
-        left = sizes[p] - slices[p] * p[:1].numel() if p in slices else sizes[p]  # of experts some may be chosen
+        left = sizes[p] - slices[p]  # of experts some may be chosen
         if id(p) not in tracked and left:
             place = re.sub(r"\.\d+\.", ".*.", f".{name}").lstrip(".")
             place = plain_name(place.rsplit(".", 1)[0] if p.ndim < 3 else place)
