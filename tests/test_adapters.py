@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import upriver as up
+from architectures import build
 from cli_cases import upriver
 from text_cases import byte_tokenizer
 from upriver.errors import ConfigError, ModelError
@@ -143,6 +144,27 @@ def test_scores_of_what_was_trained_are_those_of_autograd(kind, base, tmp_path):
     assert found.trained_tracked == found.tracked == found.trained - left
     assert f"{found.tracked:,} of the {found.trained:,} that the adapter trained" in found.line()
     assert sum(u["parameters"] for u in found.untracked if u.get("trained")) == left
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])  # transposed with a bias, and neither
+def test_a_lora_on_experts_is_that_of_each_expert(kind, tmp_path):
+    place = tmp_path / "base"
+    build(kind).save_pretrained(place)
+    byte_tokenizer().save_pretrained(place)
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    folder = adapter(place, tmp_path / "adapter", r=2, target_modules=["q_proj"], target_parameters=parameters)
+    model = up.load_model(folder)
+    ours, theirs = scores(model, tmp_path), by_autograd(place, folder, factors)
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    layers = find_layers(model.module, "lora")
+    found = coverage(model.module, layers)
+    assert found.trained_tracked == found.tracked == found.trained == sum(x.parameters for x in layers)
+    assert len({x.pool for x in layers if x.pool}) == 2 * 4
+    fitted = up.fit(model, given(model, tmp_path)[0], tmp_path / "factors", fisher="empirical")
+    assert len(fitted.layers) == len(layers)
+    base = find_layers(model.module, "mlp")
+    assert base
+    assert not any("lora" in x.name for x in base)
 
 
 def test_the_other_names_mean_the_base(lora, base, tmp_path):

@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import upriver as up
@@ -68,6 +70,19 @@ def gpt2(folder: Path) -> Path:
     return saved(folder, GPT2ForSequenceClassification(config))
 
 
+def own_code(folder: Path, kind: str) -> Path:
+    code = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    told(llama(folder), model_type=kind, auto_map=code, architectures=["MineForCausalLM"])
+    for name in ("configuration_mine", "modeling_mine"):
+        (folder / f"{name}.py").write_text("raise AssertionError('this was run')\n")
+    return folder
+
+
+def two_sided(folder: Path) -> Path:
+    config = T5Config(vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    return saved(folder, T5ForConditionalGeneration(config))
+
+
 def run(folder: Path) -> Path:
     for step in (9, 100, 20):
         llama(folder / f"checkpoint-{step}")
@@ -105,6 +120,9 @@ FOREIGN = {
         ["QuestionAnswering"],
     ),
     "folder of a training run of adapters": (run_of_adapters, ["2 checkpoints", "checkpoint-10"]),
+    "own code": (lambda f: own_code(f, "mine"), ["code of its own", "trust_remote_code=True"]),
+    "own code of a kind that is known": (lambda f: own_code(f, "llama"), ["MineForCausalLM", "trust_remote_code=True"]),
+    "not causal": (two_sided, ["not a causal language model", "that of T5;", "task="]),
     "folder of a training run": (run, ["3 checkpoints", "checkpoint-100"]),
 }
 

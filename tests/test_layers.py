@@ -1,5 +1,7 @@
 """Which weights are tracked: shared ones in all their places, computed ones not at all, and nothing by half."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from transformers.integrations.bitnet import AutoBitLinear
 from transformers.pytorch_utils import Conv1D
 
 import reference
+import upriver as up
 from cases import Small, Windows, _language, case, close
 from upriver.curvature.fit import fit
 from upriver.errors import ModelError, NumericalError
@@ -319,3 +322,27 @@ def test_layers_that_are_given_the_same_input_share_it():
         assert leaders[f"{mlp}.up_proj"] == f"{mlp}.gate_proj"
         assert leaders[f"{mlp}.down_proj"] == f"{mlp}.down_proj"
         assert leaders[f"{attention}.v_proj"] == leaders[f"{attention}.k_proj"] == f"{attention}.q_proj"
+
+
+# ------------------------------------------------------------------------------------------------- weights that are computed
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("make", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["older", "newer"])
+def test_a_layer_under_weight_normalisation_is_left_out_by_name_and_share(make, dtype, tmp_path):
+    c = _language(Small(blocks=2, times=1, bias=True), [])
+    given = {"curvature": "identity", "rank": "full", "layers": "blocks.1.*", "dtype": dtype, "held_out": 0}
+    plain = up.trace(c.model, c.data, c.queries, out=tmp_path / "plain", **given).frame()
+    with warnings.catch_warnings(action="ignore"):  # the older one is deprecated
+        make(c.model.module.blocks[0].up)
+    found = up.trace(c.model, c.data, c.queries, out=tmp_path / "found", **given).frame()
+    one, other = (torch.tensor(x[c.queries.ids].to_numpy()) for x in (found, plain))
+    close(one, other, 1e-4)
+    names = [x.name for x in find_layers(c.model.module, "mlp")]
+    assert names == ["blocks.0.down", "blocks.1.up", "blocks.1.down"]
+    left = coverage(c.model.module, find_layers(c.model.module, "mlp")).untracked
+    assert sum(u["parameters"] for u in left if u["why"] == "a weight that is computed") > 0
+    with warnings.catch_warnings(action="ignore"):
+        make(c.model.module.blocks[0].down)
+    with pytest.raises(ModelError, match=r"2 of them compute their weight, as under weight normalisation"):
+        find_layers(c.model.module, "blocks.0.*")

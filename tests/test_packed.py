@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import nn
@@ -162,6 +163,23 @@ def test_packed_layers_that_are_no_matrix_are_refused(made):
     assert [x.name for x in tracked_layers(model, c.data, "blocks.1.*")] == ["blocks.1.up", "blocks.1.down"]
 
 
+def test_a_lora_over_packed_weights_scores_as_over_the_dequantised_ones(tmp_path):
+    models = packed_model()
+    for model in models[:2]:
+        torch.manual_seed(4)
+        config = peft.LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
+        peft.get_peft_model(model.module, config)
+        for name, p in model.module.named_parameters():
+            p.data = p.data.double() if ".lora_" in name else p.data
+    model, plain, c = models
+    assert model.default_layers == "lora"
+    said: list[str] = []
+    ours = scores(model, c, tmp_path / "packed", said.append, layers="lora")
+    theirs = scores(plain, c, tmp_path / "plain", layers="lora")
+    assert np.abs(ours - theirs).max() <= 1e-6 * np.abs(theirs).max()
+    assert any("not measured" in line and "other layers of the model are packed" in line for line in said)
+
+
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -204,6 +222,20 @@ PARTS = {
     "stored as bfloat16": {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
     "8 bits": {"load_in_8bit": True},
 }
+
+
+def test_a_lora_over_a_quantised_base_is_loaded_and_traced(quantised, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(quantised, device_map={"": "cpu"}, dtype=torch.float32)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    model = up.load_model(tmp_path / "adapter", base=quantised, device="cpu")
+    plain = dequantised(up.load_model(quantised, device="cpu"), tmp_path / "plain")
+    plain = up.Model(peft.PeftModel.from_pretrained(plain.module, tmp_path / "adapter"), plain.tokenizer)
+    c = _language(Small(blocks=1, times=1, bias=True), [], sequences=24)
+    given = {"dtype": "float32", "fisher": "empirical", "layers": "lora"}
+    ours, theirs = (scores(m, c, tmp_path / name, **given) for name, m in (("ours", model), ("theirs", plain)))
+    assert np.abs(ours - theirs).max() <= 1e-3 * np.abs(theirs).max()
+    assert np.abs(ours).max() > 0
 
 
 @pytest.fixture(params=PARTS)

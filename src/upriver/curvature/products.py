@@ -22,7 +22,7 @@ from upriver.model.capture import frozen
 from upriver.model.experts import Expert
 from upriver.model.layers import Layer, weight_gradient_as_stored, weight_OI
 from upriver.model.model import Model
-from upriver.model.packed import held_in
+from upriver.model.packed import any_packed, held_in
 from upriver.text.batch import Batch, Sequences
 
 Kind = Literal["gauss-newton", "hessian"]
@@ -91,10 +91,11 @@ class Tracked:
 
     def __init__(self, model: Model, layers: list[Layer]):
         self.model, self.layers, self.space = model, layers, Space.of(layers)
-        if held := held_in(x.modules[0] for x in layers):
+        held = held_in(x.modules[0] for x in layers)
+        if held or any_packed(model.module):
             raise ModelError(
-                f"no derivative along a direction of packed weights: {held}, of which ekfac, kfac, diagonal and identity ask no "
-                "more; choose one of them with --curvature, without --refine"
+                f"no derivative along a direction of packed weights: {held or 'other layers of the model are packed'}, of which "
+                "ekfac, kfac, diagonal and identity ask no more; choose one of them with --curvature, without --refine"
             )
         names = {id(m): name for name, m in model.module.named_modules()}
         held = {x.name: x.modules[0] for x in layers}
@@ -112,11 +113,11 @@ class Tracked:
             m, parts = x.modules[0], weight_gradient_as_stored(x.modules[0], weights[x.name][0])
             if isinstance(m, Expert):
                 for part, value in parts.items():
-                    whole = experts.setdefault(f"{self._prefix[x.name]}.{part}", list(m.stored[part].unbind()))
-                    whole[m.number] = value
+                    whole = experts.setdefault(f"{self._prefix[x.name]}.{part}", (m, m.pieces(m.stored[part])))
+                    whole[1][m.number] = value
                 continue
             stored |= {f"{self._prefix[x.name]}.{part}": value for part, value in parts.items()}
-        return Replaced(self.model.module, stored | {name: torch.stack(each) for name, each in experts.items()})
+        return Replaced(self.model.module, stored | {name: m.joined(each) for name, (m, each) in experts.items()})
 
     def outputs(self, theta_P: Tensor, batch: Batch) -> Tensor:
         return self.model.task.outputs(self.at(theta_P), batch)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from upriver.errors import ConfigError, ModelError
+from upriver.model.experts import experts_of, wraps_experts
 from upriver.runtime.files import load_json
 
 FILE = "adapter_config.json"
@@ -178,15 +179,22 @@ def trained(module: nn.Module) -> Trained:
         saved = getattr(m, "modules_to_save", {})
         if any(a in saved for a in on):
             idle |= _below(m, name, "original_module")
+        of_experts = experts_of(m) if wraps_experts(m) else {}
+        for key, x in of_experts.items():
+            (p,), adapter = x.stored.values(), next(iter(x.stored)).split(".")[1]
+            own.add(f"{name}.{key}")
+            (layers if adapter in on else idle).add(f"{name}.{key}")
+            held |= {id(p)} if adapter in on else set()
         for part in m.adapter_layer_names:
             each: Any = getattr(m, part)
             for adapter in each if isinstance(each, nn.ModuleDict | nn.ParameterDict) else ():
                 below = _below(m, name, f"{part}.{adapter}")
                 own |= below if part != "modules_to_save" else set()
-                if adapter not in on:
+                if adapter not in on or type(m).__name__ == "ParamWrapper":  # whose layers are never called
                     idle |= below
+                layers |= set() if below & idle else below
+                if adapter not in on:
                     continue
-                layers |= below
                 x = each[adapter]
                 held |= {id(p) for p in x.parameters()} if isinstance(x, nn.Module) else {id(x)}
     held |= {id(p) for p in _biases(module)}

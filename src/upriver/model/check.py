@@ -124,12 +124,12 @@ class _Comparison:
         parts, allowed = self.captured.get(x.name, ({}, 0.0))
         theirs = p.new_zeros(()) if p.grad is None else p.grad
         if p in self.experts:
-            mine, allowed, chosen = torch.zeros_like(p), 0.0, []
+            mine, allowed, chosen = torch.zeros_like(p), 0.0, torch.zeros_like(p, dtype=torch.bool)
             for x, name in self.experts[p]:
                 parts, most = self.captured.get(x.name, ({}, 0.0))
                 expert: Any = x.modules[0]
-                mine[expert.number] = parts.pop(name, p.new_zeros(()))
-                chosen.append(expert.number)
+                mine[expert.index] = parts.pop(name, p.new_zeros(()))
+                chosen[expert.index] = True
                 allowed = max(allowed, most)
             mine, theirs = mine[chosen], theirs[chosen] if theirs.ndim else theirs
         else:

@@ -8,7 +8,7 @@ from torch import nn
 
 from upriver.model.adapter import plain_name, trained
 from upriver.model.experts import Expert, experts_of
-from upriver.model.layers import LEFT, Layer, linear_modules, several_matrices
+from upriver.model.layers import LEFT, Layer, computed, linear_modules, several_matrices
 from upriver.model.packed import held_in, parameter_sizes
 from upriver.model.text_part import inside, other_parts
 
@@ -47,7 +47,9 @@ class Coverage(NamedTuple):
 def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
     """What share of the parameters ``layers`` hold; the rest grouped by place, with the reason it is left out."""
     tracked = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
-    slices = Counter(p for x in layers for m in x.modules if isinstance(m, Expert) for p in m.stored.values())
+    slices: Counter[Any] = Counter()  # numbers of a parameter that some experts hold of it
+    for m in (m for x in layers for m in x.modules if isinstance(m, Expert)):
+        slices.update({p: p[m.index].numel() for p in m.stored.values()})
     linear = {
         f"{name}.{p}" for name, m in linear_modules(module) if not several_matrices(m) for p in ("weight", "bias")
     }
@@ -55,11 +57,13 @@ def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
     sizes, left_out, others = parameter_sizes(module), LEFT.get(module, {}), other_parts(module)
     total, adapter = sum(sizes.values()), trained(module).parameters
     groups: dict[tuple[str, str, bool], int] = {}
+    made = computed(module)
     for name, p in module.named_parameters():
-        left = sizes[p] - slices[p] * p[:1].numel() if p in slices else sizes[p]  # of experts some may be chosen
+        left = sizes[p] - slices[p]  # of experts some may be chosen
         if id(p) not in tracked and left:
             place = re.sub(r"\.\d+\.", ".*.", f".{name}").lstrip(".")
             why = left_out.get(name.rpartition(".")[0]) or _why(name, p, name in linear)
+            why = "a weight that is computed" if name.startswith(made) else why
             place = plain_name(place.rsplit(".", 1)[0] if p.ndim < 3 else place)
             if other := inside(name, others):
                 place, why = other, "not of the text part"

@@ -21,6 +21,9 @@ TOLD = {"has_gate", "has_bias", "is_transposed", "_is_expert_parallel"}  # of a 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[str, "Expert"]] = weakref.WeakKeyDictionary()
 
 
+_LORAS: weakref.WeakKeyDictionary[nn.Module, list[tuple]] = weakref.WeakKeyDictionary()  # while they run one by one
+
+
 class Expert(nn.Module):
     """One matrix of one expert: a slice of a parameter of all experts, which it does not hold itself."""
 
@@ -42,6 +45,18 @@ class Expert(nn.Module):
         return {name: p for name in (self.part, f"{self.part}_bias") if (p := held.get(name)) is not None}
 
     @property
+    def index(self) -> tuple[Any, ...]:
+        """Where in a stored parameter this matrix stands."""
+        return (self.number,)
+
+    def pieces(self, p: Tensor) -> list[Tensor]:
+        """A stored parameter as those of the single experts; :meth:`joined` puts them together again."""
+        return list(p.unbind())
+
+    def joined(self, pieces: list[Tensor]) -> Tensor:
+        return torch.stack(pieces)
+
+    @property
     def transposed(self) -> bool:
         return bool(self.experts.is_transposed)
 
@@ -61,6 +76,56 @@ class Expert(nn.Module):
         return nn.functional.linear(a_MI, weight.T if self.transposed else weight, bias)
 
 
+class Factor(Expert):
+    """``A`` or ``B`` of a LoRA on one matrix of one expert; ``peft`` keeps those of all experts in one linear layer that is never
+    called: of ``A [K r, I]`` an expert has ``r`` rows, of ``B [O, r K]`` every ``K``-th column, ``K`` experts in all."""
+
+    def __init__(self, wrapper: Any, factor: str, adapter: str, number: int):
+        other = "" if adapter == "default" else f"_{adapter}"
+        super().__init__(wrapper, f"{wrapper.parameter_name}_{factor}{other}", number)
+        self._key, self._count = f"{factor}.{adapter}.weight", int(wrapper.num_experts)
+
+    @property
+    def stored(self) -> dict[str, nn.Parameter]:
+        return {self._key: self.experts.get_submodule(self._key.removesuffix(".weight"))._parameters["weight"]}  # type: ignore
+
+    @property
+    def _rows(self) -> bool:
+        return self._key.startswith("lora_A")
+
+    @property
+    def index(self) -> tuple[Any, ...]:
+        rank = len(self.stored[self._key]) // self._count
+        rows = slice(self.number * rank, (self.number + 1) * rank)
+        return (rows,) if self._rows else (slice(None), slice(self.number, None, self._count))
+
+    def pieces(self, p: Tensor) -> list[Tensor]:
+        return list(p.chunk(self._count) if self._rows else p.unflatten(1, (-1, self._count)).unbind(-1))
+
+    def joined(self, pieces: list[Tensor]) -> Tensor:
+        return torch.cat(pieces) if self._rows else torch.stack(pieces, -1).flatten(1)
+
+    @property
+    def transposed(self) -> bool:
+        return False
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.stored[self._key][self.index]
+
+    def forward(self, a_MI: Tensor, at_M: Tensor, tokens: int) -> Tensor:  # type: ignore[override]
+        return nn.functional.linear(a_MI, self.weight)
+
+
+def wraps_experts(module: Any) -> bool:
+    """Whether this is what ``peft`` puts around experts of the interface to train one of their parameters."""
+    return type(module).__name__ == "ParamWrapper" and run_through_interface(module.get_base_layer())
+
+
 def run_through_interface(module: nn.Module) -> bool:
     """Whether these are experts that transformers runs through its interface, with weights that are not packed."""
     held = [
@@ -72,6 +137,12 @@ def run_through_interface(module: nn.Module) -> bool:
 
 def experts_of(module: Any) -> dict[str, Expert]:
     """The matrices of a module of experts, as ``3.down_proj``: of all experts the one, then of all the other."""
+    if wraps_experts(module):
+        known = _KNOWN.setdefault(module, {})
+        for adapter in module.lora_A:
+            each = [Factor(module, x, adapter, e) for x in ("lora_A", "lora_B") for e in range(module.num_experts)]
+            known |= {key: x for x in each if (key := f"{x.number}.{x.part}") not in known}
+        return known
     if not run_through_interface(module):
         return {}
     if module not in _KNOWN:
@@ -86,6 +157,10 @@ def run_one_by_one(module: nn.Module) -> Iterator[None]:
     """Experts of ``module`` go through :func:`run_experts` inside."""
     configs: dict[int, Any] = {id(m.config): m.config for m in module.modules() if run_through_interface(m)}
     before = [(c, c._experts_implementation) for c in configs.values()]
+    around: list[Any] = [m for m in module.modules() if wraps_experts(m)]
+    for m in around:  # or it would add the product to the weights of all experts
+        _LORAS.setdefault(m.get_base_layer(), []).extend(_in_use(m))
+        m.forward = m.base_layer.__call__
     if before:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -95,8 +170,22 @@ def run_one_by_one(module: nn.Module) -> Iterator[None]:
             config._experts_implementation_internal = INTERFACE  # the public name would set that of its parts as well
         yield
     finally:
+        for m in around:
+            _LORAS.pop(m.get_base_layer(), None)
+            vars(m).pop("forward", None)
         for config, name in before:
             config._experts_implementation_internal = name
+
+
+def _in_use(wrapper: Any) -> list[tuple[str, list[Expert], list[Expert], float]]:
+    """Of each active adapter the matrix that it is on, each expert's factors, and what their product is scaled by."""
+    held, found = experts_of(wrapper), []
+    for adapter in [] if wrapper.disable_adapters or wrapper.merged else wrapper.active_adapters:
+        if adapter in wrapper.lora_A:
+            parts = (Factor(wrapper, x, adapter, 0).part for x in ("lora_A", "lora_B"))
+            of_A, of_B = ([held[f"{e}.{part}"] for e in range(wrapper.num_experts)] for part in parts)
+            found.append((wrapper.parameter_name, of_A, of_B, float(wrapper.scaling[adapter])))
+    return found
 
 
 def run_experts(module: Any, hidden_MH: Tensor, chosen_MK: Tensor, weights_MK: Tensor) -> Tensor:
@@ -112,7 +201,11 @@ def run_experts(module: Any, hidden_MH: Tensor, chosen_MK: Tensor, weights_MK: T
 
         def through(part: str, a_MI: Tensor, e: int = e, at_M: Tensor = at_M) -> Tensor:
             bias = weights.get(f"{part}_bias")
-            return held[f"{e}.{part}"](a_MI, weights[part][e], None if bias is None else bias[e], at_M=at_M, tokens=M)
+            out_MO = held[f"{e}.{part}"](a_MI, weights[part][e], None if bias is None else bias[e], at_M=at_M, tokens=M)
+            for name, of_A, of_B, scale in _LORAS.get(module, ()):
+                if name == part:
+                    out_MO = out_MO + scale * of_B[e](of_A[e](a_MI, at_M=at_M, tokens=M), at_M=at_M, tokens=M)
+            return out_MO
 
         inner = through(first, hidden_MH[at_M])
         out_MH = through(second, module._apply_gate(inner) if module.has_gate else module.act_fn(inner))

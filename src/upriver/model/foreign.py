@@ -18,6 +18,22 @@ TOKENS = ("forcausallm", "lmheadmodel", "withlmhead", "model", "forconditionalge
 OWN_LOSS = "for another loss than that of a language model, load it in Python and give up.Model(module, task=...)"
 
 
+OWN_CODE = (
+    "code of its own, which is not run here; load it in Python where you trust it: "
+    "up.Model(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval(), tokenizer)"
+)
+
+
+def refusal(shown: str, said: str) -> str | None:
+    """What is the matter with a model that transformers does not load, where it is of another kind than the files' state."""
+    if "custom code" in said or "trust_remote_code" in said:
+        return f"the model of {shown} is made by {OWN_CODE}"
+    other = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+?)(Config)?'>", said)
+    if other:
+        return f"{shown} is not a causal language model: its configuration is that of {other[1]}; {OWN_LOSS}"
+    return None
+
+
 def check_folder(path: Path) -> None:
     """Refuse a folder without a model that holds the checkpoints of a training run, of a model or of an adapter.
 
@@ -57,6 +73,10 @@ def check_taken(shown: str, module: Any, unexpected: Iterable[str]) -> None:
         raise ModelError(
             f"the weights of {shown} are quantised and its configuration does not say how: {len(scales)} scales would be "
             f"dropped, the first is {scales[0]!r}; give it with its quantization_config, or the model before it was quantised"
+        )
+    if getattr(module.config, "auto_map", None) and named and made not in named:
+        raise ModelError(
+            f"the model of {shown} would be loaded as {made}: its configuration names {', '.join(named)}, made by {OWN_CODE}"
         )
     if other:
         without = f", without {lost[0]!r}" if lost else ""

@@ -93,6 +93,12 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
             if experts
             else ""
         )
+        made = len(_computed(module))
+        note += (
+            f"; {made} of them compute their weight, as under weight normalisation, and cannot be tracked"
+            if made
+            else ""
+        )
         note += "; there is no adapter that is in use and apart from its base" if nothing[0] == "lora" else ""
         raise ModelError(
             f"no layer to track: --layers {nothing[0]!r} matches nothing; this model has linear layers at {have}{note}; "
@@ -273,6 +279,12 @@ def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}.{part}", expert
 
 
+def computed(module: nn.Module) -> tuple[str, ...]:
+    """The names of linear layers whose weight is made of other parameters for each pass, as under weight normalisation."""
+    linear = ((n, m) for n, m in module.named_modules() if isinstance(m, LINEAR))
+    return tuple(f"{n}." for n, m in linear if m._parameters.get("weight") is None)
+
+
 def _matches(module: nn.Module, name: str, m: nn.Module, spec: str, adapter: Trained, others: list[str]) -> bool:
     if spec == "lora":
         return name in adapter.layers
@@ -297,7 +309,7 @@ def layer_kind(module: nn.Module, name: str) -> str | None:
     classes = [type(m).__name__ for m in around[start + 1 :]]
     if any(ATTENTION.search(label) for label in inside + classes):
         return "attention"
-    if isinstance(getattr(around[-1], parts[-1]), nn.Conv2d):
+    if isinstance(getattr(around[-1], parts[-1], None), nn.Conv2d):
         return "other"
     if any(map(MIXER.search, inside)) or any(map(MIXER_CLASS.search, classes)) or ROUTER.search(inside[-1]):
         return "other"

@@ -15,7 +15,7 @@ from torch import nn
 from upriver.errors import ModelError
 from upriver.model.adapter import Adapter, adapter_at, with_adapter
 from upriver.model.fingerprint import tensor_hash
-from upriver.model.foreign import check_folder, check_taken
+from upriver.model.foreign import check_folder, check_taken, refusal
 from upriver.model.model import Model, check_causal, checksums, dtype_named
 from upriver.model.packed import floating, packed_checkpoint, rest_in
 from upriver.model.weights import Checkpoint, leave_files, loses, stored_dtype, weights_of
@@ -184,8 +184,9 @@ def _load_tokenizer(place: str, options: dict[str, Any]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds here, and a wrong file any of them
         _check_there(place, error)
-        lacking = _lacking(Path(place))
-        if lacking:
+        if matter := refusal(_shown(place, options), str(error)):
+            raise ModelError(matter) from error
+        if lacking := _lacking(Path(place)):
             said = f"{lacking[0]} is read by packages that are not installed; pip install {' '.join(lacking[1:])}"
             raise ModelError(f"{failed}: {said}") from error
         raise ModelError(f"{failed}: {_reason(error)}; {_advice(options, error, advice)}") from error
@@ -257,6 +258,8 @@ def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attent
                 raise
             module, report = load(place, **asked, **options)
     except Exception as error:
+        if matter := refusal(_shown(place, options), str(error)):
+            raise ModelError(matter) from error
         advice = _advice(options, error, "give a complete copy, of a kind that transformers loads here")
         what = f"no causal language model could be loaded from {_shown(place, options)}"
         raise ModelError(f"{what}: {_reason(error)}; {advice}") from error

@@ -169,4 +169,6 @@ def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         if id(x) not in made:
             as_wanted = x.detach().to(kind, copy=True)
             made[id(x)] = nn.Parameter(as_wanted, x.requires_grad) if isinstance(x, nn.Parameter) else as_wanted
+    for m in module.modules():  # what is computed of weights for each pass, as under the older weight normalisation
+        made |= {id(x): x.detach() for x in vars(m).values() if isinstance(x, Tensor) and not x.is_leaf}
     return copy.deepcopy(module, made)
