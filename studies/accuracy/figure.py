@@ -56,7 +56,12 @@ def price(ax: Axes, told: dict[str, Any]) -> None:
         short = re.sub(r"(EK-FAC, |LiSSA, | steps|gradient | \(identity\))", "", name)
         ax.annotate(short, (max(row["seconds"], 1e-3), row["pearson"]), (3, 3), textcoords="offset points", fontsize=6)
     lissa = [row for name, row in rows.items() if name.startswith("LiSSA")]
-    ax.plot([r["seconds"] for r in lissa], [r["pearson"] for r in lissa], color=FAMILIES["LiSSA"][0], linewidth=0.8)
+    ax.plot(
+        [r["seconds"] for r in lissa], [r["pearson"] for r in lissa], color=FAMILIES["LiSSA"][0], marker="^", linewidth=0.8,
+        label="LiSSA, by steps",
+    )  # fmt: skip
+    ax.margins(x=0.2)
+    ax.legend(fontsize=7, loc="lower right", frameon=False)
     ax.set(
         xscale="log", xlabel=f"seconds for {told['asked']} questions", ylabel="Pearson with the PBRF", ylim=(-0.1, 1.05)
     )

@@ -1,7 +1,8 @@
 """How much planted label noise an audit finds: `upriver audit` on digits, FashionMNIST and prompts with wrong answers.
 
     python studies/audit/study.py digits
-    python studies/audit/study.py fashion --path FOLDER      # with train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz
+    python studies/audit/study.py fashion --path PATH        # a folder with train-images-idx3-ubyte.gz and train-labels-idx1-...,
+                                                             # or a file .npz with the arrays train_images and train_labels
     python studies/audit/study.py records                    # 15 epochs of training; with --epochs 25 it knows them by heart
 
 Each trains its model on the noisy data, once (kept under --work, from which an interrupted run goes on), audits that data, writes
@@ -84,8 +85,12 @@ def digits(seed: int, work: Path, train: int = 1400, epochs: int = 30) -> Case:
     return labelled(found.data / 16.0, found.target, train, seed, 64, epochs, work)
 
 
-def fashion(seed: int, work: Path, folder: Path) -> Case:
-    images, labels = (idx(folder / f"train-{x}-ubyte.gz") for x in ("images-idx3", "labels-idx1"))
+def fashion(seed: int, work: Path, path: Path) -> Case:
+    if path.is_dir():
+        images, labels = (idx(path / f"train-{x}-ubyte.gz") for x in ("images-idx3", "labels-idx1"))
+    else:
+        with np.load(path) as arrays:
+            images, labels = arrays["train_images"], arrays["train_labels"]
     x_NI = images.reshape(len(images), -1)[:12_000] / 255.0
     return labelled(x_NI, labels[:12_000].astype(np.int64), 10_000, seed, 128, 10, work)
 
@@ -258,7 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="where NAME.json is written")
     args = parser.parse_args()
     if args.name == "fashion" and args.path is None:
-        parser.error("fashion needs --path FOLDER, where its two files of training data are")
+        parser.error("fashion needs --path PATH, where its training data are")
     cases, name = [], args.name if args.name != "records" else f"records-{args.epochs}"
     for seed in range(1 if args.name == "records" else args.seeds):
         work = args.work / f"{name}-{seed}"
