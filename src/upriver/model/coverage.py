@@ -43,14 +43,19 @@ def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
         f"{name}.{p}" for name, m in linear_modules(module) if not several_matrices(m) for p in ("weight", "bias")
     }
     linear |= {f"{name}.{p}" for name, m in module.named_modules() for x in experts_of(m).values() for p in x.stored}
-    sizes, left_out, others = parameter_sizes(module), LEFT.get(module, {}), other_parts(module)
+    sizes, left_out, others = parameter_sizes(module), dict(LEFT.get(module, {})), other_parts(module)
+    left_out |= {re.sub(r"\.\d+(\.[^.]+)$", r"\1", name): why for name, why in left_out.items()}  # an expert's, of all
     total = sum(sizes.values())
     groups: dict[tuple[str, str], int] = {}
     for name, p in module.named_parameters():
         left = sizes[p] - slices[p] * p[:1].numel() if p in slices else sizes[p]  # of experts some may be chosen
         if id(p) not in tracked and left:
             place, other = re.sub(r"\.\d+\.", ".*.", f".{name}").lstrip("."), inside(name, others)
-            why = left_out.get(name.rpartition(".")[0]) or _why(name, p, name in linear)
+            why = (
+                left_out.get(name.rpartition(".")[0])
+                or left_out.get(name.removesuffix("_bias"))
+                or _why(name, p, name in linear)
+            )
             group = (
                 (other, "not of the text part") if other else (place.rsplit(".", 1)[0] if p.ndim < 3 else place, why)
             )
@@ -62,7 +67,7 @@ def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
 
 def _why(name: str, parameter: nn.Parameter, linear: bool) -> str:
     if parameter.ndim >= 3 and not linear:
-        return "expert or convolution weights of three axes cannot be tracked"
+        return f"weights of {parameter.ndim} axes cannot be tracked"
     if re.search(r"embed|wte|wpe", name, re.IGNORECASE):
         return "embedding"
     if re.search(r"norm|ln_|layernorm", name, re.IGNORECASE) or (parameter.ndim == 1 and not linear):
