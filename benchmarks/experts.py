@@ -1,6 +1,6 @@
 """What is lost where the experts of a block share one basis: scores beside those with a basis for each expert, on two mixtures.
 
-    python benchmarks/experts.py [--steps 400] [--tokens 32768] [--questions 8] [--sequences 200] [--held-out 60]
+    python benchmarks/experts.py [--steps 200] [--tokens 8192] [--questions 4] [--sequences 100] [--held-out 40]
 
 Two small mixtures are trained on the demo's speeches, with its tokenizer.  A fit of one expert of every block (``--layers
 "*.experts.3.*"``) gives it bases of its own, so as many fits as there are experts stand beside the one that they share.  The
@@ -27,10 +27,10 @@ from upriver.model.check import tracked_layers
 from upriver.runtime.cost import moments_size
 
 DEMO = Path(up.__file__).parent / "demo"
-DAMPING, BATCH_TOKENS, BATCH, RATE = Damping(), 1024, 16, 3e-3
+DAMPING, BATCH_TOKENS, BATCH, RATE = Damping(), 1024, 8, 3e-3
 SIZES: dict[str, Any] = dict(  # noqa: C408
     hidden_size=64, intermediate_size=96, moe_intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=4, head_dim=16, num_experts=8, num_local_experts=8, num_experts_per_tok=2,
+    num_key_value_heads=4, head_dim=16, num_experts=4, num_local_experts=4, num_experts_per_tok=2,
     max_position_embeddings=256, tie_word_embeddings=True, output_router_logits=True,
 )  # fmt: skip
 MIXTURES = ("qwen3_moe", "gpt_oss")
@@ -52,7 +52,7 @@ def trained(kind: str, tokenizer: Any, corpus: up.Corpus, steps: int) -> tuple[u
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return up.Model(module.eval(), tokenizer, name=kind), float(np.mean(losses[-20:]))
 
 
@@ -95,11 +95,11 @@ def compared(model: up.Model, corpus: up.Corpus, queries: up.Queries, args: argp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="of training")
-    parser.add_argument("--tokens", type=int, default=32_768, help="to fit on")
-    parser.add_argument("--questions", type=int, default=8)
-    parser.add_argument("--sequences", type=int, default=200, help="to score")
-    parser.add_argument("--held-out", type=int, default=60, help="sequences to judge on")
+    parser.add_argument("--steps", type=int, default=200, help="of training")
+    parser.add_argument("--tokens", type=int, default=8_192, help="to fit on")
+    parser.add_argument("--questions", type=int, default=4)
+    parser.add_argument("--sequences", type=int, default=100, help="to score")
+    parser.add_argument("--held-out", type=int, default=40, help="sequences to judge on")
     args = parser.parse_args()
     tokenizer = up.load_model(DEMO / "speech-model").tokenizer
     corpus = up.Corpus.read(DEMO / "speeches.jsonl.xz", tokenizer, seq_len=128)
@@ -107,7 +107,7 @@ def main() -> None:
     lines = []
     for kind in MIXTURES:
         model, loss = trained(kind, tokenizer, corpus, args.steps)
-        print(f"{kind}: {args.steps} steps, loss {loss:.2f}")
+        print(f"{kind}: {args.steps} steps, loss {loss:.2f}", flush=True)
         lines += compared(model, corpus, queries, args)
     names = ["mixture", "scores by", "bases, MB", "correlation with own, mean", "worst", "of ranks", "energy over own"]
     print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}", *lines, sep="\n")
