@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from architectures import build
+from small import build
 from upriver.curvature.consumers import Covariance
 from upriver.model.capture import capture, frozen
 from upriver.model.coverage import coverage

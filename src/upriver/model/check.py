@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from upriver.errors import LayerError, ModelError
 from upriver.model.capture import capture, frozen
 from upriver.model.experts import Expert
-from upriver.model.layers import Layer, find_layers, probe, weight_gradient_as_stored, without
+from upriver.model.layers import LEFT, SILENT, Layer, find_layers, probe, weight_gradient_as_stored, without
 from upriver.model.losses import LanguageModel
 from upriver.model.model import Model, check_causal
 from upriver.model.packed import packed
@@ -134,6 +134,12 @@ class _Comparison:
             mine, theirs = mine[chosen], theirs[chosen] if theirs.ndim else theirs
         else:
             mine = parts.pop(name, p.new_zeros(()))
+            if not x.named and name == "weight" and not bool(theirs.any()):
+                raise LayerError(
+                    f"layer {x.name!r} got no gradient on a sequence that was looked at; leave it out with --layers",
+                    x.name,
+                    NO_GRADIENT,
+                )
         if float((mine - theirs).abs().max()) > allowed:
             raise LayerError(
                 f"layer {x.name!r} cannot be tracked: its calls do not show the gradient of its {name}: got "
@@ -169,6 +175,8 @@ def _check_packed(x: Layer, a_MI: Tensor, g_MO: Tensor) -> None:
             )
 
 
+NO_GRADIENT = "the loss does not depend on it"
+UNSEEN = (SILENT, NO_GRADIENT)  # what another sequence may show otherwise
 CHECKED = 8  # tokens of the sequence on which layers are checked, at least
 LOOKED_AT = 64  # short sequences, for two that have loss
 APART, TINY = 0.1, 1e-6  # of the size of a loss; a size of which nothing can be said
@@ -181,7 +189,8 @@ def tracked_layers(
 ) -> list[Layer]:
     """The layers that ``spec`` names, checked on one short sequence, with those that share an input marked.
 
-    What cannot be tracked is left out, and :func:`~upriver.model.coverage.coverage` tells why, unless a glob names it.
+    What cannot be tracked is left out, and :func:`~upriver.model.coverage.coverage` tells why, unless a glob names it.  What the
+    sequence does not go through is looked for in a shorter and in longer ones.
 
     Args:
         parts: diagonal blocks of their second moments, at most.
@@ -190,19 +199,39 @@ def tracked_layers(
     Raises:
         LayerError: one that was named, or tracked before, cannot be tracked.
     """
-    batch = data.batch(_short(data)).to(model.device)
-    found = find_layers(model.module, spec)
-    layers = [x._replace(parts=parts, named=x.named or same is not None) for x in found if not same or x.name in same]
+    found = [x._replace(parts=parts) for x in find_layers(model.module, spec) if not same or x.name in same]
+    tracked: dict[str, Layer] = {}
+    left, wanted, failed = LEFT[model.module], found, None
     model.task.prepare(model.module)
-    T = model.task.positions(batch)
-    return checked_layers(model.module, layers, 1, T, lambda: model.task.loss(model.module, batch))
+    for row in _looked_at(data):
+        batch = data.batch(np.array([row])).to(model.device)
+        T = model.task.positions(batch)
+        try:
+            some = checked_layers(model.module, wanted, 1, T, lambda b=batch: model.task.loss(model.module, b))
+            tracked |= {x.name: x for x in some}
+        except ModelError as error:
+            failed = failed or error
+        wanted = [x for x in wanted if x.name not in tracked and left.get(x.name) in UNSEEN]
+        if not wanted:
+            break
+    for name in tracked:
+        left.pop(name, None)
+    lacking = (same or set()) - tracked.keys()
+    if failed and (lacking or not tracked):
+        raise failed
+    if lacking:
+        name = min(lacking)
+        raise LayerError(f"layer {name!r} was tracked before, and cannot be now: {left.get(name)}", name, "")
+    return [tracked[x.name] for x in found if x.name in tracked]
 
 
-def _short(data: Sequences) -> np.ndarray:
-    """A sequence with loss, where some short one has any: the shortest of ``CHECKED`` tokens or more, else the longest."""
+def _looked_at(data: Sequences) -> list[int]:
+    """A sequence with loss, where some short one has any: the shortest of ``CHECKED`` tokens or more; then the shortest, the
+    longest of the short ones, and the longest of all."""
     rows = _with_loss(data)
     enough = rows[data.lengths_N[rows] >= CHECKED]
-    return enough[:1] if len(enough) else rows[-1:] if len(rows) else np.array([int(np.argmin(data.lengths_N))])
+    ends = [*enough[:1], *rows[:1], *rows[-1:]] if len(enough) else [*rows[-1:], *rows[:1]]
+    return list(dict.fromkeys(map(int, [*(ends or [np.argmin(data.lengths_N)]), np.argmax(data.lengths_N)])))
 
 
 def check_data(model: Model, data: Sequences) -> None:
@@ -268,7 +297,7 @@ def count_outputs(model: Model, data: Sequences) -> int:
     Raises:
         ModelError: the task does not offer them, or a sequence has several predictions.
     """
-    batch = data.batch(_short(data)).to(model.device)
+    batch = data.batch(np.array(_looked_at(data)[:1])).to(model.device)
     with frozen(model.module), torch.no_grad():
         outputs_MC = model.task.outputs(model.module, batch)
         model.task.root(outputs_MC, 0)

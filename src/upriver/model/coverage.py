@@ -54,15 +54,16 @@ def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
         f"{name}.{p}" for name, m in linear_modules(module) if not several_matrices(m) for p in ("weight", "bias")
     }
     linear |= {f"{name}.{p}" for name, m in module.named_modules() for x in experts_of(m).values() for p in x.stored}
-    sizes, left_out, others = parameter_sizes(module), LEFT.get(module, {}), other_parts(module)
+    sizes, left_out, others = parameter_sizes(module), dict(LEFT.get(module, {})), other_parts(module)
+    left_out |= {re.sub(r"\.\d+(\.[^.]+)$", r"\1", name): why for name, why in left_out.items()}  # an expert's, of all
     total, adapter = sum(sizes.values()), trained(module).parameters
     groups: dict[tuple[str, str, bool], int] = {}
     made = computed(module)
     for name, p in module.named_parameters():
         left = sizes[p] - slices[p]  # of experts some may be chosen
         if id(p) not in tracked and left:
-            place = re.sub(r"\.\d+\.", ".*.", f".{name}").lstrip(".")
-            why = left_out.get(name.rpartition(".")[0]) or _why(name, p, name in linear)
+            place, owner = re.sub(r"\.\d+\.", ".*.", f".{name}").lstrip("."), name.rpartition(".")[0]
+            why = left_out.get(owner) or left_out.get(name.removesuffix("_bias")) or _why(name, p, name in linear)
             why = "a weight that is computed" if name.startswith(made) else why
             place = plain_name(place.rsplit(".", 1)[0] if p.ndim < 3 else place)
             if other := inside(name, others):
@@ -82,7 +83,7 @@ def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
 
 def _why(name: str, parameter: nn.Parameter, linear: bool) -> str:
     if parameter.ndim >= 3 and not linear:
-        return "expert or convolution weights of three axes cannot be tracked"
+        return f"weights of {parameter.ndim} axes cannot be tracked"
     if re.search(r"embed|wte|wpe", name, re.IGNORECASE):
         return "embedding"
     if re.search(r"norm|ln_|layernorm", name, re.IGNORECASE) or (parameter.ndim == 1 and not linear):

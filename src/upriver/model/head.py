@@ -49,7 +49,7 @@ class LinearHead:
 
 
 class Call(NamedTuple):
-    """What a body was given, ``TOKENS`` among it, and what it gave."""
+    """What a body was given, ``TOKENS`` among it, and what it gave, or of which class that was."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -81,7 +81,7 @@ class Tail(LinearHead):
         """Logits with their graph: the model, its body standing still."""
         module = self._module()
         assert module is not None
-        given = type(self._call.output)(last_hidden_state=hidden_MH[None])
+        given = self._call.output(last_hidden_state=hidden_MH[None])
         tokens_1M = torch.zeros(1, len(hidden_MH), dtype=torch.int64, device=hidden_MH.device)
         with _instead(self._body, lambda *args, **kwargs: given):
             return whole_logits(module, tokens_1M)[0]
@@ -155,7 +155,7 @@ def _found(module: nn.Module, head: nn.Linear, body: nn.Module | None) -> Linear
         return None  # it was given other tensors than the tokens, or gave other things than hidden states
     args = tuple(TOKENS if x is tokens_NT else x for x in args)
     kwargs = {name: TOKENS if x is tokens_NT else x for name, x in kwargs.items()}
-    tail = Tail(head, module, body, Call(args, kwargs, type(output)()))
+    tail = Tail(head, module, body, Call(args, kwargs, type(output)))
     alike_MV = tail.whole(output["last_hidden_state"].flatten(0, 1))  # all positions in one row
     return tail if torch.allclose(alike_MV, logits_NTV.flatten(0, 1), rtol=1e-3, atol=1e-5) else None
 

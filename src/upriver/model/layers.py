@@ -26,7 +26,9 @@ from upriver.model.text_part import inside, other_parts
 ATTENTION = re.compile(r"attn|attention|^wqkv$", re.IGNORECASE)
 MIXER = re.compile(r"mamba|mixer|ssm|recurrent|rglru|conv", re.IGNORECASE)  # of a place in the block
 MIXER_CLASS = re.compile(r"(Mixer|Recurrent\w*Block|RgLru|Conv\w*|DeltaNet)$")  # of a module around the layer
+MLP_CLASS = re.compile(r"(MLP|Mlp|MoE|Moe|Experts|FeedForward)$")  # which tells, also in a place that is called a mixer
 LINEAR = (nn.Linear, Conv1D, nn.Conv2d)  # what gives W a + b at each position
+SILENT = "never called"
 KINDS = ("mlp", "attention", "all")
 ROUTER = re.compile(r"^(gate|router|.*_gate)$|router", re.IGNORECASE)
 
@@ -93,7 +95,7 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
             if experts
             else ""
         )
-        made = len(_computed(module))
+        made = len(computed(module))
         note += (
             f"; {made} of them compute their weight, as under weight normalisation, and cannot be tracked"
             if made
@@ -137,7 +139,7 @@ def without(module: nn.Module, layers: list[Layer], left: dict[str, LayerError])
     LEFT.setdefault(module, {}).update({name: error.why for name, error in left.items()})
     rest, leaders = [x for x in layers if x.name not in left], {}
     if left and not rest:
-        raise next(iter(left.values()))
+        raise next(reversed(left.values()))  # those that are never called come first
     return [x._replace(A_of=leaders.setdefault(x.A_of, x.pool or x.name)) for x in rest]
 
 
@@ -311,9 +313,8 @@ def layer_kind(module: nn.Module, name: str) -> str | None:
         return "attention"
     if isinstance(getattr(around[-1], parts[-1], None), nn.Conv2d):
         return "other"
-    if any(map(MIXER.search, inside)) or any(map(MIXER_CLASS.search, classes)) or ROUTER.search(inside[-1]):
-        return "other"
-    return "mlp"
+    mixes = any(map(MIXER.search, inside)) and not any(map(MLP_CLASS.search, classes))
+    return "other" if mixes or any(map(MIXER_CLASS.search, classes)) or ROUTER.search(inside[-1]) else "mlp"
 
 
 def probe(layers: list[Layer], forward: Callable[[], Any], tokens: int, left: dict[str, LayerError]) -> list[Layer]:
@@ -350,7 +351,7 @@ def probe(layers: list[Layer], forward: Callable[[], Any], tokens: int, left: di
             "without them, or is compiled; leave them out by giving globs to --layers, or give the plain model "
             "(model._orig_mod)",
             x.name,
-            "never called",
+            SILENT,
         )
         if x.named or len(silent) == len(layers):
             raise left[x.name]

@@ -18,6 +18,7 @@ from upriver.model.fingerprint import tensor_hash
 from upriver.model.foreign import check_folder, check_taken, refusal
 from upriver.model.model import Model, check_causal, checksums, dtype_named
 from upriver.model.packed import floating, packed_checkpoint, rest_in
+from upriver.model.text_part import auto_class
 from upriver.model.weights import Checkpoint, leave_files, loses, stored_dtype, weights_of
 from upriver.runtime.device import pick_device
 from upriver.text.tokenise import largest_token, require_offsets
@@ -244,12 +245,13 @@ def _advice(options: dict[str, Any], error: Exception, otherwise: str) -> str:
 
 
 def _load_module(place: str, options: dict[str, Any], dtype: torch.dtype, attention: str, there: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    load: Any = AutoModelForCausalLM.from_pretrained
     asked = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
     asked |= there | {"adapter_kwargs": {"subfolder": NOWHERE}}  # or it would add an adapter that lies beside the model
     try:
+        config = None if options else AutoConfig.from_pretrained(place, trust_remote_code=False)
+        load: Any = (auto_class(config) if config else AutoModelForCausalLM).from_pretrained
         try:
             kernel = {"attn_implementation": attention}
             module, report = load(place, **asked, **kernel, **options)

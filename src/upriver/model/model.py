@@ -19,7 +19,7 @@ from upriver.model.capture import frozen
 from upriver.model.fingerprint import module_form, task_form, tensor_hash
 from upriver.model.losses import LanguageModel, Task
 from upriver.model.packed import any_packed, floating, parameter_sizes
-from upriver.model.text_part import text_config
+from upriver.model.text_part import positions, text_config
 from upriver.model.weights import Checkpoint, converted, in_dtype, in_place, weights_of
 from upriver.runtime import dist
 from upriver.runtime.artifact import digest
@@ -91,8 +91,7 @@ class Model:
     @property
     def positions(self) -> int | None:
         """How many tokens the module takes; None where nothing says."""
-        config = text_config(self.module)
-        return getattr(config, "max_position_embeddings", None) or self.info.get("positions")
+        return positions(self.module) or self.info.get("positions")
 
     @property
     def rotary_limit(self) -> int | None:
@@ -205,12 +204,18 @@ def check_causal(module: Any, T: int = 8) -> None:
     embeddings = None if find is None or module in _CAUSAL else find()
     if embeddings is None:
         return
-    rows, T = embeddings.weight.shape[0], min(T, getattr(text_config(module), "max_position_embeddings", None) or T)
+    rows, T = embeddings.weight.shape[0], min(T, positions(module) or T)
     tokens = torch.arange(T, device=embeddings.weight.device)[None] % rows
     other = tokens.clone()
     other[0, -1] = (other[0, -1] + 1) % rows
     with frozen(module), torch.no_grad():
-        first, second = (module(input_ids=t, use_cache=False).logits[0, :-1].float() for t in (tokens, other))
+        logits, others = (module(input_ids=t, use_cache=False).logits for t in (tokens, other))
+    if logits.shape[:2] != tokens.shape:
+        raise ModelError(
+            f"the model does not predict the token after each: got logits of shape {tuple(logits.shape)} for {T} tokens; give a "
+            "causal language model"
+        )
+    first, second = logits[0, :-1].float(), others[0, :-1].float()
     if not torch.isfinite(first).all():
         raise ModelError("the model's predictions hold NaN or infinity; try --dtype float32")
     tolerance = 1e-2 if embeddings.weight.dtype == torch.bfloat16 else 1e-4  # 51 causal architectures stay below 1e-6

@@ -33,7 +33,7 @@ from upriver.model.layers import (
 )
 from upriver.model.model import Model, dtype_named
 from upriver.model.packed import floating, packed, parameter_sizes
-from upriver.model.text_part import text_config
+from upriver.model.text_part import auto_class, text_config, told
 from upriver.runtime.cost import Block, LayerSize, Shape, lowest_block
 from upriver.text.batch import Batch, Sequences
 
@@ -158,24 +158,28 @@ def config_shape(path: str | Path, spec: str, dtypes: Collection[str] = ()) -> t
 
 
 def _fake_shape(config: Any, spec: str, dtypes: Collection[str]) -> tuple[str, Shape]:
-    """Build and run the module with shapes alone; its experts may run in bfloat16 only, and it may have no fused attention."""
-    from transformers import AutoModelForCausalLM
+    """Build and run the module with shapes alone; its experts may run in bfloat16 only, and it may have no fused attention.
 
+    Of a model that sees too and looks at its tokens it is the text part, as a model of its own.
+    """
     error: Exception = ModelError("it cannot be built")
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        for options in ({"attn_implementation": "sdpa"}, {}, {"dtype": torch.bfloat16}):
+        how = ({"attn_implementation": "sdpa"}, {}, {"dtype": torch.bfloat16})
+        configs = {id(x): x for x in (config, config.get_text_config())}.values()
+        for given_config, options in ((x, options) for x in configs for options in how):
+            auto = auto_class(given_config)
             try:
                 with FakeTensorMode(), warnings.catch_warnings():
                     # experts look at addresses, of which torch 2.6 complains
                     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-                    module = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+                    module = auto.from_config(copy.deepcopy(given_config), **options)
                     shape = _run_fake(module, spec)
                     if BFLOAT16 in dtypes:
                         more = options | {"dtype": torch.bfloat16}
-                        narrow = AutoModelForCausalLM.from_config(copy.deepcopy(config), **more)
+                        narrow = auto.from_config(copy.deepcopy(given_config), **more)
                         shape = shape._replace(narrow=_run_fake(narrow, spec).activation)
                     return type(module).__name__, shape
             except (ValueError, RuntimeError) as failed:
@@ -249,14 +253,13 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
 def _attention_width(module: Any) -> float:
     """Heads times the width of one; 0 for a module that does not say."""
     config = text_config(module)
-    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", 0)
-    width = getattr(config, "head_dim", None)
-    return float(heads * width if heads and width else hidden if heads else 0)
+    heads, hidden, width = (told(config, name) for name in ("num_attention_heads", "hidden_size", "head_dim"))
+    return float(heads * width if heads and width else hidden or 0 if heads else 0)
 
 
 def _experts(module: nn.Module) -> list[tuple[str, float]]:
     """Expert weights of three axes, which no linear module holds: a token goes through a few of them."""
-    chosen = getattr(text_config(module), "num_experts_per_tok", None)
+    chosen = told(text_config(module), "num_experts_per_tok")
     held = [(n, p) for n, p in module.named_parameters() if p.ndim == 3 and "expert" in n]
     return [(n, p.numel() * min(1.0, (chosen or 1) / p.shape[0])) for n, p in held]
 

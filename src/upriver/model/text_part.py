@@ -12,6 +12,20 @@ def text_config(module: nn.Module) -> Any:
     return config if find is None else find()
 
 
+def told(config: Any, name: str) -> Any:
+    """A number of a configuration, or None; where it has one for each layer, the largest."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # of transformers: there is not one for all
+        return max(filter(None, (getattr(x, name, None) for x in config.per_layer_config)), default=None)
+
+
+def positions(module: nn.Module) -> int | None:
+    """How many tokens a module takes, where its configuration says."""
+    found = told(text_config(module), "max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def other_parts(module: nn.Module) -> list[str]:
     """The parts beside the one that reads text, of a model that sees or hears too: its towers and what projects from them.
 
@@ -30,6 +44,22 @@ def other_parts(module: nn.Module) -> list[str]:
             if name != steps[depth] and m not in heads and next(m.parameters(), None) is not None:
                 found.append(f"{above}.{name}".lstrip("."))
     return found
+
+
+def auto_class(config: Any) -> Any:
+    """The class of ``transformers`` that loads a model as it was saved: one that sees too with its towers."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    seeing: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    whole = seeing is not None and seeing.__name__ in (getattr(config, "architectures", None) or ())
+    if seeing is not None and (whole or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def inside(name: str, parts: list[str]) -> str | None:
