@@ -107,6 +107,30 @@ TraceSeqLen = Annotated[
 ]
 TraceBatchTokens = Annotated[int | None, typer.Option(help="As for fit. Default: that of the factors.", min=1)]
 TraceSeed = Annotated[int | None, typer.Option(help="As for fit. Default: that of the factors.", min=0)]
+Base = Annotated[str | None, typer.Option(help="Base of an adapter, where it is not the one that the adapter names.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Folder or name of the tokenizer, where MODEL has none.")]
+
+
+def opens_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags ``--base`` and ``--tokenizer``; its ``model`` is typed as text and comes as a :class:`Place`."""
+
+    @wraps(command)
+    def opened(*, model: Any, base: str | None = None, tokenizer: str | None = None, **given: Any) -> None:
+        command(model=Place(model or "", base, tokenizer), **given)
+
+    own = inspect.signature(command).parameters
+    _, told = get_args(own["model"].annotation)
+    required = own["model"].default is inspect.Parameter.empty
+    typed = {"model": Annotated[str, told] if required else Annotated[str | None, told]}
+    more = {"base": Base, "tokenizer": Tokenizer}
+    kind = inspect.Parameter.KEYWORD_ONLY
+    known = [x.replace(kind=kind, annotation=typed.get(x.name, x.annotation)) for x in own.values()]
+    added = [inspect.Parameter(name, kind, default=None, annotation=what) for name, what in more.items()]
+    opened.__signature__ = inspect.Signature([*known, *added])  # type: ignore[attr-defined]
+    opened.__annotations__ = command.__annotations__ | typed | more
+    return opened
+
+
 Given = dict[str, Any]
 READING: dict[str, Any] = {
     "text_field": Annotated[str | None, typer.Option(help="Field of a record that is its text, or its messages.")],
@@ -137,31 +161,3 @@ def reading(command: Callable[..., None]) -> Callable[..., None]:
     given.__signature__ = own.replace(parameters=[*kept, *added])  # pyright: ignore - what typer looks at
     given.__annotations__ = {parameter.name: parameter.annotation for parameter in [*kept, *added]}
     return given
-
-
-Base = Annotated[str | None, typer.Option(help="Base of an adapter, where it is not the one that the adapter names.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Folder or name of the tokenizer, where MODEL has none.")]
-
-
-def opens_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the flags ``--base`` and ``--tokenizer``; its ``model`` is typed as text and comes as a :class:`Place`.
-
-    One that takes ``reading`` gets the flags of `reading` too.
-    """
-    command = reading(command) if "reading" in inspect.signature(command).parameters else command
-
-    @wraps(command)
-    def opened(*, model: Any, base: str | None = None, tokenizer: str | None = None, **given: Any) -> None:
-        command(model=Place(model or "", base, tokenizer), **given)
-
-    own = inspect.signature(command).parameters
-    _, told = get_args(own["model"].annotation)
-    required = own["model"].default is inspect.Parameter.empty
-    typed = {"model": Annotated[str, told] if required else Annotated[str | None, told]}
-    more = {"base": Base, "tokenizer": Tokenizer}
-    kind = inspect.Parameter.KEYWORD_ONLY
-    known = [x.replace(kind=kind, annotation=typed.get(x.name, x.annotation)) for x in own.values()]
-    added = [inspect.Parameter(name, kind, default=None, annotation=what) for name, what in more.items()]
-    opened.__signature__ = inspect.Signature([*known, *added])  # type: ignore[attr-defined]
-    opened.__annotations__ = command.__annotations__ | typed | more
-    return opened
