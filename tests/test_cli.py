@@ -18,6 +18,7 @@ import cli_cases
 from cli_cases import QUERIES, RECORDS, Tiny, upriver
 from text_cases import write_jsonl
 from upriver import cli
+from upriver.given import read_for_others
 from upriver.model.load import load_model
 from upriver.runtime.artifact import read_json
 
@@ -140,7 +141,7 @@ def test_a_plan_leaves_out_what_reading_the_corpus_left(tiny, tmp_path):
     """The fit after it finds the tokens made, as a second plan does."""
     model, sizes = load_model(str(tiny.model)), iter([10**9, 10**9 + 5, 10**9])
     corpus = write_jsonl(tmp_path / "new.jsonl", [*RECORDS, {"text": "we the people of this test"}])
-    left = [cli.read_for_others(str(corpus), model, 16, None, lambda: next(sizes))[1] for _ in range(2)]
+    left = [read_for_others(str(corpus), model, 16, None, lambda: next(sizes))[1] for _ in range(2)]
     assert left == [5, 0]
 
 

@@ -98,8 +98,16 @@ BROKEN = {
     "[]": "the corpus is empty",
     '[{"text": "' + "x" * (LARGEST + 10) + '"}]': "c.json:1: broken JSON, or more than 16 MB of one record",
     b'[{"text": "\xff"}]': "c.json: not UTF-8: got 0xff",
+    '[{"text": "we"}] [{"text": "the"}]': "c.json:1: something stands behind the end: got '['",
+    '{"a": {}, 3: []}': "c.json:1: broken JSON",
     "[" * 100_000: "c.json:1: broken JSON",
 }
+
+
+def test_the_first_of_many_lines_may_be_broken(tmp_path):
+    path = written(tmp_path / "c.json", '{"text": "we"\n{"text": "the people"}\n')
+    corpus = Corpus.read(path, TOKENIZER, on_bad_record="skip")
+    assert (corpus.document_id(0), corpus.info["skipped"]["count"]) == ("c.json:2", 1)
 
 
 @pytest.mark.parametrize("content", BROKEN, ids=lambda x: str(x)[:20])

@@ -174,6 +174,7 @@ BAD = {
     "is not from 0 to 65535": [{"input_ids": [5, 65536]}],
     "from somebody unknown: got 'narrator'": [{"conversations": [{"from": "narrator", "value": "we"}]}],
     "a function call is not JSON": [{"conversations": [{"from": "function_call", "value": "look"}]}],
+    "'tool_calls' of a message is not a list of objects": [{"messages": [USER, ANSWER | {"tool_calls": 3}]}],
     "the answers chosen and rejected are the same": [{"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}],
     "the field 'rejected' is missing": [{"prompt": "we", "chosen": "the"}],
     "the field 'output' is missing": [{"instruction": "we"}],

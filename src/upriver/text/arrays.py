@@ -5,6 +5,7 @@ However large the file is, at most one record of 16 MB is held, and a little of 
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,20 +53,31 @@ def record_rows(path: Path, chunks: Iterator[bytes], split: str | None) -> Itera
 def _records(chunks: Iterator[bytes], split: str | None) -> Iterator[tuple[int, Row]]:
     text = _Text(chunks)
     if text.peek() == "[":
-        yield from _items(text, 0)
+        number = 0
+        for number, row in _items(text, 0):
+            yield number, row
+        _check_end(text, number)
         return
     if text.peek() != "{":
         raise NotOneError
     try:
         found = text.value()
+    except UnicodeDecodeError:
+        raise
     except ValueError:
+        if re.match(r"\s*\{[^\n]*\n\s*\{", text.text):  # objects line by line, of which the first is broken
+            raise NotOneError from None
         yield from _fields(text, split)  # larger than a record may be, or broken
         return
     if text.peek():
         raise NotOneError
+    yield from enumerate(_listed(found, split), 1)
+
+
+def _listed(found: Any, split: str | None) -> list[Any]:
+    """The records of an object that was read: itself, or its list of them."""
     if isinstance(found, str) or is_record(found):
-        yield 1, found
-        return
+        return [found]
     lists = {name: x for name, x in found.items() if isinstance(x, list) and x and all(isinstance(r, dict) for r in x)}
     if len(lists) > 1 and split not in (*lists, "all"):
         told = ", ".join(f"{name} ({len(x):,} records)" for name, x in lists.items())
@@ -76,9 +88,8 @@ def _records(chunks: Iterator[bytes], split: str | None) -> Iterator[tuple[int, 
                 1, f"no list of records is called {split!r}: got {', '.join(found)}; give another --split"
             )
         lists = {split: lists[split]}
-    if not lists:
-        yield 1, found  # its fields tell what is wrong
-    yield from enumerate((row for rows in lists.values() for row in rows), 1)
+    # without a list, its fields tell what is wrong
+    return [row for rows in lists.values() for row in rows] or [found]
 
 
 def _fields(text: "_Text", split: str | None) -> Iterator[tuple[int, Row]]:
@@ -86,7 +97,11 @@ def _fields(text: "_Text", split: str | None) -> Iterator[tuple[int, Row]]:
     number, lists = 0, []
     text.take("{", 1)
     while True:
-        name = text.value()
+        name = _value(text, number + 1)
+        if not isinstance(name, str):
+            raise BrokenError(
+                number + 1, f"broken JSON: got {name!r:.60} where the name of a field is expected; mend it"
+            )
         text.take(":", number + 1)
         if text.peek() == "[":
             lists.append(name)
@@ -99,12 +114,10 @@ def _fields(text: "_Text", split: str | None) -> Iterator[tuple[int, Row]]:
                     number += 1
                     yield number, row
         else:
-            try:
-                text.value()
-            except ValueError as reason:
-                raise BrokenError(number + 1, _why(reason)) from reason
+            _value(text, number + 1)
         if not text.follows("}", number):
             break
+    _check_end(text, number)
     if not number:
         raise BrokenError(1, f"the object holds no such list of records: got the lists {', '.join(lists) or 'none'}")
 
@@ -116,17 +129,25 @@ def _items(text: "_Text", number: int) -> Iterator[tuple[int, Row]]:
         return
     while True:
         number += 1
-        try:
-            row = text.value()
-        except ValueError as reason:
-            raise BrokenError(number, _why(reason)) from reason
+        row = _value(text, number)
         yield number, row if isinstance(row, dict | str) else f"not a JSON object: got {row!r:.60}; give records"
         if not text.follows("]", number):
             return
 
 
-def _why(reason: Exception) -> str:
-    return f"broken JSON, or more than {LARGEST >> 20} MB of one record: {reason}; mend it, or write one JSON object a line"
+def _value(text: "_Text", number: int) -> Any:
+    try:
+        return text.value()
+    except UnicodeDecodeError:
+        raise
+    except ValueError as reason:
+        what = f"broken JSON, or more than {LARGEST >> 20} MB of one record: {reason}"
+        raise BrokenError(number, f"{what}; mend it, or write one JSON object a line") from reason
+
+
+def _check_end(text: "_Text", number: int) -> None:
+    if text.peek():
+        raise BrokenError(number, f"something stands behind the end: got {text.peek()!r}; one file holds one array")
 
 
 class _Text:

@@ -99,7 +99,9 @@ def _generated(message: dict[str, Any]) -> list[str]:
     """The pieces of what the assistant generated: thoughts, answer, names of what it calls."""
     texts = [message.get(name) for name in REASONING] + (message.get("content") or "").split("</think>")
     calls = [
-        (call.get("function") or call).get("name") for call in message.get("tool_calls") or () if isinstance(call, dict)
+        called.get("name")
+        for call in message.get("tool_calls") or ()
+        if isinstance(called := call.get("function") or call, dict)
     ]
     pieces = (x.replace("<think>", "").strip() for x in (*texts, *calls) if isinstance(x, str))
     return [x for x in pieces if x]

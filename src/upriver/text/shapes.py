@@ -288,8 +288,11 @@ def _message(given: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(x, dict) and isinstance(x.get("text"), str) for x in content):
         message["content"] = "".join(x["text"] for x in content)
+    calls = message.get("tool_calls")
+    if calls and not (isinstance(calls, list) and all(isinstance(x, dict) for x in calls)):
+        raise BadRowError(f"the field 'tool_calls' of a message is not a list of objects: got {calls!r:.60}")
     answers = message.get("role") == "assistant"
-    called = answers and (message.get("tool_calls") or any(message.get(x) for x in REASONING))
+    called = answers and (calls or any(message.get(x) for x in REASONING))
     for name in ("role", "content"):
         if not isinstance(message.get(name), str) and not (called and message.get(name) is None):
             raise BadRowError(f"a message has no text as its {name!r}: got {given!r:.60}")
