@@ -226,8 +226,8 @@ def _rows_at_once(group: pq.RowGroupMetaData) -> tuple[int, str]:
         if size > max(UNFOLDS[0], UNFOLDS[1] * column.total_compressed_size):
             times = size // max(1, column.total_compressed_size)
             return 0, (
-                f"its row group is too large: got {size >> 20:,} MB in the column {column.path_in_schema!r}, {times:,} times what it "
-                f"takes in the file; write the file again with row groups of at most {UNFOLDS[0] >> 20} MB"
+                f"its row group is too large: got {size >> 20:,} MB in the column {column.path_in_schema!r}, {times:,} times "
+                f"what it takes in the file; write the file again with row groups of at most {UNFOLDS[0] >> 20} MB"
             )
     return max(8, min(BATCH, (256 << 20) // max(1, largest))), ""
 
