@@ -1,6 +1,6 @@
 """Whatever bytes a reader is given, a command ends with status 0, 1 or 2 and at most one sentence, and leaves nothing behind.
 
-UPRIVER_FUZZ=300 python -m pytest tests/test_fuzz.py     # so many inputs for each reader; 12 otherwise
+UPRIVER_FUZZ=300 python -m pytest tests/test_fuzz.py     # so many inputs for each reader; 10 otherwise
 """
 
 import bz2
@@ -26,7 +26,7 @@ from upriver.given import read_corpus, read_queries, read_run_file
 from upriver.model.load import load_model
 from upriver.runtime.config import RunOptions, options
 
-COUNT = int(os.environ.get("UPRIVER_FUZZ", "12"))
+COUNT = int(os.environ.get("UPRIVER_FUZZ", "10"))
 FIELDS = (
     "text", "prompt", "completion", "messages", "id", "tools", "role", "content", "contrast", "weight", "input_ids", "labels",
     "conversations", "instruction", "output", "chosen", "rejected",

@@ -93,7 +93,7 @@ def test_a_query_and_a_run_file_are_bounded(tmp_path):
         read_run_file(tmp_path / "run.toml")
 
 
-@pytest.mark.parametrize("count", [1, 24])
+@pytest.mark.parametrize("count", [1, 18])
 def test_a_cell_of_parquet_is_bounded(tmp_path, count):
     """The first is told by the sizes that the file states; the other is stored once for many rows."""
     large = pa.DictionaryArray.from_arrays(
