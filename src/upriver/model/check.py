@@ -201,7 +201,8 @@ def tracked_layers(
     """
     found = [x._replace(parts=parts) for x in find_layers(model.module, spec) if not same or x.name in same]
     tracked: dict[str, Layer] = {}
-    left, wanted, failed = LEFT[model.module], found, None
+    left, wanted = LEFT[model.module], found
+    failed: ModelError | None = None
     model.task.prepare(model.module)
     for row in _looked_at(data):
         batch = data.batch(np.array([row])).to(model.device)
@@ -216,7 +217,7 @@ def tracked_layers(
             break
     for name in tracked:
         left.pop(name, None)
-    lacking = (same or set()) - tracked.keys()
+    lacking = set(same or ()) - tracked.keys()
     if failed and (lacking or not tracked):
         raise failed
     if lacking:
