@@ -19,6 +19,7 @@ import upriver.flags as flags
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, UpriverError
 from upriver.given import (
+    answered,
     check_plan_file,
     check_seq_len,
     how_read,
@@ -27,7 +28,6 @@ from upriver.given import (
     read_corpus,
     read_for_others,
     read_model,
-    read_queries,
 )
 from upriver.influence.forecast import plan_model
 from upriver.model.load import Model
@@ -109,6 +109,8 @@ def trace_command(
     corpus: flags.CorpusArg,
     queries: flags.QueriesArg,
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    samples: flags.Samples = None,
+    as_set: flags.AsSet = None,
     factors: flags.FactorsFolder = None,
     curvature: flags.Curvature = "ekfac",
     refine: flags.Refine = 0,
@@ -148,12 +150,14 @@ def trace_command(
     refuse_inside(out)
     fitted = Factors(factors) if factors else None
     how = how_read(fitted, seq_len)
-    Queries.read(queries, complete=complete)  # a mistake in them is known before a model is loaded
+    asked = Queries.read(
+        queries, complete=complete, samples=samples, as_set=as_set
+    )  # a mistake is known before a model
     loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
     if fitted:
         fitted.check(loaded)
     read = read_corpus(corpus, loaded, **how)
-    asked = read_queries(queries, loaded, complete)
+    asked = answered(asked, loaded, complete)
     given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
     result = trace(
         loaded, read, asked, fitted, out, checkpoints=rates, overwrite=overwrite, progress=bars, say=say, **given
@@ -230,11 +234,10 @@ def audit_command(
     options(AuditOptions, given)
     refuse_inside(out)
     fitted = Factors(factors) if factors else None
-    if queries:
-        Queries.read(queries)  # a mistake in them is known before a model is loaded
+    asked = Queries.read(queries, right=True) if queries else None  # a mistake is known before a model is loaded
     loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
     read = read_corpus(data, loaded, how_read(fitted, seq_len)["seq_len"], False, on_bad_record)
-    asked = read_queries(queries, loaded, None) if queries else None
+    asked = answered(asked, loaded, None) if asked else None
     given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
     found = audit(loaded, read, out, queries=asked, factors=fitted, **common, **given)
@@ -328,11 +331,11 @@ def demo_command(
 
 def _run(opts: RunOptions, overwrite: bool) -> Path:
     folder = Path(opts.out)
-    Queries.read(opts.queries, complete=opts.complete)  # a mistake in them is known before a model is loaded
+    queries = Queries.read(opts.queries, complete=opts.complete, samples=opts.samples, as_set=opts.as_set)
     report_files(folder / "report.html")
     model = read_model(opts.model, opts.device, opts.dtype)
     corpus = read_corpus(opts.corpus, model, opts.seq_len, opts.pack, opts.on_bad_record)
-    queries = read_queries(opts.queries, model, opts.complete)
+    queries = answered(queries, model, opts.complete)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
     given = [{name: getattr(opts, name) for name in kind.model_fields} for kind in (FitOptions, TraceOptions)]
     factors = fit(model, corpus, folder / "factors", **common, **given[0])

@@ -225,6 +225,8 @@ class RunOptions(FitOptions, TraceOptions):
     pack: bool = False
     on_bad_record: Literal["error", "skip"] = "error"
     complete: int | None = Field(None, ge=1)
+    samples: str | None = None
+    as_set: str | None = None
     device: str = "auto"
 
 
