@@ -114,15 +114,16 @@ def _unusable(x: Sample, right: bool) -> str:
 
 
 def _fields(x: Sample, right: bool) -> Fields:
-    """The fields of a question: the answer that the model gave, against the target where that is another."""
+    """The fields of a question: the answer that the model gave, against the target where it failed."""
+    failed = (_number(x.value) or 0.0) < 0.5
     labels = {"task": x.task, "sample": x.id, "score": x.score, "value": x.value, **x.more}
     text = x.answer if isinstance(x.answer, str) else x.answer.get("content") or ""
     wrong = [x.answer] if isinstance(x.answer, str) else [[x.answer]]
-    targets = [target for target in x.targets if target.strip() and target.strip() != text.strip()]
+    targets = [target for target in x.targets if failed and target.strip() != text.strip()]
     others: list[Any] = targets if isinstance(x.answer, str) else [[x.answer | {"content": t}] for t in targets]
     if right:
         given = x.targets[0] if isinstance(x.answer, str) else [{"role": "assistant", "content": x.targets[0]}]
-        asked, against = given, wrong if text and text.strip() != x.targets[0].strip() else []
+        asked, against = given, wrong if failed and text.strip() not in ("", x.targets[0].strip()) else []
     else:
         asked, against = wrong[0], others
     head = {"id": f"{x.task}/{x.id}", "prompt": x.prompt, "completion": asked}
@@ -258,16 +259,16 @@ def _of_inspect(sample: Any, where: str, task: str, asking: Asking) -> Iterator[
             f"{where}: not a sample as inspect writes them ({reason!r:.80}); make the log again"
         ) from reason
     answer, epoch = messages[last], sample.get("epoch") or 1
-    targets = [_in_place(answer.get("content") or "", extracted, str(x)) for x in targets]
+    targets = [_in_place(answer.get("content") or "", extracted, str(x), str(x)) for x in targets]
     more = {name: sample[name] for name in ("metadata",) if sample.get(name)} | ({"epoch": epoch} if epoch > 1 else {})
     id = f"{sample['id']}" + (f"#{epoch}" if epoch > 1 else "")
     yield Sample(where, task, id, messages[:last], answer, targets, name, value, more)
 
 
-def _in_place(text: str, extracted: Any, target: str) -> str:
+def _in_place(text: str, extracted: Any, target: str, alone: str) -> str:
     """The model's text with the target where the scorer found the answer, so that the two differ in nothing else."""
     found = list(re.finditer(rf"(?<!\w){re.escape(str(extracted))}(?!\w)", text)) if extracted else []
-    return text[: found[-1].start()] + target + text[found[-1].end() :] if found else target
+    return text[: found[-1].start()] + target + text[found[-1].end() :] if found else alone
 
 
 def _attached(sample: Fields) -> Fields:
@@ -357,9 +358,12 @@ def _of_harness(row: Fields, where: str, task: str, asking: Asking) -> Sample:
     answer = row["resps"][0]
     while isinstance(answer, list):
         answer = answer[0]
-    before = str(answer)[: len(str(answer)) - len(str(answer).lstrip())]
-    targets = [before + target.strip()] if target.strip() else []
-    return Sample(where, task, str(row["doc_id"]), requests[0][0], str(answer), targets, name, row[name], more)
+    text, extracted = str(answer), answers[0] if isinstance(answers[0], str) else ""
+    right = text[: len(text) - len(text.lstrip())] + target.strip()
+    if len(extracted.split()) == len(target.split()) == 1:
+        right = _in_place(text, extracted.strip(), target.strip(), right)
+    targets = [right] if target.strip() else []
+    return Sample(where, task, str(row["doc_id"]), requests[0][0], text, targets, name, row[name], more)
 
 
 def _right(requests: list[Any], target: str, chosen: int, value: float | None) -> int | None:
