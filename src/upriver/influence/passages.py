@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 from upriver.text.records import whole
 from upriver.text.tokenise import tokenizer_fingerprint
+
+KEPT = 2048  # passages that stay in memory, as many questions show the same
 
 
 class Shown(NamedTuple):
@@ -67,11 +70,11 @@ def top_rows(
     job: Job, shown: list[list[Shown]], parts: list[Pairs], solutions: list[dict[str, Any]]
 ) -> Iterator[list[TopRow]]:
     """The rows of ``top.parquet``, a query at a time: its most positive and its most negative sequences."""
-    lexical = Lexical(job, shown)
+    lexical, passage = Lexical(job, shown), lru_cache(KEPT)(partial(Passage.of, job.data))
     for part in parts:
         found = part.read()
         for q in part.queries:
-            yield [_row(job, lexical, found, x, calibration(solutions[q])) for x in shown[q]]
+            yield [_row(job, lexical, passage(x.row), found, x, calibration(solutions[q])) for x in shown[q]]
 
 
 def _shown(job: Job, rows: np.ndarray, found: Rescored, scan_P: np.ndarray, q: int) -> list[Shown]:
@@ -102,8 +105,8 @@ class Passage(NamedTuple):
         return cls(data.document_id(document), start, end, data.text(row), data.pieces(row), metadata)
 
 
-def _row(job: Job, lexical: "Lexical", found: Rescored, x: Shown, scale: float | None) -> TopRow:
-    passage, layers_L = Passage.of(job.data, x.row), found.layers_PL[x.pair]
+def _row(job: Job, lexical: "Lexical", passage: Passage, found: Rescored, x: Shown, scale: float | None) -> TopRow:
+    layers_L = found.layers_PL[x.pair]
     tokens_T = found.tokens_PT[x.pair, : len(passage.tokens)].numpy()
     score = float(layers_L.double().sum())
     nats = None if job.n_train is None else score / job.n_train
@@ -128,12 +131,13 @@ class Lexical:
                 pairs = zip(ranked.rank_R.tolist(), ranked.score_R.tolist(), strict=True)
                 self.tfidf |= {(q, row): pair for row, pair in zip(rows.tolist(), pairs, strict=True)}
             self.tokens = [set(job.queries.token_ids(q).tolist()) for q in range(len(job.queries))]
+            self.of_row = lru_cache(KEPT)(lambda row, data=job.data: set(data.token_ids(row).tolist()))
 
     def compare(self, q: int, row: int) -> dict[str, Any]:
         if not isinstance(self.data, Corpus) or not isinstance(self.queries, Queries):
             return {"tfidf_rank": None, "tfidf_score": None, "overlap": None}
         rank, score = self.tfidf[q, row]
-        shared = self.tokens[q] & set(self.data.token_ids(row).tolist())
+        shared = self.tokens[q] & self.of_row(row)
         return {"tfidf_rank": rank, "tfidf_score": score, "overlap": len(shared) / len(self.tokens[q])}
 
 

@@ -82,6 +82,14 @@ def questions(path: Path, asking: Asking) -> Iterator[tuple[str, Fields]] | None
     return _chosen(path, samples, asking)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file stands there; what may not be looked at is told by who reads it."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _chosen(path: Path, samples: Iterable[Sample], asking: Asking) -> Iterator[tuple[str, Fields]]:
     counts = {"failed": 0, "passed": 0, "neither": 0}
     left: dict[str, int] = {}
@@ -144,7 +152,7 @@ def _number(value: Any) -> float | None:
 
 
 def _inspect_samples(path: Path, asking: Asking) -> Iterator[Sample] | None:
-    if not path.is_file():
+    if not is_file(path):
         return None
     if path.suffix == ".eval":
         return _zipped(path, asking)
@@ -309,7 +317,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _harness_samples(path: Path, asking: Asking) -> Iterator[Sample] | None:
-    if not path.is_file():
+    if not is_file(path):
         return None
     source = find_sources(path, QueryError)[0]
     if source.kind != "jsonl":

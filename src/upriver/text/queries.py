@@ -20,7 +20,7 @@ from upriver.errors import CorpusError, QueryError
 from upriver.runtime.artifact import digest
 from upriver.text.asked import Query, checked_query, no_completion, rendered
 from upriver.text.batch import Batch, pad, sequence_hash, sequence_keys
-from upriver.text.evaluations import LARGEST, Asking, questions
+from upriver.text.evaluations import LARGEST, Asking, is_file, questions
 from upriver.text.sources import BOM, find_sources, rows
 from upriver.text.tokenise import Encoded, encode, tokenizer_fingerprint
 
@@ -318,7 +318,7 @@ def _rows(path: Path, asking: Asking) -> Iterable[tuple[str, dict[str, Any]]]:
 
 def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]] | None:
     """The queries of a file that holds one JSON array, which may go over any number of lines; None: it holds none."""
-    if path.suffix != ".json" or not path.is_file():
+    if path.suffix != ".json" or not is_file(path):
         return None
     with open(path, "rb") as file:
         content = file.read(LARGEST + 1)
