@@ -57,7 +57,7 @@ from upriver.runtime.divide import divide_trace, scan_held
 from upriver.runtime.plan import request_for
 from upriver.runtime.progress import show_bytes
 from upriver.tensors import LowRank
-from upriver.text.batch import Examples
+from upriver.text.examples import Examples
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from job import Job, load_module

@@ -26,7 +26,7 @@ from upriver.runtime.config import BATCH_TOKENS
 from upriver.runtime.cost import DENSE_BYTES, Asked, contraction
 from upriver.runtime.system import settle_memory
 from upriver.tensors import LowRank, Scratch
-from upriver.text.batch import Examples
+from upriver.text.examples import Examples
 
 VOCABULARY, WIDTH, RANK = 8192, 512, 32
 

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from upriver.errors import ModelError
+from upriver.model.coverage import Coverage, coverage
 from upriver.model.experts import experts_of
-from upriver.model.layers import Coverage, coverage, find_layers
+from upriver.model.layers import find_layers
 
 V = 320
 COMMON: dict[str, Any] = dict(  # noqa: C408

@@ -16,10 +16,12 @@ import reference
 from upriver.influence.queries import Measurements
 from upriver.model.layers import Layer, find_layers
 from upriver.model.load import Model
-from upriver.model.losses import Classification, LanguageModel, Regression, Sampler, sample
+from upriver.model.losses import LanguageModel, Sampler, sample
+from upriver.model.tasks import Classification, Regression
 from upriver.runtime.artifact import digest
 from upriver.text import batch as batches
-from upriver.text.batch import Batch, Examples, Sequences
+from upriver.text.batch import Batch, Sequences
+from upriver.text.examples import Examples
 
 V, H = 11, 8
 

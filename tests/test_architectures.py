@@ -11,9 +11,10 @@ from architectures import CONFIGS, HEADER, ONLY_WITH, build, row
 from text_cases import byte_tokenizer
 from upriver.errors import ModelError
 from upriver.model.capture import frozen
+from upriver.model.coverage import Coverage
 from upriver.model.experts import Expert
 from upriver.model.head import decide_ending, ending, whole_logits
-from upriver.model.layers import Coverage, find_layers
+from upriver.model.layers import find_layers
 
 PAGE = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text()
 MIXTURES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "gpt_oss")  # of experts

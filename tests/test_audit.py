@@ -19,7 +19,7 @@ import cli_cases
 import upriver as up
 from cases import CASES, case, close, gradients, truth
 from text_cases import write_jsonl
-from upriver.errors import ConfigError, CorpusError, InputError, MismatchError
+from upriver.errors import ConfigError, CorpusError, InputError, MismatchError, ModelError
 from upriver.influence.self_influence import COLUMNS, block_options, measured
 from upriver.model.planned import division_file
 from upriver.runtime.artifact import Artifact, read_json, write_json
@@ -301,9 +301,9 @@ def test_arrays_as_scikit_learn_takes_them(tmp_path):
         ((np.zeros((3, 2)), np.array(["a", "b", "c"])), {}, CorpusError, "encode labels as whole numbers"),
         ((np.full((3, 2), np.nan), np.zeros(3, int)), {}, CorpusError, "a NaN or an infinity"),
         ((np.zeros((3, 2)), np.zeros(4, int)), {}, CorpusError, "one and the same length"),
-        ((np.zeros((3, 2)), np.array([0, 1, 7])), {}, CorpusError, "labels are from 0 to 1, .*: got 0 to 7"),
-        ((np.zeros((3, 2)), np.array([0.0, 1.0, 0.5])), {}, CorpusError, "classes are one whole number"),
-        ([1, 2, 3], {}, CorpusError, "give a Corpus, Examples, or a pair"),
+        ((np.zeros((3, 2)), np.array([0, 1, 7])), {}, ModelError, "classes are from 0 to 1, .*: got 7 in 'y'"),
+        ((np.zeros((3, 2)), np.array([0.0, 1.0, 0.5])), {}, ModelError, "whole numbers from 0: got 'y' of torch.float"),
+        ([1, 2, 3], {}, CorpusError, "not examples: got list"),
         ((np.zeros((3, 2)), np.zeros(3, int)), {"by": "harm"}, ConfigError, "no queries"),
         ((np.zeros((3, 2)), np.zeros(3, int)), {"by": "los"}, ConfigError, "bad value for 'by'"),
         ((np.zeros((3, 2)), np.zeros(3, int)), {"damping": "0.1x,0.01x"}, ConfigError, "one damping"),

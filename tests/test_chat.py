@@ -8,9 +8,8 @@ import pytest
 
 from text_cases import byte_tokenizer, write_jsonl
 from upriver.errors import CorpusError
-from upriver.text.chat import render
+from upriver.text.chat import render, renderings
 from upriver.text.corpus import Corpus
-from upriver.text.records import BadRowError
 
 END = ["<|im_end|>", "<|eot|>", "</s>", "<eot>", "[/INST]"]
 CHATML = """{% if tools %}<|im_start|>system
@@ -35,6 +34,19 @@ MISTRAL = """{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content
 THOUGHTS = """{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and not loop.last and '</think>' in m.content %}\
 {{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content }}{% endif %}<eot>
 {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+REASONED = """{% set ns = namespace(last=0) %}\
+{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}\
+{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.index0 > ns.last %}<think>
+{{ m.reasoning_content or '' }}
+</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+MARKED_THOUGHTS = """{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}\
+{{ m.content if loop.last else m.content.split('</think>')[-1] }}<eot>{% endgeneration %}{% else %}{{ m.content }}<eot>\
+{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 TALK = [
     {"role": "user", "content": "yes?"}, {"role": "assistant", "content": "yes"},
     {"role": "user", "content": "and yes or no"}, {"role": "assistant", "content": "no"},
@@ -72,12 +84,54 @@ def test_a_turn_goes_to_the_token_that_ends_it(family):
     assert lost(TALK, template) == expected
 
 
-def test_a_turn_whose_thoughts_are_left_out_later_is_found_by_what_is_left():
+def test_a_turn_whose_thoughts_are_left_out_later_is_a_text_of_its_own():
     thought = [TALK[0], {"role": "assistant", "content": "<think>so</think>yes"}, *TALK[2:]]
-    with pytest.raises(BadRowError, match="does not show an answer"):
-        render(thought, tokenizer(THOUGHTS), None)
+    texts = renderings(thought, tokenizer(THOUGHTS))
+    assert [[text[a:b] for a, b in spans] for text, spans in texts] == [["<think>so</think>yes<eot>"], ["no<eot>"]]
+    assert texts[0][0] == "<user>yes?<eot>\n<assistant><think>so</think>yes<eot>\n"
+    assert "so" not in texts[1][0]
     last = [*TALK[:3], {"role": "assistant", "content": "<think>so</think>no"}]
     assert lost(last, THOUGHTS) == ["yes<eot>", "<think>so</think>no<eot>"]
+
+
+def lost_in_turn(messages: list[dict[str, Any]], template: str) -> list[list[str]]:
+    return [[text[a:b] for a, b in spans] for text, spans in renderings(messages, tokenizer(template))]
+
+
+def test_marks_of_a_template_that_leaves_out_earlier_thoughts():
+    thought = [TALK[0], {"role": "assistant", "content": "<think>so</think>yes"}, *TALK[2:]]
+    assert lost_in_turn(thought, MARKED_THOUGHTS) == [["<think>so</think>yes<eot>"], ["no<eot>"]]
+    assert lost_in_turn(TALK, MARKED_THOUGHTS) == [["yes<eot>", "no<eot>"]]
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_thoughts_in_a_field_carry_loss_where_the_template_shows_them(weight):
+    """Each of the two in the conversation that ends with it; what the last one leaves of the first is not learned again."""
+    first, last = TALK[1] | {"reasoning_content": "so", "weight": weight}, TALK[3] | {"reasoning_content": "well"}
+    told = [["<think>\nso\n</think>\n\nyes<|im_end|>"]] * weight + [["<think>\nwell\n</think>\n\nno<|im_end|>"]]
+    assert lost_in_turn([TALK[0], first, TALK[2], last], REASONED) == told
+    assert lost_in_turn([TALK[0], first | {"weight": 1}, TALK[2], last], CHATML) == [["yes<|im_end|>", "no<|im_end|>"]]
+
+
+def test_a_turn_without_thoughts_stays_in_its_conversation():
+    """The template shows it with empty thoughts as long as it is the last; nothing of what it says is left out later."""
+    assert lost_in_turn(TALK, REASONED) == [["yes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>"]]
+
+
+def test_an_answer_that_a_question_holds_is_found_where_it_was_given():
+    talk = [{"role": "user", "content": "say yes"}, *TALK[1:]]
+    text, spans = render(talk, tokenizer(REASONED))
+    assert text[: spans[0][0]].endswith("say yes<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_turns_of_a_record_are_sequences_of_one_document(tmp_path):
+    thought = [TALK[0], {"role": "assistant", "content": "<think>so</think>yes"}, *TALK[2:]]
+    rows = [{"messages": thought, "topic": n} for n in range(2)]
+    corpus = Corpus.read(write_jsonl(tmp_path / "chat.jsonl", rows), tokenizer(THOUGHTS))
+    assert (corpus.n_documents, corpus.info["records"], len(corpus)) == (2, 2, 4)
+    assert corpus.record_of_N.tolist() == [0, 0, 1, 1]
+    assert [corpus.metadata(n)["topic"] for n in corpus.document_of_N] == [0, 0, 1, 1]
+    assert [record.row["topic"] for record in corpus.records()] == [0, 1]
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["rendered", "marked"])

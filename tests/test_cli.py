@@ -140,7 +140,7 @@ def test_a_plan_leaves_out_what_reading_the_corpus_left(tiny, tmp_path):
     """The fit after it finds the tokens made, as a second plan does."""
     model, sizes = load_model(str(tiny.model)), iter([10**9, 10**9 + 5, 10**9])
     corpus = write_jsonl(tmp_path / "new.jsonl", [*RECORDS, {"text": "we the people of this test"}])
-    left = [cli.read_for_others(str(corpus), model, 16, lambda: next(sizes))[1] for _ in range(2)]
+    left = [cli.read_for_others(str(corpus), model, 16, None, lambda: next(sizes))[1] for _ in range(2)]
     assert left == [5, 0]
 
 
@@ -166,7 +166,7 @@ def test_help_is_complete_and_short(call, verb):
     parameters = get_command(cli.app).commands[verb].params  # pyright: ignore
     flags = [p for p in parameters if p.param_type_name == "option"]
     arguments = [p for p in parameters if p.param_type_name == "argument"]
-    assert len(flags) <= 29
+    assert len(flags) <= 40
     assert len(arguments) == VERBS[verb]
     assert all(p.help and p.help.endswith(".") for p in parameters)
     ran = call(verb, "--help")
@@ -211,7 +211,7 @@ def test_factors_folder(tiny, scores):
 
 
 def test_scores_table(scores, table, manifest):
-    assert list(table.columns) == ["sequence", "document", "start", "end", *IDS]
+    assert list(table.columns) == ["sequence", "document", "part", "start", "end", *IDS]
     schema = pq.read_schema(scores / "scores.parquet")
     assert {str(schema.field(name).type) for name in ("sequence", "start", "end")} == {"int64"}
     assert {str(schema.field(name).type) for name in IDS} == {"float"}

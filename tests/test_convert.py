@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import architectures
 from upriver.model.load import Model
-from upriver.model.losses import Classification, Regression
+from upriver.model.tasks import Classification, Regression
 from upriver.model.weights import converted, in_dtype
-from upriver.text.batch import Examples
+from upriver.text.examples import Examples
 
 
 def llama(**given) -> LlamaForCausalLM:

@@ -19,7 +19,8 @@ from upriver.curvature.base import Damping
 from upriver.curvature.blocks import Eigenblock
 from upriver.curvature.products import Products
 from upriver.errors import ModelError
-from upriver.model.layers import coverage, find_layers, rows_seen, unfolded, weight_OI
+from upriver.model.coverage import coverage
+from upriver.model.layers import find_layers, rows_seen, unfolded, weight_OI
 from upriver.model.shape import model_shape
 from upriver.tensors import sequence_gradients
 

@@ -7,8 +7,9 @@ import torch
 from architectures import build
 from upriver.curvature.consumers import Covariance
 from upriver.model.capture import capture, frozen
+from upriver.model.coverage import coverage
 from upriver.model.experts import Expert, packed_rows
-from upriver.model.layers import coverage, find_layers
+from upriver.model.layers import find_layers
 from upriver.text.batch import Batch
 
 N, T = 3, 10

@@ -10,7 +10,7 @@ import pytest
 import upriver as up
 from cli_cases import assert_one_error, build, fit, trace, upriver
 from text_cases import write_jsonl
-from upriver.errors import MismatchError
+from upriver.errors import InputError, MismatchError
 
 RECORDS = [
     {
@@ -133,3 +133,64 @@ def test_half_of_a_surrogate_pair_in_a_field_stops_no_export(scores, tiny, tmp_p
     with open(tmp_path / "x.csv", newline="", encoding="utf-8") as file:
         assert next(csv.DictReader(file))["mark"] == "\ufffd"
     assert_one_error(call("export", out, "--out", tmp_path / "x.parquet"), 2, "Parquet", ".jsonl")
+
+
+def test_parts_of_one_document_are_records_of_their_own(call, tiny, tmp_path):
+    """Their sum is the document's; each has its own score, and they are dropped together."""
+    records = [{"id": f"d{i // 2}", "text": f"the people of state {i}", "n": i} for i in range(6)]
+    corpus, factors, scores = write_jsonl(tmp_path / "parts.jsonl", records), tmp_path / "factors", tmp_path / "scores"
+    assert call(*fit(tiny, factors, corpus=corpus)).status == 0
+    assert call(*trace(tiny, scores, corpus=corpus, factors=factors)).status == 0
+    assert call("export", scores, "--out", tmp_path / "scored.jsonl").status == 0
+    result = up.Scores(scores)
+    rows = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert result.documents()["document"].tolist() == ["d0", "d1", "d2"]
+    for query in result.queries:
+        found = np.array([row[f"influence:{query['id']}"] for row in rows])
+        scores_N = result.frame()[query["id"]].to_numpy(float)
+        assert len(found) == len(scores_N) == 6
+        np.testing.assert_allclose(found / found[0], scores_N / scores_N[0], rtol=1e-5)
+        top = result.top(query["id"])
+        assert [json.loads(x)["n"] for x in top["metadata"]] == top["sequence"].tolist()
+    assert call("export", scores, "--out", tmp_path / "left.jsonl", "--drop", 1, "--by", "people").status == 0
+    left = [json.loads(line)["n"] for line in (tmp_path / "left.jsonl").read_text().splitlines()]
+    most = result.documents().sort_values("people")["document"].iloc[-1]
+    assert left == [row["n"] for row in records if row["id"] != most]
+
+
+def test_a_corpus_is_read_again_as_it_was_read(call, tiny, tmp_path):
+    """By a trace that is told of factors, by verify and by export; a field of another corpus is named anew."""
+    rows = [{"body": f"the people of state {i}", "text": "not this"} for i in range(6)]
+    corpus, factors, scores = write_jsonl(tmp_path / "c.jsonl", rows), tmp_path / "factors", tmp_path / "scores"
+    ran = call(*fit(tiny, factors, "--text-field", "body", corpus=corpus))
+    assert ran.status == 0, ran.err
+    assert call(*trace(tiny, scores, corpus=corpus, factors=factors)).status == 0
+    assert set(up.Scores(scores).top("people")["text"]) <= {row["body"] for row in rows}
+    assert call("export", scores, "--out", tmp_path / "scored.jsonl").status == 0
+    assert call("verify", scores, "--top", 1, "--random", 1, "--steps", 1, "--tokens", 50).status == 0
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "the", "answer": " people"}])
+    ran = call(*trace(tiny, tmp_path / "other", corpus=other, factors=factors))
+    assert_one_error(ran, 2, "the field 'body' is missing", "--text-field")
+    assert (
+        call(*trace(tiny, tmp_path / "other", "--completion-field", "answer", corpus=other, factors=factors)).status
+        == 0
+    )
+    run = tmp_path / "run.toml"
+    run.write_text(
+        f'model = "{tiny.model}"\ncorpus = "{corpus}"\nqueries = "{tiny.queries}"\nout = "{tmp_path / "run"}"\n'
+        'seq_len = 16\ntext_field = "body"\n'
+    )
+    assert call("run", run).status == 0
+    assert up.Scores(tmp_path / "run" / "scores").manifest["corpus"]["text_field"] == "body"
+
+
+def test_records_in_memory_are_exported_from_their_corpus(tiny, tmp_path):
+    model = up.load_model(tiny.model)
+    corpus = up.Corpus.of([{"text": f"the people of state {i}", "n": i} for i in range(4)], model.tokenizer, seq_len=16)
+    queries = up.Queries.read(tiny.queries, model.tokenizer)
+    result = up.trace(model, corpus, queries, None, tmp_path / "scores", curvature="identity", top=2, layers="mlp")
+    with pytest.raises(InputError, match="were in memory"):
+        up.export(result.path, tmp_path / "out.jsonl")
+    up.export(result.path, tmp_path / "out.jsonl", corpus=corpus)
+    assert [json.loads(line)["n"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+    result.report(tmp_path / "page.html")

@@ -17,7 +17,7 @@ from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM, fit
 from upriver.errors import ConfigError, MismatchError, NumericalError
 from upriver.kernels import add_second_moment, aligned, one_core_each
 from upriver.model.load import Model
-from upriver.model.losses import Regression
+from upriver.model.tasks import Regression
 from upriver.tensors import (
     LowRank,
     Scratch,
@@ -29,7 +29,7 @@ from upriver.tensors import (
     truncated_svd,
     weighted_low_rank,
 )
-from upriver.text.batch import Examples
+from upriver.text.examples import Examples
 
 CURVATURES = ("ekfac", "kfac", "diagonal", "identity")  # of single layers
 FISHERS = {"sampled": (COVARIANCE_STREAM, CORRECTION_STREAM), "empirical": (None, None)}

@@ -68,23 +68,16 @@ def gpt2(folder: Path) -> Path:
     return saved(folder, GPT2ForSequenceClassification(config))
 
 
-BASE = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 4, "target_modules": ["up_proj"]}
-
-
-def beside(folder: Path) -> Path:
-    (llama(folder) / "adapter_config.json").write_text(json.dumps(BASE))
-    return folder
-
-
-def alone(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(BASE))
-    return folder
-
-
 def run(folder: Path) -> Path:
     for step in (9, 100, 20):
         llama(folder / f"checkpoint-{step}")
+    return folder
+
+
+def run_of_adapters(folder: Path) -> Path:
+    for step in (9, 10):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
     return folder
 
 
@@ -111,8 +104,7 @@ FOREIGN = {
         lambda f: told(llama(f), architectures=["LlamaForQuestionAnswering"]),
         ["QuestionAnswering"],
     ),
-    "adapter": (alone, ["holds an adapter (LORA of 'some/base') and no model", "merge_and_unload"]),
-    "adapter beside its base": (beside, ["holds an adapter (LORA of 'some/base') beside", "neither is plainly meant"]),
+    "folder of a training run of adapters": (run_of_adapters, ["2 checkpoints", "checkpoint-10"]),
     "folder of a training run": (run, ["3 checkpoints", "checkpoint-100"]),
 }
 

@@ -28,6 +28,7 @@ ROOMS = [
     "flags",
     "given",
     "proof",
+    "planning",
     "public",
     "cli",
     "run",

@@ -14,8 +14,9 @@ from cases import case, close, gradients, pairs
 from upriver.curvature.fit import CORRECTION_STREAM, COVARIANCE_STREAM
 from upriver.errors import ModelError
 from upriver.model.check import count_outputs
-from upriver.model.losses import Classification, Task
+from upriver.model.losses import Task
 from upriver.model.model import Model
+from upriver.model.tasks import Classification
 
 SMALL = ("classifier", "regressor")
 

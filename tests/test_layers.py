@@ -12,7 +12,8 @@ from upriver.curvature.fit import fit
 from upriver.errors import ModelError, NumericalError
 from upriver.model.capture import capture
 from upriver.model.check import checked_layers, tracked_layers
-from upriver.model.layers import Layer, coverage, find_layers
+from upriver.model.coverage import coverage
+from upriver.model.layers import Layer, find_layers
 
 
 def checked(module: nn.Module, spec: str, x_NTI: torch.Tensor, T: int | None = None) -> list[Layer]:
@@ -36,7 +37,10 @@ def test_a_shared_weight_with_biases_of_its_own_is_refused():
     first, second = (block.get_submodule("up") for block in module.blocks)
     second.weight = first.weight
     with pytest.raises(ModelError, match=r"2 modules share the weight of layer 'blocks\.0\.up' but not its bias"):
-        find_layers(module, "mlp")
+        find_layers(module, "*.up")
+    layers = find_layers(module, "mlp")
+    assert [x.name for x in layers] == ["blocks.0.down", "blocks.1.down"]
+    assert ("blocks.*.up", "a weight with several biases") in reasons(module, layers)
     second.bias = first.bias
     assert len(find_layers(module, "mlp")) == 3
 
@@ -56,6 +60,73 @@ def test_a_weight_computed_from_others_is_not_tracked_and_counted_as_such():
     assert [x.name for x in layers] == ["blocks.0.down", "blocks.1.up", "blocks.1.down"]
     cover = coverage(module, layers)
     assert cover.tracked + sum(u["parameters"] for u in cover.untracked) == cover.total
+
+
+class Odd(nn.Module):
+    """Blocks of which each has one layer that can be tracked, and others that cannot, each for another reason."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("plain", "unused", "twice", "folded", "around"):
+                setattr(self, name, nn.Linear(4, 4))
+
+        def forward(self, x_NTI):
+            x_NTI = x_NTI + self.plain(x_NTI) @ self.around.weight
+            x_NTI = self.twice(x_NTI) @ self.twice.weight
+            return x_NTI + self.folded(x_NTI.flatten(0, 1)[:5]).sum() + self.around(x_NTI)
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Odd.Block(), Odd.Block()])
+
+    def forward(self, x_NTI):
+        for block in self.blocks:
+            x_NTI = block(x_NTI)
+        return x_NTI.square().sum()
+
+
+def reasons(module, layers):
+    return {(u["name"], u["why"]) for u in coverage(module, layers).untracked}
+
+
+def test_what_cannot_be_tracked_is_left_out_with_its_reason_unless_it_is_named():
+    torch.manual_seed(0)
+    module, x_NTI = Odd(), torch.randn(2, 3, 4)
+    for spec in ("mlp", "all", "*.plain,mlp"):
+        layers = checked_layers(module, find_layers(module, spec), 2, 3, lambda: module(x_NTI))
+        assert [x.name for x in layers] == ["blocks.0.plain", "blocks.1.plain"]
+        assert all(x.A_of == x.name and x.named for x in layers)
+        told = reasons(module, layers)
+    assert told == {
+        ("blocks.*.unused", "never called"),
+        ("blocks.*.twice", "its calls do not show the gradient of its weight"),
+        ("blocks.*.around", "its calls do not show the gradient of its weight"),
+        ("blocks.*.folded", "not laid out by sequence and token"),
+    }
+    for name, sentence in {
+        "unused": "were never called",
+        "twice": "do not show the gradient",
+        "folded": "cannot be laid out",
+    }.items():
+        with pytest.raises(ModelError, match=sentence):
+            checked_layers(module, find_layers(module, f"*.{name},mlp"), 2, 3, lambda: module(x_NTI))
+
+
+def test_layers_of_which_none_can_be_tracked_are_refused():
+    module = nn.ModuleList([nn.Linear(2, 2)])
+    with pytest.raises(ModelError, match="1 tracked layers were never called"):
+        checked_layers(module, find_layers(module, "mlp"), 1, None, lambda: module[0].weight.sum())
+
+
+def test_the_others_of_a_group_that_sees_one_input_go_by_what_is_left_of_it():
+    module, x_NTI = nn.ModuleList([nn.ModuleDict({n: nn.Linear(3, 3) for n in "abc"})]), torch.ones(1, 2, 3)
+
+    def loss():
+        return sum(m(x_NTI).square().sum() for m in module[0].values()) + module[0]["a"].weight.sum()
+
+    layers = checked_layers(module, find_layers(module, "mlp"), 1, 2, loss)
+    assert [(x.name, x.A_of) for x in layers] == [("0.b", "0.b"), ("0.c", "0.b")]
 
 
 def test_a_layer_that_is_never_called_is_refused():

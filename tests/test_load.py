@@ -29,7 +29,7 @@ import upriver as up
 from cases import CASES, Small, Windows
 from text_cases import byte_tokenizer
 from upriver.errors import InputError, MismatchError, ModelError
-from upriver.model.check import check_length, check_loss
+from upriver.model.check import check_data, check_loss
 from upriver.model.fingerprint import measured_by
 
 # ------------------------------------------------------------------------------------------------- told apart
@@ -441,11 +441,11 @@ def test_rotary_factors_that_follow_the_longest_of_a_batch_limit_the_length(tmp_
     assert not torch.allclose(alone, with_17), "or nothing had to be refused"
     assert (model.positions, model.longest) == (64, 16)
     with pytest.raises(ModelError, match=r"got sequences of 17 tokens, and beyond 16 .* give --seq-len 16 or less"):
-        check_length(model, data)
+        check_data(model, data)
     with pytest.raises(ModelError, match="give --seq-len 16 or less"):
         up.fit(model, data, tmp_path / "factors")
     assert not (tmp_path / "factors").exists()
-    check_length(model, windows(9, 16))
+    check_data(model, windows(9, 16))
 
 
 def test_a_sequence_longer_than_the_model_takes_is_refused_before_a_fit(tmp_path):
@@ -473,6 +473,21 @@ def test_a_folder_without_a_tokenizer_is_refused_though_an_empty_one_can_be_made
         up.load_model(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     assert up.load_model(tmp_path).tokenizer("we")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "packages"),
+    [("tokenizer.model", b"\n\x0e\n\x05<unk>", "sentencepiece protobuf"), ("qwen.tiktoken", b"IQ== 0\n", "tiktoken")],
+)
+def test_files_that_other_packages_read_name_them(name, start, packages, tmp_path, monkeypatch):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=300, **WIDTHS)).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(start)
+    for package in ("sentencepiece", "google", "tiktoken"):
+        monkeypatch.setitem(sys.modules, package, None)  # as where they are not installed
+    with pytest.raises(ModelError, match=f"{name} is read by packages that are not installed; pip install {packages}$"):
+        up.load_model(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path / "words")
+    assert up.load_model(tmp_path, tokenizer=tmp_path / "words").info["tokenizer"] == str(tmp_path / "words")
 
 
 @pytest.fixture

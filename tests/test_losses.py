@@ -17,8 +17,9 @@ from upriver.model.capture import capture, frozen
 from upriver.model.head import LinearHead, Tail, ending, token_losses
 from upriver.model.layers import find_layers
 from upriver.model.load import Model
-from upriver.model.losses import LanguageModel, Regression, Sampler, drawn_exactly, sample
+from upriver.model.losses import LanguageModel, Sampler, drawn_exactly, sample
 from upriver.model.sweep import Labels
+from upriver.model.tasks import Regression
 from upriver.runtime.cost import CACHES
 from upriver.tensors import sequence_gradients
 

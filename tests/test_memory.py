@@ -27,12 +27,12 @@ from upriver import Factors, fit, trace
 from upriver.errors import ConfigError
 from upriver.influence.queries import Measurements
 from upriver.model.load import Model
-from upriver.model.losses import Classification, Regression
 from upriver.model.planned import memory_budget
+from upriver.model.tasks import Classification, Regression
 from upriver.runtime import system
 from upriver.runtime.config import parse_memory
 from upriver.runtime.divide import SEQUENCE_BYTES
-from upriver.text.batch import Examples
+from upriver.text.examples import Examples
 
 SECONDS = 120  # of one process, far more than it takes
 

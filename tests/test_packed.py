@@ -17,8 +17,9 @@ from text_cases import byte_tokenizer
 from upriver.errors import ConfigError, ModelError
 from upriver.model.capture import frozen
 from upriver.model.check import tracked_layers
+from upriver.model.coverage import coverage
 from upriver.model.fingerprint import tensor_hash
-from upriver.model.layers import coverage, find_layers
+from upriver.model.layers import find_layers
 from upriver.model.packed import held_beside, packed
 from upriver.model.packed import scales as scales_of
 from upriver.model.shape import model_shape

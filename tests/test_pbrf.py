@@ -17,7 +17,7 @@ from upriver.influence.queries import Measurements
 from upriver.influence.queries import gradients as query_gradients
 from upriver.model.load import Model
 from upriver.model.losses import Task
-from upriver.text.batch import Examples
+from upriver.text.examples import Examples
 
 LAMBDA = {"classifier": 0.05, "regressor": 0.05, "gpt2": 1.0, "twice": 1.0, "llama": 1.0}
 ROW = 3
@@ -130,6 +130,19 @@ def test_the_minimiser_is_no_higher_than_any_point_near_it(epsilon):
     lowest = p.objective(at_P, z, epsilon)
     nearby = torch.randn(20, len(at_P), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert all(p.objective(at_P + size * d, z, epsilon) > lowest for d in nearby for size in (1e-3, 0.1))
+
+
+def test_a_start_near_the_answer_saves_steps_and_changes_nothing_else():
+    z, near = sequence("classifier"), exact_response("classifier")
+    plain = pbrf("classifier", tolerance=1e-6).minimise(z, 1e-4)
+    begun = pbrf("classifier", tolerance=1e-6).minimise(z, 1e-4, near)
+    far = pbrf("classifier", tolerance=1e-6).minimise(z, 1e-4, {n: -9 * v for n, v in near.items()})
+    assert begun.stats["steps"] < plain.stats["steps"]
+    assert begun.converged
+    assert far.converged
+    for n, value in plain.value.items():
+        close(begun.value[n], value, 1e-4)
+        close(far.value[n], value, 1e-4)
 
 
 def test_neither_batch_size_nor_padding_changes_the_objective():

@@ -82,7 +82,7 @@ def run(name: str):
 
 @cache
 def shape(name: str, spec: str) -> tuple[Shape, list]:
-    layers = probe(find_layers(module(name), spec), lambda: run(name), N * T)
+    layers = probe(find_layers(module(name), spec), lambda: run(name), N * T, {})
     return module_shape(module(name), layers, N * T, lambda: run(name)), layers
 
 

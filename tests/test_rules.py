@@ -14,8 +14,9 @@ from upriver.model.capture import frozen
 from upriver.model.check import check_loss, tracked_layers
 from upriver.model.head import LinearHead, Tail, ending
 from upriver.model.load import Model
-from upriver.model.losses import LanguageModel, Regression
+from upriver.model.losses import LanguageModel
 from upriver.model.sweep import Labels
+from upriver.model.tasks import Regression
 
 
 class Deaf(Regression):

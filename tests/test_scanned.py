@@ -17,11 +17,11 @@ from upriver.influence import results
 from upriver.influence.queries import Measurements
 from upriver.influence.scan import SAMPLE, Part, Scanned
 from upriver.model.load import Model
-from upriver.model.losses import Regression
+from upriver.model.tasks import Regression
 from upriver.pipeline import trace
 from upriver.runtime.artifact import Artifact
-from upriver.text.batch import Examples
 from upriver.text.corpus import Corpus
+from upriver.text.examples import Examples
 
 IDS = ["a", "b", "c", "d", "e"]
 N, Q, L = 97, len(IDS), 3
@@ -96,7 +96,7 @@ def test_tables_are_those_of_pandas_in_one_piece(share, units, tmp_path):
     found = on_disk(tmp_path / "scan", rows_N, scores_NQ, layers_NQL, min(units, len(rows_N)))
     results.write_scores(tmp_path, data, IDS, found)
     names = [data.document_id(int(d)) for d in data.document_of_N[rows_N]]
-    places = pd.DataFrame({"sequence": rows_N, "document": names})
+    places = pd.DataFrame({"sequence": rows_N, "document": names, "part": 0})
     places[["start", "end"]] = data.span_N2[rows_N]
     scores = pd.DataFrame(scores_NQ, columns=pd.Index(IDS))
     number_N, order = pd.factorize(places["document"])

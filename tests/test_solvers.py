@@ -32,8 +32,9 @@ from upriver.influence.queries import Measurements
 from upriver.influence.queries import gradients as query_gradients
 from upriver.model.layers import find_layers
 from upriver.model.load import Model
-from upriver.model.losses import Classification, Task
-from upriver.text.batch import Examples
+from upriver.model.losses import Task
+from upriver.model.tasks import Classification
+from upriver.text.examples import Examples
 
 NAMES = ["classifier", "regressor", "gpt2", "llama", "twice", "shared"]
 LAMBDA = {"classifier": 0.05, "regressor": 0.05, "gpt2": 1.0}

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upriver.errors import CorpusError
-from upriver.text.batch import Batch, Examples, Sequences, pad, plan, sequence_keys
+from upriver.text.batch import Batch, Sequences, pad, plan, sequence_keys
+from upriver.text.examples import Examples
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=50).map(lambda values: np.array(values, np.int32))
 
@@ -103,7 +104,7 @@ def test_examples_stay_what_their_fingerprint_says():
     assert torch.equal(examples.batch(np.arange(4)).inputs["x"], before)
 
 
-@pytest.mark.parametrize("inputs", [{}, {"x": torch.zeros(0, 2)}, {"x": torch.zeros(2), "y": torch.zeros(3)}])
+@pytest.mark.parametrize("inputs", [{"x": torch.zeros(0, 2)}, {"x": torch.zeros(2), "y": torch.zeros(3)}])
 def test_examples_that_do_not_fit_together(inputs):
     with pytest.raises(CorpusError, match="one and the same length"):
         Examples(inputs)

@@ -10,6 +10,7 @@ from text_cases import byte_tokenizer, write_jsonl
 from upriver.errors import ConfigError, CorpusError, QueryError
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
+from upriver.text.reading import Reading
 from upriver.text.records import BadRecords, open_corpus
 
 POLICIES = pytest.mark.parametrize("policy", ["error", "skip"])
@@ -39,7 +40,7 @@ def fill(folder: Path, *names: str) -> Path:
 
 
 def names(folder: Path, policy: str = "error") -> list[str]:
-    return [source.name for source in open_corpus(folder, BadRecords(policy))]
+    return [source.name for source in open_corpus([folder], BadRecords(policy), Reading())]
 
 
 def close(monkeypatch, folder: Path) -> None:

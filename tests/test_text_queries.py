@@ -163,9 +163,8 @@ def test_a_completion_without_a_token_of_its_own():
         ("q.jsonl", b'{"id": "\xff"}', "q.jsonl:1: not UTF-8: got 0xff at byte 9"),
         ("q.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "cut short"),
         ("q.csv", b"id\n1", "q.csv:2: query '1' has neither"),
-        ("q.txt", b"id\n1", "queries are no plain text"),
-        ("q.json", b"[1", "broken JSON"),
-        ("q.json", b'[{"id": 1}, 2]', "entry 2 is not a JSON object"),
+        ("q.txt", b"id\n1", "queries are no plain text or tokens"),
+        ("q.json", b'[{"id": 1}, 2', "q.json:2: not a JSON object"),
         ("q.doc", b"", "not a known type of file"),
     ],
 )  # fmt: skip

@@ -24,7 +24,7 @@ from upriver.runtime.artifact import Artifact
 from upriver.runtime.config import BATCH_TOKENS, TraceOptions, options
 from upriver.runtime.progress import mute, silent
 from upriver.runtime.system import give_back
-from upriver.text.batch import Examples
+from upriver.text.examples import Examples
 
 
 class Sequences(Examples):

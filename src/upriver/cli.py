@@ -20,39 +20,29 @@ from upriver.curvature.fit import Factors, fit
 from upriver.errors import ConfigError, UpriverError
 from upriver.given import (
     answered,
-    check_plan_file,
-    check_seq_len,
-    how_read,
-    query_size,
     read_checkpoints,
     read_corpus,
-    read_for_others,
     read_model,
 )
-from upriver.influence.forecast import plan_model
-from upriver.model.load import Model
-from upriver.model.planned import Blank
-from upriver.model.shape import config_only
+from upriver.model.load import Place
 from upriver.pipeline import trace
+from upriver.planning import plan_command
 from upriver.proof import verify_command
-from upriver.runtime.artifact import refuse_inside, write_json
+from upriver.runtime.artifact import refuse_inside
 from upriver.runtime.config import (
     AuditOptions,
     FitOptions,
     RunOptions,
     TraceOptions,
-    default_how,
     options,
-    parse_memory,
 )
-from upriver.runtime.hardware import hardware
-from upriver.runtime.plan import Request, describe, parse_sizes, request_for
 from upriver.runtime.units import stop
 from upriver.show.export import export
 from upriver.show.report import report_files, write_report
 from upriver.show.terminal import audit_summary, bars, say, terminal_summary
 from upriver.suspects import audit
 from upriver.text.queries import Queries
+from upriver.text.reading import Reading
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 UsageError: Any = typer.BadParameter.__base__  # typer may bring its own copy of click
@@ -66,11 +56,14 @@ def _upriver() -> None:
 
 
 @app.command("fit")
+@flags.opens_model
+@flags.reading
 def fit_command(
+    reading: flags.Given,
     model: flags.ModelArg,
     corpus: flags.CorpusArg,
     out: Annotated[Path, typer.Option(help="Folder for the factors.")],
-    layers: flags.Layers = "mlp",
+    layers: flags.Layers = None,
     seq_len: flags.SeqLen = 512,
     pack: Annotated[bool, typer.Option("--pack", help="Join documents with the end token before cutting.")] = False,
     fisher: Annotated[str, typer.Option(help="sampled, empirical or (few outputs) exact labels.")] = "sampled",
@@ -98,13 +91,16 @@ def fit_command(
     options(FitOptions, given)  # a mistake is known before a model is loaded
     refuse_inside(out)
     loaded = read_model(model, device, dtype)
-    read = read_corpus(corpus, loaded, seq_len, pack, on_bad_record)
+    read = read_corpus(corpus, loaded, seq_len, reading | {"pack": pack, "on_bad_record": on_bad_record})
     factors = fit(loaded, read, out, overwrite=overwrite, progress=bars, say=say, **given)
     say(f"factors written to {factors.path}; next: upriver trace {model} {corpus} QUERIES --factors {out} --out SCORES")
 
 
 @app.command("trace")
+@flags.opens_model
+@flags.reading
 def trace_command(
+    reading: flags.Given,
     model: flags.ModelArg,
     corpus: flags.CorpusArg,
     queries: flags.QueriesArg,
@@ -149,14 +145,11 @@ def trace_command(
     rates = read_checkpoints(checkpoints)
     refuse_inside(out)
     fitted = Factors(factors) if factors else None
-    how = how_read(fitted, seq_len)
-    asked = Queries.read(
-        queries, complete=complete, samples=samples, as_set=as_set
-    )  # a mistake is known before a model
+    asked = Queries.read(queries, complete=complete, samples=samples, as_set=as_set)  # known before a model is loaded
     loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
     if fitted:
         fitted.check(loaded)
-    read = read_corpus(corpus, loaded, **how)
+    read = read_corpus(corpus, loaded, seq_len, reading, fitted)
     asked = answered(asked, loaded, complete)
     given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
     result = trace(
@@ -199,7 +192,10 @@ def export_command(
 
 
 @app.command("audit")
+@flags.opens_model
+@flags.reading
 def audit_command(
+    reading: flags.Given,
     model: flags.ModelArg,
     data: Annotated[str, typer.Argument(help="The training records, as CORPUS of fit.", metavar="DATA")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
@@ -236,7 +232,8 @@ def audit_command(
     fitted = Factors(factors) if factors else None
     asked = Queries.read(queries, right=True) if queries else None  # a mistake is known before a model is loaded
     loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
-    read = read_corpus(data, loaded, how_read(fitted, seq_len)["seq_len"], False, on_bad_record)
+    reading |= {"pack": False, "on_bad_record": on_bad_record}
+    read = read_corpus(data, loaded, seq_len, reading, fitted)
     asked = answered(asked, loaded, None) if asked else None
     given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
@@ -245,60 +242,7 @@ def audit_command(
     say(f"audit: {found.page}")
 
 
-@app.command("plan")
-def plan_command(
-    model: Annotated[
-        str, typer.Argument(help="As for fit; or a config.json of a model that is not there.", metavar="MODEL")
-    ],
-    corpus: Annotated[str, typer.Argument(help="As for fit; or its size, such as 1000000x512.", metavar="CORPUS")],
-    queries: Annotated[str, typer.Option(help="A file of queries, or their number; 0 plans the fit alone.")] = "100",
-    layers: flags.Layers = "mlp",
-    seq_len: flags.SeqLen = 512,
-    max_tokens: flags.MaxTokens = 1_000_000,
-    rank: flags.Rank = "32",
-    top: flags.Top = 100,
-    draws: flags.Draws = 1,
-    blocks: flags.Blocks = 1,
-    dtype: flags.Dtype = None,
-    batch_tokens: flags.BatchTokens = None,
-    memory: flags.Memory = None,
-    machine: Annotated[
-        str | None,
-        typer.Option("--hardware", help="Plan for another machine, such as h100x8. Default: this one, measured."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the plan as JSON.")] = None,
-) -> None:
-    """Passes, operations, time, memory and disk of a fit and a trace, before anything starts."""
-    traced = options(TraceOptions, {"rank": rank, "top": top})
-    if out:
-        check_plan_file(out)
-    options(FitOptions, {"max_tokens": max_tokens, "dtype": dtype, "batch_tokens": batch_tokens})
-    alone, size = config_only(model), parse_sizes(corpus)
-    what = alone or read_model(model, "auto", dtype)
-    if isinstance(what, Path) and size is None:
-        raise ConfigError(
-            f"a configuration has no tokenizer to read a corpus with: got {corpus!r}; give its size, as 1000000x512"
-        )
-    if size is not None:
-        if isinstance(what, Model):
-            check_seq_len(what, size[1])
-        data, left = Blank(*size), 0
-    else:
-        assert isinstance(what, Model)
-        data, left = read_for_others(corpus, what, seq_len)
-    gpu = hardware(machine).accelerator if machine else isinstance(what, Model) and what.device.type != "cpu"
-    asked: dict[str, Any] = {
-        "fit_tokens": max_tokens, "rank": None if traced.rank == "full" else traced.rank, "top": top,
-        "draws": draws, "blocks": blocks, "memory": parse_memory(memory),
-        **default_how(gpu, dtype, batch_tokens, "bfloat16"),
-    }  # fmt: skip
-    asked |= query_size(queries, what)
-    request = Request(size[0], size[1], **asked) if size else request_for(data.lengths_N, **asked)
-    plan = plan_model(what, data, layers, request, machine, left)
-    for line in describe(plan):
-        stdout.print(line, markup=False)
-    if out:
-        write_json(out, plan.as_dict(), sealed=False)
+app.command("plan")(plan_command)
 
 
 @app.command("run")
@@ -333,8 +277,8 @@ def _run(opts: RunOptions, overwrite: bool) -> Path:
     folder = Path(opts.out)
     queries = Queries.read(opts.queries, complete=opts.complete, samples=opts.samples, as_set=opts.as_set)
     report_files(folder / "report.html")
-    model = read_model(opts.model, opts.device, opts.dtype)
-    corpus = read_corpus(opts.corpus, model, opts.seq_len, opts.pack, opts.on_bad_record)
+    model = read_model(Place(opts.model, opts.base, opts.tokenizer), opts.device, opts.dtype)
+    corpus = read_corpus(opts.corpus, model, opts.seq_len, Reading.of(opts.model_dump())._asdict())
     queries = answered(queries, model, opts.complete)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
     given = [{name: getattr(opts, name) for name in kind.model_fields} for kind in (FitOptions, TraceOptions)]

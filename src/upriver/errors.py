@@ -29,6 +29,14 @@ class ModelError(InputError):
     """The model, its weights, its tokenizer, or the layers asked for cannot be used."""
 
 
+class LayerError(ModelError):
+    """One layer cannot be tracked; where it is left out instead, ``why`` is what is said of it."""
+
+    def __init__(self, sentence: str, layer: str, why: str):
+        super().__init__(sentence)
+        self.layer, self.why = layer, why
+
+
 class ConfigError(InputError):
     """An option or a key of the run file is not valid."""
 

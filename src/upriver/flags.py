@@ -1,13 +1,19 @@
 """The arguments and flags of the command line, each with its help."""
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
+from upriver.model.load import Place
 from upriver.runtime.config import CURVATURES
 
-ModelArg = Annotated[str, typer.Argument(help="A Hugging Face folder or name, or a .gguf file.", metavar="MODEL")]
+ModelArg = Annotated[
+    Place, typer.Argument(help="A Hugging Face folder (of an adapter too) or name, or a .gguf file.", metavar="MODEL")
+]
 CorpusArg = Annotated[
     str,
     typer.Argument(help="JSONL, Parquet, CSV, text file or folder, or a `datasets` folder or name.", metavar="CORPUS"),
@@ -42,7 +48,12 @@ Blocks = Annotated[
 Draws = Annotated[
     int, typer.Option(help="Sampled labels of a position, of which the mean is taken; as many passes.", min=1)
 ]
-Layers = Annotated[str, typer.Option(help="mlp, attention, all, or globs separated by commas.")]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        help="mlp, attention, all, lora, or globs separated by commas. Default: lora for an adapter, else mlp."
+    ),
+]
 SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence; longer documents are cut into windows.", min=2)]
 Rank = Annotated[str, typer.Option(help="Rank of the compressed queries, or full.")]
 Top = Annotated[int, typer.Option(help="Passages per side that are rescored at full rank and shown.", min=1)]
@@ -98,10 +109,65 @@ ScanDtype = Annotated[
 ]
 TraceTF32 = Annotated[bool | None, typer.Option("--tf32/--no-tf32", help="As for fit. Default: that of the factors.")]
 TraceLayers = Annotated[
-    str | None, typer.Option(help="As for fit, where there are no factors. Default: those of the factors, or mlp.")
+    str | None,
+    typer.Option(help="As for fit, where there are no factors. Default: those of the factors, or as for fit."),
 ]
 TraceSeqLen = Annotated[
     int | None, typer.Option(help="As for fit. Default: as the factors were fitted, or 512.", min=2)
 ]
 TraceBatchTokens = Annotated[int | None, typer.Option(help="As for fit. Default: that of the factors.", min=1)]
 TraceSeed = Annotated[int | None, typer.Option(help="As for fit. Default: that of the factors.", min=0)]
+Base = Annotated[str | None, typer.Option(help="Base of an adapter, where it is not the one that the adapter names.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Folder or name of the tokenizer, where MODEL has none.")]
+
+
+def opens_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags ``--base`` and ``--tokenizer``; its ``model`` is typed as text and comes as a :class:`Place`."""
+
+    @wraps(command)
+    def opened(*, model: Any, base: str | None = None, tokenizer: str | None = None, **given: Any) -> None:
+        command(model=Place(model or "", base, tokenizer), **given)
+
+    own = inspect.signature(command).parameters
+    _, told = get_args(own["model"].annotation)
+    required = own["model"].default is inspect.Parameter.empty
+    typed = {"model": Annotated[str, told] if required else Annotated[str | None, told]}
+    more = {"base": Base, "tokenizer": Tokenizer}
+    kind = inspect.Parameter.KEYWORD_ONLY
+    known = [x.replace(kind=kind, annotation=typed.get(x.name, x.annotation)) for x in own.values()]
+    added = [inspect.Parameter(name, kind, default=None, annotation=what) for name, what in more.items()]
+    opened.__signature__ = inspect.Signature([*known, *added])  # type: ignore[attr-defined]
+    opened.__annotations__ = command.__annotations__ | typed | more
+    return opened
+
+
+Given = dict[str, Any]
+READING: dict[str, Any] = {
+    "text_field": Annotated[str | None, typer.Option(help="Field of a record that is its text, or its messages.")],
+    "prompt_field": Annotated[str | None, typer.Option(help="Field that is the prompt.")],
+    "completion_field": Annotated[
+        str | None, typer.Option(help="Field that is learned; of preference records chosen (default) or rejected.")
+    ],
+    "split": Annotated[str | None, typer.Option(help="Split of a data set that has several, such as train; or all.")],
+    "token_dtype": Annotated[
+        str | None, typer.Option(help="uint16 or uint32, of .bin files of tokens. Default: by the vocabulary.")
+    ],
+}
+
+
+def reading(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags that say how records are read; it takes them together, as ``reading``."""
+    own = inspect.signature(command)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in READING.items()
+    ]
+
+    @wraps(command)
+    def given(**values: Any) -> None:
+        command(reading={name: values.pop(name) for name in READING}, **values)
+
+    kept = [parameter for name, parameter in own.parameters.items() if name != "reading"]
+    given.__signature__ = own.replace(parameters=[*kept, *added])  # pyright: ignore - what typer looks at
+    given.__annotations__ = {parameter.name: parameter.annotation for parameter in [*kept, *added]}
+    return given

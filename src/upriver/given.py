@@ -8,22 +8,27 @@ from typing import Any
 from upriver.curvature.factors import Factors
 from upriver.errors import ConfigError, StorageError
 from upriver.model.generate import complete
-from upriver.model.load import Model, load_model
+from upriver.model.load import Model, Place
 from upriver.runtime.artifact import load_json, refuse_inside
 from upriver.runtime.config import weights_in
 from upriver.runtime.system import give_back, resident_memory
 from upriver.show.terminal import running_bar, say
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
+from upriver.text.reading import Reading
 
 
 def read_for_others(
-    corpus: str, model: Model, seq_len: int, resident: Callable[[], int | None] = resident_memory
+    corpus: str,
+    model: Model,
+    seq_len: int,
+    reading: dict[str, Any] | None = None,
+    resident: Callable[[], int | None] = resident_memory,
 ) -> tuple[Corpus, int]:
     """Read the corpus, and measure what that has left in memory: a fit and a trace after this find its tokens made."""
     give_back()
     before = resident() or 0
-    data = read_corpus(corpus, model, seq_len, False, "error")
+    data = read_corpus(corpus, model, seq_len, reading or {})
     give_back()
     return data, 0 if data.reused or model.device.type == "cuda" else max(0, (resident() or 0) - before)
 
@@ -40,20 +45,29 @@ def query_size(queries: str, model: Model | Path) -> dict[str, int]:
     return {"queries": len(read), "query_tokens": max(1, round(float(read.lengths.mean())))}
 
 
-def read_model(name: str, device: str, dtype: str | None) -> Model:
+def read_model(place: Place, device: str, dtype: str | None) -> Model:
     """The model in the type that it will compute in, so that it is there once."""
-    model = load_model(name, dtype and weights_in(dtype), device)
-    say(f"model: {name}, {model.info['architecture']}, {model.n_parameters:,} parameters, {model.attention} attention")
+    model = place.load(dtype and weights_in(dtype), device)
+    what = f"{model.info['architecture']}, {model.n_parameters:,} parameters, {model.attention} attention"
+    over = f", an adapter ({model.info['adapter']}) over {model.info['base']}" if "adapter" in model.info else ""
+    say(f"model: {place.name}, {what}{over}")
     return model
 
 
-def read_corpus(path: str, model: Model, seq_len: int, pack: bool, on_bad_record: str) -> Corpus:
-    if on_bad_record not in ("error", "skip"):
-        raise ConfigError(f"bad value for --on-bad-record: got {on_bad_record!r}; error or skip")
-    check_seq_len(model, seq_len)
+def read_corpus(
+    path: str, model: Model, seq_len: int | None, reading: dict[str, Any], factors: Factors | None = None
+) -> Corpus:
+    """Read a corpus and say what it is: as that of the factors, where there are some, but for what is named."""
+    how = how_read(factors, seq_len, reading)
+    if how["on_bad_record"] not in ("error", "skip"):
+        raise ConfigError(f"bad value for --on-bad-record: got {how['on_bad_record']!r}; error or skip")
+    check_seq_len(model, how["seq_len"])
     with running_bar("corpus (bytes)") as progress:
-        corpus = Corpus.read(path, model.tokenizer, seq_len, pack, on_bad_record, progress=progress)
+        corpus = Corpus.read(path, model.tokenizer, progress=progress, **how)
     say(f"corpus: {path}, {corpus.n_documents:,} documents, {len(corpus):,} sequences, {corpus.n_tokens:,} tokens")
+    _say_files(corpus.info["sources"], corpus.info["left_out"])
+    for note in corpus.info["notes"]:
+        say(f"corpus: {note}")
     skipped = corpus.info["skipped"]
     if skipped["count"]:
         say(f"skipped {skipped['count']:,} bad records; the first:")
@@ -62,9 +76,23 @@ def read_corpus(path: str, model: Model, seq_len: int, pack: bool, on_bad_record
     return corpus
 
 
-def how_read(factors: Factors | None, seq_len: int | None) -> dict[str, Any]:
-    """How a corpus is read that is looked at with some factors: as that which they were fitted on."""
-    how = factors.reading if factors else {"seq_len": seq_len or 512, "pack": False, "on_bad_record": "error"}
+def _say_files(read: dict[str, Any], left: dict[str, Any]) -> None:
+    if read["count"] > 1 or left["count"]:
+        parts = [f"{name} {count:,}" for name, count in read["documents"].items()]
+        more = f", and {read['count'] - len(parts):,} more files" if read["count"] > len(parts) else ""
+        unlisted = left["count"] - len(left["first"])
+        out = f"; left out: {', '.join(left['first'])}" if left["count"] else ""
+        out += f", and {unlisted:,} more" if unlisted else ""
+        say(f"corpus: documents of each file: {', '.join(parts)}{more}{out}")
+
+
+def how_read(factors: Factors | None, seq_len: int | None, reading: dict[str, Any]) -> dict[str, Any]:
+    """How a corpus is read that is looked at with some factors: as that which they were fitted on, but for what is named."""
+    named = {name: value for name, value in reading.items() if value is not None}
+    how = factors.reading if factors else Reading(seq_len or 512)._asdict()
+    if any(name.endswith("_field") for name in named):  # another corpus, whose fields have other names
+        how |= {name: None for name in how if name.endswith("_field")}
+    how |= named
     if seq_len not in (None, how["seq_len"]):
         raise ConfigError(
             f"bad value for --seq-len: got {seq_len}; the factors were fitted on sequences of {how['seq_len']}, leave it out"

@@ -19,9 +19,9 @@ from upriver.influence.rescore import Pairs, rescore_top
 from upriver.influence.results import write_scores, write_top
 from upriver.influence.scan import Part, Scanned, scan, scan_units
 from upriver.influence.solve import solve
-from upriver.model.check import check_length
+from upriver.model.check import check_data
+from upriver.model.coverage import Coverage, coverage
 from upriver.model.fingerprint import measured_by
-from upriver.model.layers import Coverage, coverage
 from upriver.model.model import Model
 from upriver.model.planned import announce, division_file, plan_here
 from upriver.runtime import dist
@@ -35,12 +35,13 @@ from upriver.show.scores import Scores
 from upriver.text.batch import Sequences
 from upriver.text.candidates import candidates
 from upriver.text.corpus import Corpus
+from upriver.text.examples import sequences
 from upriver.text.queries import Queries
 
 
 def trace(
     model: Model,
-    corpus: Sequences,
+    corpus: Any,
     queries: Measured,
     factors: Factors | None = None,
     out: str | Path | None = None,
@@ -54,6 +55,7 @@ def trace(
     """Score every sequence of ``corpus`` by its influence on every query, and look again at the most influential.
 
     Args:
+        corpus: as for :func:`upriver.fit`.
         factors: of the fit; None for a curvature that needs none (``identity``, ``exact``, ``arnoldi``, ``nystrom``, ``cg``,
             ``lissa``, ``tracincp``).
         checkpoints: for ``tracincp``: models (or their folders) with the learning rate that each was trained with.
@@ -76,11 +78,12 @@ def trace(
         raise ConfigError("the trace has no folder for its results: got out=None; give one, such as out='scores'")
     if isinstance(queries, Queries):
         queries = queries.bound(model.tokenizer, model.longest)
+    corpus = sequences(corpus)
     opts = settled_options(options(TraceOptions, given), model, factors, checkpoints)
     asked, out = Given(model, corpus, queries, factors, opts, checkpoints, progress, say), Path(out)
     if factors:
         factors.check(model)
-    check_length(model, corpus)
+    check_data(model, corpus)
     if isinstance(queries, Queries):
         check_queries(model, queries)
     key = {
@@ -138,7 +141,7 @@ def _run(stage: Artifact, asked: Given) -> None:
             give_back()
         with times("scan"), each_job.model.computing_in(str(opts.dtype)) as computing:
             own = computing.module is each_job.model.module
-            layers = each_job.layers if own else asked.tracked(computing)
+            layers = each_job.layers if own else asked.tracked(computing, each_job.layers)
             parts += scan(each_job._replace(model=computing, layers=layers, curvature=solving.curvature), solved, say)
             give_back()
     n_layers = len(job.layers) if opts.layer_scores else None

@@ -19,7 +19,7 @@ from upriver.evaluate.verify import Trial, agreement, realised
 from upriver.influence.job import Given
 from upriver.influence.queries import Measured, in_turn
 from upriver.influence.results import calibration
-from upriver.model.load import load_model
+from upriver.model.load import Place
 from upriver.model.model import Model
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, Tensors, digest, discard, locked, read_tensors
@@ -34,13 +34,14 @@ from upriver.show.terminal import bars, say, verified_summary
 from upriver.text.batch import Sequences
 from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
+from upriver.text.reading import Reading
 
 AT_ONCE, ROOM, VECTORS = 4, 1 << 30, 16  # queries solved side by side, the bytes that they may take, vectors of each
 
 
 def verify(
     scores: str | Path | Scores,
-    model: Model | str | Path | None = None,
+    model: Model | Place | str | Path | None = None,
     corpus: Sequences | str | Path | None = None,
     queries: Measured | None = None,
     factors: Factors | str | Path | None = None,
@@ -186,13 +187,14 @@ def _asked(path: Path, manifest: Json, told: list[Json], given: tuple, device: s
     """What the trace was made from: as it was given, or read again; each has the fingerprint that the trace tells."""
     key, (model, corpus, queries, factors) = manifest["key"], given
     if not isinstance(model, Model):
-        model = _again(
-            "model", model or (manifest["model"] or {}).get("name"), lambda name: load_model(name, None, device)
-        )
+        known, place = manifest["model"] or {}, model if isinstance(model, Place) else Place(str(model or ""))
+        base = place.base or (None if place.name else known.get("base"))
+        place = Place(place.name or known.get("name", ""), base, place.tokenizer or known.get("tokenizer"))
+        model = _again("model", place.name, lambda _: place.load(None, device))
     _same(path, key, "model", model.fingerprint)
     if not isinstance(corpus, Sequences):
         info = manifest["corpus"] or {}
-        how: Json = {name: info.get(name) for name in ("seq_len", "pack", "on_bad_record")}
+        how: Json = {name: info[name] for name in Reading._fields if name in info}
         corpus = _again("corpus", corpus or info.get("path"), lambda name: Corpus.read(name, model.tokenizer, **how))
     _same(path, key, "corpus", corpus.fingerprint)
     if queries is None:
@@ -216,7 +218,7 @@ def _again(what: str, name: Any, read: Any) -> Any:
     if not name:
         raise ConfigError(f"the {what} of the trace was in memory, so it cannot be read again: got none; give it")
     try:
-        return read(str(name))
+        return read(name if isinstance(name, list) else str(name))
     except InputError as error:
         raise type(error)(f"the {what} of the trace cannot be read: {error} (or give it with --{what})") from error
 
@@ -231,9 +233,10 @@ def _same(path: Path, key: Json, what: str, found: str) -> None:
 # ---- the command
 
 
+@flags.opens_model
 def verify_command(
     scores: Annotated[Path, typer.Argument(help="Folder written by upriver trace.", metavar="SCORES")],
-    model: Annotated[str | None, typer.Option(help="The model, where it is no longer in its place.")] = None,
+    model: Annotated[Place | None, typer.Option(help="The model, where it is no longer in its place.")] = None,
     corpus: Annotated[str | None, typer.Option(help="The corpus, likewise.")] = None,
     factors: Annotated[Path | None, typer.Option(help="The factors, likewise.")] = None,
     how: Annotated[

@@ -13,8 +13,10 @@ from upriver.influence.self_influence import self_influence
 from upriver.model.check import tracked_layers
 from upriver.model.generate import complete
 from upriver.model.load import Model, load_model
-from upriver.model.losses import Classification, LanguageModel, Regression, Task
+from upriver.model.losses import LanguageModel, Task
+from upriver.model.preference import Preference, Reward, preference_examples
 from upriver.model.sweep import Labels, Source, sweep
+from upriver.model.tasks import BinaryClassification, Classification, Regression
 from upriver.pipeline import trace
 from upriver.proof import verify
 from upriver.show.audit import Audit
@@ -22,14 +24,14 @@ from upriver.show.export import export
 from upriver.show.report import write_report as report
 from upriver.show.scores import Scores
 from upriver.suspects import audit
-from upriver.text.batch import Examples
 from upriver.text.corpus import Corpus
+from upriver.text.examples import Examples
 from upriver.text.queries import Queries
 
 __all__ = [
-    "Audit", "Bank", "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels", "LanguageModel",
-    "Measurements", "Model", "Queries", "Recipe", "Regression", "Scores", "Solution", "Source", "Task", "Trainer", "UpriverError",
-    "audit", "baseline", "complete", "export", "fit", "gradients", "lds", "leave_out", "load_model", "metagradients",
-    "random_subsets", "report", "retrain", "self_influence", "sweep", "trace", "tracked_layers",
-    "verify",
+    "Audit", "Bank", "BinaryClassification", "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels",
+    "LanguageModel", "Measurements", "Model", "Preference", "Queries", "Recipe", "Regression", "Reward", "Scores", "Solution",
+    "Source", "Task", "Trainer", "UpriverError", "audit", "baseline", "complete", "export", "fit", "gradients", "lds",
+    "leave_out", "load_model", "metagradients", "preference_examples", "random_subsets", "report", "retrain", "self_influence",
+    "sweep", "trace", "tracked_layers", "verify",
 ]  # fmt: skip

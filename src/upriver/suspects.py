@@ -24,11 +24,11 @@ from upriver.influence.queries import Measured, Measurements
 from upriver.influence.results import parquet
 from upriver.influence.self_influence import block_options, check_block, measured
 from upriver.model.capture import frozen
-from upriver.model.check import check_length
+from upriver.model.check import check_data
 from upriver.model.fingerprint import measured_by
-from upriver.model.losses import Classification
 from upriver.model.model import Model
 from upriver.model.planned import division_file
+from upriver.model.tasks import Classification
 from upriver.pipeline import trace
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, discard, locked
@@ -36,8 +36,9 @@ from upriver.runtime.config import CONVENTIONS, AuditOptions, TraceOptions, opti
 from upriver.runtime.progress import Progress, Say, Times, mute, silent
 from upriver.show.audit import Audit, Card, cards_of_examples, write_page, write_records
 from upriver.show.report import is_report
-from upriver.text.batch import Examples, Sequences
+from upriver.text.batch import Sequences
 from upriver.text.corpus import Corpus
+from upriver.text.examples import Examples
 from upriver.text.queries import Queries
 
 DEFAULT_BY = "self_influence+loss"  # in no study far below the best (studies/audit/README.md)
@@ -100,10 +101,9 @@ def audit(
         raise CorpusError(
             "an audit is of single records: got a packed corpus, whose sequences hold several; read it unpacked"
         )
-    _check_labels(model, sequences)
     asked_of = _measured(model, queries)
     asked = Asked(model, sequences, asked_of, factors, _settled(opts, model, sequences, factors), progress, say)
-    check_length(model, sequences)
+    check_data(model, sequences)
     if factors:
         factors.check(model)
     key = {
@@ -151,9 +151,9 @@ def _run(stage: Artifact, asked: Asked) -> None:
 
 def by_record(data: Sequences, table: pd.DataFrame) -> pd.DataFrame:
     """A row for each record with loss: its number in ``row``, and what was measured of its sequences together."""
-    document_N = np.asarray(data.document_of_N) if isinstance(data, Corpus) else np.arange(len(data))
+    record_N = np.asarray(data.record_of_N) if isinstance(data, Corpus) else np.arange(len(data))
     squared = table.assign(gradient_norm=table["gradient_norm"] ** 2)
-    sums: Any = squared.groupby(document_N).sum(min_count=1)
+    sums: Any = squared.groupby(record_N).sum(min_count=1)
     sums["gradient_norm"] **= 0.5
     return sums.rename_axis("row").reset_index()
 
@@ -184,7 +184,7 @@ def _publish(stage: Artifact, asked: Asked, frame: pd.DataFrame, by: str, times:
         cards = cards_of_examples(data, shown, _predicted(asked.model, data, np.array(shown)))
     else:
         cards = dict.fromkeys(shown, Card("", []))
-    of = data.info["path"] if isinstance(data, Corpus) else f"{len(data):,} examples"
+    of = str(data.info["path"] or "records") if isinstance(data, Corpus) else f"{len(data):,} examples"
     head = {"model": asked.model.name, "data": of, "by": by, "curvature": opts.curvature, "damping": opts.damping}
     head |= {"records": len(frame), "queries": len(asked.queries) if asked.queries is not None else 0}
     write_page(stage.path, frame.head(opts.top), cards, head)
@@ -201,17 +201,13 @@ def _tidy(folder: Path) -> None:
 
 
 def examples(given: Any, what: str) -> Examples:
-    """Examples of a pair of arrays: numbers ``x``, and a label each; whole ones are classes.
+    """Examples of a pair of arrays: numbers ``x``, and a label each, whole ones classes; or of all that :class:`Examples` takes.
 
     Raises:
         CorpusError: they are no such arrays.
     """
-    if isinstance(given, Examples):
-        return given
     if not isinstance(given, tuple) or len(given) != 2:
-        raise CorpusError(
-            f"{what} cannot be used: got {type(given).__name__}; give a Corpus, Examples, or a pair (x, y)"
-        )
+        return given if isinstance(given, Examples) else Examples(given)
     arrays = {}
     for name, x in zip(("x", "y"), given, strict=True):
         array = x.numpy(force=True) if isinstance(x, torch.Tensor) else np.asarray(x)
@@ -227,38 +223,20 @@ def examples(given: Any, what: str) -> Examples:
     return Examples(arrays)
 
 
-def _check_labels(model: Model, data: Sequences) -> None:
-    """Refuse class labels that the model has no output for."""
-    if not isinstance(model.task, Classification) or not isinstance(data, Examples):
-        return
-    y_N = data.inputs.get("y")
-    if y_N is None or y_N.ndim != 1 or y_N.is_floating_point():
-        raise CorpusError(
-            "classes are one whole number for each example: got no such 'y'; encode labels as 0, 1, 2, .."
-        )
-    with frozen(model.module), torch.no_grad():
-        classes = model.task.outputs(model.module, data.batch(np.array([0])).to(model.device)).shape[1]
-    low, high = int(y_N.min()), int(y_N.max())
-    if low < 0 or high >= classes:
-        raise CorpusError(
-            f"labels are from 0 to {classes - 1}, as the model has {classes} outputs: got {low} to {high}; renumber them"
-        )
-
-
 def _measured(model: Model, queries: Any) -> Measured | None:
     if isinstance(queries, Queries):
         return queries.bound(model.tokenizer, model.longest)
     if queries is None or isinstance(queries, Measurements):
         return queries
     asked = examples(queries, "what is asked")
-    _check_labels(model, asked)
+    model.task.check(model.module, asked)
     return Measurements(asked)
 
 
 def _settled(opts: AuditOptions, model: Model, data: Sequences, factors: Factors | None) -> AuditOptions:
     """The options with the layers named, and nothing in them that would be refused later."""
     if factors is None and opts.layers is None:
-        opts = opts.model_copy(update={"layers": "mlp" if isinstance(data, Corpus) else "*"})
+        opts = opts.model_copy(update={"layers": model.default_layers if isinstance(data, Corpus) else "*"})
     check_block(options(TraceOptions, {"damping": opts.damping, "rank": opts.rank}))
     return opts
 

@@ -122,7 +122,8 @@ def layer_groups(layers: list[Layer], queries: int, budget: int = GROUP_BYTES) -
 
 def score(model: up.Model, data: Any, rows_N: np.ndarray, queries: Any, factors: up.Factors) -> RankScores:
     """Scores of the sequences ``rows_N`` at every rank; one pass over them for each group of layers."""
-    layers = find_layers(model.module, factors.options.layers)
+    known = {x.name for x in factors.layers}
+    layers = [x for x in find_layers(model.module, factors.options.layers) if x.name in known]
     indices, scores = list(range(len(queries))), RankScores(rows_N, len(queries), model.dtype)
     tokens = token_gradients(model, layers, queries, indices)
     for group in layer_groups(layers, len(queries)):

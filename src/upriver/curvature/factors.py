@@ -34,6 +34,7 @@ from upriver.runtime.config import CONVENTIONS, CURVATURES, FitOptions
 from upriver.runtime.cost import LayerSize, Sized, diagonal
 from upriver.tensors import Square, eigh, numbered, square
 from upriver.text.batch import Sequences
+from upriver.text.reading import Reading
 
 ADVICE = "fit again with --overwrite"  # what to do about a damaged file
 
@@ -187,12 +188,12 @@ class Factors:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How the corpus that they were fitted on is read: ``seq_len``, ``pack``, ``on_bad_record``.
+        """How the corpus that they were fitted on is read: what `Reading` says.
 
         Raises:
             InputError: it was no corpus of text.
         """
-        data, names = self.manifest["data"], ("seq_len", "pack", "on_bad_record")
+        data, names = self.manifest["data"], Reading._fields
         if not set(names) <= data.keys():
             raise InputError(f"the factors in {self.path} were not fitted on text; trace with them from Python")
         return {name: data[name] for name in names}

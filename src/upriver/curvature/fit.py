@@ -22,8 +22,9 @@ from upriver.curvature.consumers import FIT_PROBES, Correction, Covariance, agre
 from upriver.curvature.factors import Factors, decomposed, read_moments, write_lam
 from upriver.curvature.rounds import convergence, doublings, labels_of, rounds
 from upriver.kernels import one_core_each
-from upriver.model.check import check_length, check_loss, count_outputs, tracked_layers
-from upriver.model.layers import Coverage, Layer, coverage
+from upriver.model.check import check_data, check_loss, count_outputs, tracked_layers
+from upriver.model.coverage import Coverage, coverage
+from upriver.model.layers import Layer
 from upriver.model.model import Model
 from upriver.model.planned import announce, division_file, memory_budget, plan_here, settled
 from upriver.model.shape import model_shape
@@ -40,6 +41,7 @@ from upriver.runtime.system import give_back, work_ended
 from upriver.runtime.units import remaining, total
 from upriver.tensors import accumulator_dtype
 from upriver.text.batch import Sequences
+from upriver.text.examples import sequences
 
 COVARIANCE_STREAM, CORRECTION_STREAM = 1, 2  # the two passes draw different labels
 
@@ -83,7 +85,7 @@ class Work(NamedTuple):
 
 def fit(
     model: Model,
-    data: Sequences,
+    data: Any,
     out: str | Path,
     *,
     overwrite: bool = False,
@@ -94,6 +96,7 @@ def fit(
     """Fit the EK-FAC factors of ``model`` on ``data`` into the folder ``out``; reuse what is there when it is the same.
 
     Args:
+        data: a corpus, :class:`upriver.Examples`, or what these are made of: arrays, a data set, a ``DataLoader``.
         given: ``layers``, ``fisher``, ``draws``, ``max_tokens``, ``until``, ``blocks``, ``dtype``, ``tf32``,
             ``batch_tokens``, ``seed``, ``memory``; see :class:`FitOptions`.
 
@@ -105,8 +108,8 @@ def fit(
     Example:
         >>> factors = up.fit(model, corpus, out="factors", layers="mlp", max_tokens=500_000)
     """
-    opts, out = model.settled(options(FitOptions, given)), Path(out)
-    check_length(model, data)
+    opts, out, data = model.settled(options(FitOptions, given)), Path(out), sequences(data)
+    check_data(model, data)
     key = {
         "model": model.fingerprint,
         "corpus": data.fingerprint,
@@ -130,7 +133,7 @@ def fit(
 
 
 def prepared(top: Artifact, model: Model, data: Sequences, opts: FitOptions, progress: Progress, say: Say) -> Work:
-    layers = tracked_layers(model, data, opts.layers, opts.blocks)
+    layers = tracked_layers(model, data, str(opts.layers), opts.blocks)
     check_loss(model, data, opts.fisher == "sampled")
     shape, budget = model_shape(model, layers, data), memory_budget(model, data, opts.batch, opts.memory)
     division = settled(top.path, divide_fit(shape, budget), model.device, say)

@@ -35,7 +35,7 @@ K1, B = 1.5, 0.75  # of BM25: how soon a repeated word counts no more, and how m
 
 
 def baseline(
-    name: str, model: Model, corpus: Sequences, queries: Measured, *, layers: str = "mlp", seed: int = 0
+    name: str, model: Model, corpus: Sequences, queries: Measured, *, layers: str | None = None, seed: int = 0
 ) -> np.ndarray:
     """Scores of one of ``BASELINES`` for every sequence and query, float64 ``[N, Q]``.
 
@@ -43,7 +43,7 @@ def baseline(
     ``gradient_norm`` are the same for all queries.
 
     Args:
-        layers: whose gradients ``cosine`` and ``gradient_norm`` take.
+        layers: whose gradients ``cosine`` and ``gradient_norm`` take; None: as of a fit.
         seed: of ``random``.
 
     Raises:
@@ -55,7 +55,7 @@ def baseline(
     """
     if name not in BASELINES:
         raise ConfigError(f"no such baseline: got {name!r}; give one of {', '.join(BASELINES)}")
-    return BASELINES[name](model, corpus, queries, layers, seed)
+    return BASELINES[name](model, corpus, queries, layers or model.default_layers, seed)
 
 
 def bm25(model: Model, corpus: Sequences, queries: Measured, layers: str, seed: int) -> np.ndarray:

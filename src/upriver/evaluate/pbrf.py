@@ -84,13 +84,20 @@ class ProximalBregman:
         with self.function.differentiable():
             return torch.stack([term(moved_P) for term in self._terms(z, epsilon)]).sum()
 
-    def minimise(self, z: Batch, epsilon: float) -> Solution:
+    def minimise(self, z: Batch, epsilon: float, start: Grads | None = None) -> Solution:
         """The displacement ``theta(eps) - theta_s``, ``[1, O, I]`` for every layer, by Newton's method with conjugate gradients.
 
         It has converged when the gradient is at most ``tolerance`` times its length at ``theta_s``.
+
+        Args:
+            start: a guess of ``d theta / d eps``, ``[1, O, I]`` for every layer, from which to go on.  What has converged owes it
+                nothing but time.
         """
+        d_P = torch.zeros_like(self.theta_P)
+        if start is not None:
+            d_P = epsilon * self.function.space.flatten(start)[0].to(d_P)
         with self.function.differentiable():
-            moved_P, stats = self._newton(self._terms(z, epsilon))
+            moved_P, stats = self._newton(self._terms(z, epsilon), d_P)
         return Solution(self.function.space.unflatten(moved_P[None]), "why" not in stats, stats)
 
     def derivative(self, z: Batch, epsilon: float = 1e-4) -> Solution:
@@ -105,9 +112,9 @@ class ProximalBregman:
         module = self.function.at(self.theta_P + self.function.space.flatten(moved)[0])
         return measurements(Model(module, model.tokenizer, model.task), queries)
 
-    def influence(self, z: Batch, queries: Measured, epsilon: float = 1e-4) -> Response:
+    def influence(self, z: Batch, queries: Measured, epsilon: float = 1e-4, start: Grads | None = None) -> Response:
         """``d f / d eps`` at zero of every query by central differences: the ground truth of ``I_f(z)`` (eq. 5)."""
-        up, down = self.minimise(z, epsilon), self.minimise(z, -epsilon)
+        up, down = self.minimise(z, epsilon, start), self.minimise(z, -epsilon, start)
         change_Q = (self.measure(up.value, queries) - self.measure(down.value, queries)) / (2 * epsilon)
         return Response(change_Q, up.converged and down.converged, down.stats | up.stats)
 
@@ -124,15 +131,13 @@ class ProximalBregman:
 
         return [*map(divergence, self.anchors), rest]
 
-    def _newton(self, terms: list[Callable[[Tensor], Tensor]]) -> tuple[Tensor, dict[str, Any]]:
+    def _newton(self, terms: list[Callable[[Tensor], Tensor]], d_P: Tensor) -> tuple[Tensor, dict[str, Any]]:
         slopes = [grad(term) for term in terms]
 
         def slope(d_P: Tensor) -> Tensor:
             return torch.stack([part(d_P) for part in slopes]).sum(0)
 
-        d_P = torch.zeros_like(self.theta_P)
-        g_P = slope(d_P)
-        start, steps = float(g_P.norm()), 0
+        start, g_P, steps = float(slope(torch.zeros_like(d_P)).norm()), slope(d_P), 0
         while float(g_P.norm()) > self.tolerance * start and steps < NEWTON_STEPS:
             move_P = _newton_move(slopes, d_P, g_P)
             tries = (d_P + 0.5**k * move_P for k in range(HALVINGS))

@@ -29,7 +29,7 @@ from upriver.curvature.products import Products, Space, Tracked
 from upriver.errors import NumericalError
 from upriver.influence.job import Given
 from upriver.influence.queries import batches, gradients, weighted_measurement
-from upriver.model.layers import Layer, find_layers
+from upriver.model.layers import Layer
 from upriver.model.model import Model
 from upriver.runtime.artifact import Tensors
 from upriver.runtime.config import VerifyOptions
@@ -125,7 +125,7 @@ def _finetune(trial: Trial, chunk: list[int]) -> Tensors:
 def _precise(trial: Trial) -> Iterator[Tracked]:
     """The model as a function of its tracked weights in float64, in which a small difference is exact."""
     with trial.asked.model.computing_in("float64") as model:
-        function = Tracked(model, find_layers(model.module, str(trial.asked.opts.layers)))
+        function = Tracked(model, trial.asked.tracked(model))
         with function.differentiable():
             yield function
 

@@ -109,12 +109,13 @@ def scan_probe(asked: Asked) -> Probe:
 
 
 def plan_model(
-    model: Model | Path, data: Sequences, spec: str, request: Request, hardware_name: str | None, left: int = 0
+    model: Model | Path, data: Sequences, spec: str | None, request: Request, hardware_name: str | None, left: int = 0
 ) -> Plan:
     """What ``upriver plan`` shows: any model, also one of which there is only a configuration, on any machine.
 
     Args:
         model: a loaded model, or the path of a configuration (:func:`upriver.model.shape.config_only`).
+        spec: layers; None: as of a fit.
         hardware_name: an entry of the table of machines, such as ``h100x8``; None: this machine, measured.
         left: bytes in use here that will not be in a run's own process.
 
@@ -124,8 +125,8 @@ def plan_model(
     """
     machine = hardware(hardware_name) if hardware_name else None
     if isinstance(model, Path):
-        return plan_config(model, spec, request, machine)
-    layers = tracked_layers(model, data, spec, request.blocks)
+        return plan_config(model, spec or "mlp", request, machine)
+    layers = tracked_layers(model, data, spec or model.default_layers, request.blocks)
     if machine is None:
         probes = FIT_PROBES | ({"scan": scan_probe(request.asked)} if request.queries else {})
         return plan_here(model, layers, data, request, probes, left=left)

@@ -53,10 +53,13 @@ class Given:
         fitted = self.factors.options.dtype if self.factors else self.opts.dtype
         return "float64" if "float64" in (fitted, self.opts.dtype) else "float32"
 
-    def tracked(self, model: Model) -> list[Layer]:
-        """The layers of one of the models, their second moments in as many blocks as those of the factors."""
-        blocks = self.factors.options.blocks if self.factors else 1
-        return tracked_layers(model, self.data, str(self.opts.layers), blocks)
+    def tracked(self, model: Model, same: Sequence[Layer] = ()) -> list[Layer]:
+        """The layers of one of the models: those of the factors, their second moments in as many blocks, or the ``same`` as of
+        another."""
+        blocks, names = 1, {x.name for x in same} or None
+        if self.factors:
+            blocks, names = self.factors.options.blocks, {x.name for x in self.factors.layers}
+        return tracked_layers(model, self.data, str(self.opts.layers), blocks, names)
 
     @property
     def sample(self) -> np.ndarray:
@@ -178,7 +181,7 @@ def settled_options(
         )
     own = str(model.dtype).removeprefix("torch.")
     missing = {
-        "layers": opts.layers or (told.layers if told else "mlp"),
+        "layers": opts.layers or (told.layers if told else model.default_layers),
         "dtype": opts.dtype or (told.dtype if told else own),
         "tf32": opts.tf32 if opts.tf32 is not None else bool(told and told.tf32),
         "seed": opts.seed if opts.seed is not None else (told.seed if told else 0),
@@ -212,7 +215,7 @@ def jobs(first: Job, asked: Given) -> Iterator[Job]:
     for number, (which, weight) in enumerate(asked.checkpoints or [(asked.model, 1.0)]):
         model, layers = loaded(which, asked.model), first.layers
         if model is not asked.model:
-            layers = asked.tracked(model)
+            layers = asked.tracked(model, layers)
         if [x[2:] for x in layers] != [x[2:] for x in first.layers]:
             raise ConfigError(
                 f"checkpoint {number + 1} has other layers than the model; give one of the same architecture"
@@ -227,7 +230,7 @@ def exactly(job: Job, asked: Given) -> Iterator[Job]:
     dtype = job.division.exact
     with job.model.computing_in(dtype, handed=torch.float32 if dtype == "bfloat16" else None) as model:
         own = model.module is job.model.module
-        layers = job.layers if own else asked.tracked(model)
+        layers = job.layers if own else asked.tracked(model, job.layers)
         chosen = asked.solvers.get(job.part) or chosen_solver(model, layers, asked, job.division)
         if own:
             asked.solvers[job.part] = chosen

@@ -90,6 +90,7 @@ class Passage(NamedTuple):
     """A sequence to a reader; an example of a task without text is a document of its own."""
 
     document: str
+    part: int
     start: int
     end: int
     text: str
@@ -99,10 +100,10 @@ class Passage(NamedTuple):
     @classmethod
     def of(cls, data: Sequences, row: int) -> "Passage":
         if not isinstance(data, Corpus):
-            return cls(str(row), 0, 0, "", [], "{}")
+            return cls(str(row), 0, 0, 0, "", [], "{}")
         document, (start, end) = int(data.document_of_N[row]), (int(i) for i in data.span_N2[row])
         metadata = whole(json.dumps(data.metadata(document), ensure_ascii=False))
-        return cls(data.document_id(document), start, end, data.text(row), data.pieces(row), metadata)
+        return cls(*data.named(document), start, end, data.text(row), data.pieces(row), metadata)
 
 
 def _row(job: Job, lexical: "Lexical", passage: Passage, found: Rescored, x: Shown, scale: float | None) -> TopRow:

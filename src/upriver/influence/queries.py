@@ -22,7 +22,8 @@ from upriver.runtime.artifact import digest
 from upriver.runtime.config import BATCH_TOKENS
 from upriver.runtime.cost import Asked, query_size
 from upriver.text.asked import checked_id
-from upriver.text.batch import Batch, Examples, plan
+from upriver.text.batch import Batch, plan
+from upriver.text.examples import Examples
 from upriver.text.queries import Part, Queries
 
 
@@ -40,7 +41,7 @@ class Measured(Protocol):
 
 
 class Measurements:
-    """Examples whose measurement (as the task defines it) is traced, one query each.
+    """Examples (or what these are made of) whose measurement, as the task defines it, is traced, one query each.
 
     Raises:
         QueryError: not one id for every example, one that comes twice, or the name of a column of the results.
@@ -49,8 +50,8 @@ class Measurements:
         >>> Measurements(up.Examples({"x": x, "y": y}), ids=["first", "second"])
     """
 
-    def __init__(self, examples: Examples, ids: list[str] | None = None):
-        self.examples = examples
+    def __init__(self, examples: Any, ids: list[str] | None = None):
+        self.examples = examples = examples if isinstance(examples, Examples) else Examples(examples)
         self.ids = [checked_id(x, "ids") for x in ids or (f"q{i}" for i in range(len(examples)))]
         if len(set(self.ids)) != len(examples) or len(self.ids) != len(examples):
             raise QueryError(

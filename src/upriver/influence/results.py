@@ -106,12 +106,13 @@ class Documents:
 def _places(data: Sequences, rows_C: np.ndarray) -> pd.DataFrame:
     if isinstance(data, Corpus):
         documents, number_C = np.unique(data.document_of_N[rows_C], return_inverse=True)
-        names_D = [data.document_id(int(document)) for document in documents]
-        names = [names_D[number] for number in number_C]
+        named = [data.named(int(document)) for document in documents]
+        names, part = zip(*(named[number] for number in number_C), strict=True)
         start, end = np.asarray(data.span_N2[rows_C], np.int64).T
     else:
-        names, start, end = [str(r) for r in rows_C], np.zeros(len(rows_C), np.int64), np.zeros(len(rows_C), np.int64)
-    return pd.DataFrame({"sequence": rows_C.astype(np.int64), "document": names, "start": start, "end": end})
+        names, (part, start, end) = [str(r) for r in rows_C], np.zeros((3, len(rows_C)), np.int64)
+    places = {"sequence": rows_C.astype(np.int64), "document": names, "part": np.array(part, np.int64)}
+    return pd.DataFrame(places | {"start": start, "end": end})
 
 
 class TopRow(NamedTuple):
@@ -122,6 +123,7 @@ class TopRow(NamedTuple):
     rank: int
     sequence: int
     document: str
+    part: int
     start: int
     end: int
     score: float
@@ -153,7 +155,7 @@ F32, STR = pa.float32(), pa.string()
 TOP_SCHEMA = pa.schema(
     [
         ("query", STR), ("side", STR), ("rank", pa.int64()), ("sequence", pa.int64()), ("document", STR),
-        ("start", pa.int64()), ("end", pa.int64()), ("score", F32), ("score_nats", F32),
+        ("part", pa.int64()), ("start", pa.int64()), ("end", pa.int64()), ("score", F32), ("score_nats", F32),
         ("calibrated_nats", F32), ("scan_score", F32),
         ("rescored", pa.bool_()), ("spurious", pa.bool_()), ("layers", pa.list_(F32)), ("tokens", pa.list_(STR)),
         ("token_scores", pa.list_(F32)), ("text", STR), ("tfidf_rank", pa.int64()), ("tfidf_score", F32),

@@ -20,7 +20,7 @@ from upriver.curvature.diagonal import fit_diagonal
 from upriver.curvature.factors import Factors, read_moments
 from upriver.errors import ConfigError, NumericalError
 from upriver.influence.job import settled_options
-from upriver.model.check import check_length, check_loss, tells_losses, tracked_layers
+from upriver.model.check import check_data, check_loss, tells_losses, tracked_layers
 from upriver.model.layers import Layer
 from upriver.model.model import Model
 from upriver.model.planned import memory_budget, settled
@@ -110,7 +110,7 @@ def measured(
     say: Say = mute,
 ) -> pd.DataFrame:
     """The pass, with its units in a folder of ``stage``; what an interrupted run had finished is taken up."""
-    check_length(model, data)
+    check_data(model, data)
     if opts.curvature == "diagonal" and factors:
         fit_diagonal(model, data, factors, opts.memory, progress)
     with (
@@ -130,7 +130,8 @@ def _pass(
     progress: Progress,
     say: Say,
 ) -> pd.DataFrame:
-    layers = tracked_layers(model, data, str(opts.layers), factors.options.blocks if factors else 1)
+    same = {x.name for x in factors.layers} if factors else None
+    layers = tracked_layers(model, data, str(opts.layers), factors.options.blocks if factors else 1, same)
     shape = model_shape(model, layers, data)
     budget = memory_budget(model, data, opts.batch, opts.memory)
     division = settled(stage.path, divide_pass(shape, SELF_INFLUENCE, budget), model.device, say)

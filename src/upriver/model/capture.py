@@ -20,16 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upriver.errors import ModelError, NumericalError
+from upriver.errors import LayerError, ModelError, NumericalError
 from upriver.kernels import FastKernels
+from upriver.model.adapter import multiply_directly
 from upriver.model.experts import Expert, packed_rows, run_one_by_one
 from upriver.model.layers import Layer, by_position, given, unfolded
 from upriver.model.packed import packed
 from upriver.runtime import dist
 from upriver.tensors import on_cpu
 
+APART = "not laid out by sequence and token"
 Consume = Callable[[Layer, Tensor, Tensor], None]
 Call = tuple[Tensor, Tensor, Tensor | None]  # a_NTI, g_NTO, and of an expert where its rows stand
+Calls = dict[int, Call]  # by their number in the forward pass
 
 
 def _nobody(layer: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None: ...
@@ -51,6 +54,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
     for m in filter(packed, modes):
         m.training = True  # for inference on a CPU bitsandbytes rounds their scales once more, and gives no gradient
     module.requires_grad_(False)
+    multiply_directly(modes)
     try:
         kernels = FastKernels() if on_cpu else nullcontext()
         with torch.compiler.set_stance("force_eager"), run_one_by_one(module), kernels:
@@ -75,19 +79,24 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def capture(
-    module: nn.Module, layers: list[Layer], consume: Consume, dtype: torch.dtype | None = None
+    module: nn.Module,
+    layers: list[Layer],
+    consume: Consume,
+    dtype: torch.dtype | None = None,
+    left: dict[str, LayerError] | None = None,
 ) -> Iterator["Run"]:
     """Yield ``run(N, T, forward)``, which runs a forward and a backward pass and feeds ``consume``.
 
     Args:
         dtype: of what ``consume`` is given; None: as the model computes.
+        left: where layers that cannot be tracked are noted instead, unless they were named.
 
     Raises:
-        ModelError: a layer's input cannot be laid out by sequence and token, or the model hides its calls.
+        LayerError: a layer's input cannot be laid out by sequence and token, or the model hides its calls.
         NumericalError: the loss is NaN or infinite.
     """
     run, first = (
-        Run(consume, dtype),
+        Run(consume, dtype, left),
         {"with_kwargs": True, "prepend": True},
     )  # before the hooks of others: what the weight gave
     hooks = [m.register_forward_hook(partial(run.on_call, x), **first) for x in layers for m in x.modules]
@@ -104,12 +113,12 @@ def capture(
 class Run:
     """The forward and backward passes of one :func:`capture`; call it once per batch."""
 
-    def __init__(self, consume: Consume, dtype: torch.dtype | None = None):
-        self._consume, self._dtype = consume, dtype
+    def __init__(self, consume: Consume, dtype: torch.dtype | None = None, left: dict[str, LayerError] | None = None):
+        self._consume, self._dtype, self._left = consume, dtype, left
         self._N, self._T = 0, None
         self._backward = False
         self._expected: dict[str, int] = {}
-        self._waiting: dict[str, tuple[Layer, list[Call]]] = {}
+        self._waiting: dict[str, tuple[Layer, Calls]] = {}
         self._losses: Tensor | None = None  # of the batches that were not looked at yet, added up
 
     def __call__(self, N: int, T: int | None, forward: Callable[[], Tensor]) -> Tensor:
@@ -133,6 +142,17 @@ class Run:
             self._hand_over(layer, calls)
         return loss.detach()
 
+    def _trackable(self, layer: Layer, made: Callable[[], Any]) -> Any:
+        """What is made of a layer's call; None once it cannot be tracked."""
+        if self._left is None or layer.named:
+            return made()
+        try:
+            return None if layer.name in self._left else made()
+        except LayerError as error:
+            self._waiting.pop(layer.name, None)
+            self._left[layer.name] = error
+        return None
+
     def check(self) -> None:
         """Refuse a loss that is no number, which no sum hides: at once, or on another device at the end of :func:`capture`.
 
@@ -148,43 +168,58 @@ class Run:
 
     def on_call(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The forward hook: keep the input, and ask for the gradient at the output."""
+        return self._trackable(layer, lambda: self._call(layer, module, args, kwargs, output))
+
+    def _call(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if not torch.is_grad_enabled():
-            raise ModelError(
+            raise LayerError(
                 f"layer {layer.name!r} runs without gradients inside the model, as under reentrant activation checkpointing; "
-                "switch checkpointing off or give it use_reentrant=False"
+                "switch checkpointing off or give it use_reentrant=False",
+                layer.name,
+                "runs without gradients",
             )
         if not isinstance(output, Tensor):
-            raise ModelError(
+            kind = type(output).__name__
+            raise LayerError(
                 f"layer {layer.name!r} cannot be tracked: it does not give W a + b of its own weight and bias: got "
-                f"{type(module).__name__}, which gives a {type(output).__name__}; leave it out by giving globs to --layers"
+                f"{type(module).__name__}, which gives a {kind}; leave it out by giving globs to --layers",
+                layer.name,
+                f"gives a {kind}",
             )
         if not output.requires_grad:  # the lowest tracked layer: the graph begins here
             output = output.requires_grad_().clone()
         elif output._is_view():  # written over in place, a view would leave the graph, and its hook with it
             output = torch.ops.aten._unsafe_view(output, output.shape)
         if not self._backward:  # a recomputation under activation checkpointing only rebuilds the graph
-            self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
+            number = self._expected.get(layer.name, 0)
+            self._expected[layer.name] = number + 1
             a = given(args, kwargs)
             where = (kwargs["at_M"], kwargs["tokens"]) if isinstance(module, Expert) else None
-            output.register_hook(partial(self._on_gradient, layer, module, a.detach(), a._version, where))
+            keep = partial(self._gradient, layer, module, number, a.detach(), a._version, where)
+            output.register_hook(lambda g: self._trackable(layer, lambda: keep(g)))
         return output
 
-    def _on_gradient(self, layer: Layer, module: nn.Module, a: Tensor, version: int, where: Any, g: Tensor) -> None:
+    def _gradient(
+        self, layer: Layer, module: nn.Module, number: int, a: Tensor, version: int, where: Any, g: Tensor
+    ) -> None:
         if a._version != version:  # autograd would say so itself if the weight were not frozen
-            raise ModelError(
+            raise LayerError(
                 f"the input of layer {layer.name!r} is written over by a later in-place operation of the model; "
-                "leave the layer out with --layers"
+                "leave the layer out with --layers",
+                layer.name,
+                "its input is written over",
             )
-        calls = self._waiting.setdefault(layer.name, (layer, []))[1]
+        calls = self._waiting.setdefault(layer.name, (layer, {}))[1]
         if where is None:
             a, g = unfolded(module, a), by_position(module, g)
-            calls.append((self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False), None))
+            calls[number] = self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False), None
         else:
-            calls.append(self._laid_out(layer, a, g, *where))
+            calls[number] = self._laid_out(layer, a, g, *where)
         if len(calls) == self._expected[layer.name]:
             self._hand_over(*self._waiting.pop(layer.name))
 
-    def _hand_over(self, layer: Layer, calls: list[Call]) -> None:
+    def _hand_over(self, layer: Layer, waiting: Calls) -> None:
+        calls = [waiting[number] for number in sorted(waiting)]
         a_NTI, g_NTO, at_NT = calls[0]
         if len(calls) > 1:
             a_NTI, g_NTO = torch.cat([a for a, _, _ in calls], 1), torch.cat([g for _, g, _ in calls], 1)
@@ -197,9 +232,11 @@ class Run:
         """The rows of an expert by sequence, with ones for the bias where there is a row."""
         T, rest = divmod(tokens, self._N)
         if rest or (self._T is not None and T % self._T):
-            raise ModelError(
+            raise LayerError(
                 f"layer {layer.name!r} cannot be laid out by sequence and token: the experts see {tokens} tokens in a batch of "
-                f"{self._N} sequences; leave it out with --layers"
+                f"{self._N} sequences; leave it out with --layers",
+                layer.name,
+                APART,
             )
         if layer.bias:
             a_MI = torch.cat([a_MI, a_MI.new_ones(len(a_MI), 1)], 1)
@@ -211,9 +248,11 @@ class Run:
         N, T = self._N, self._T
         flat = x.ndim == 2 and T is not None and x.shape[0] == N * T
         if not flat and (x.shape[0] != N or (T is not None and x.shape[1:-1].numel() != T)):
-            raise ModelError(
+            raise LayerError(
                 f"layer {layer.name!r} cannot be laid out by sequence and token: it sees a tensor of shape {tuple(x.shape)} "
-                f"in a batch of {N} sequences of {T} tokens; leave it out with --layers"
+                f"in a batch of {N} sequences of {T} tokens; leave it out with --layers",
+                layer.name,
+                APART,
             )
         x_NTI = x.reshape(N, -1, x.shape[-1])
         if not bias:

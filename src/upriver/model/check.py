@@ -1,16 +1,16 @@
 """What must hold before a pass: lengths that the model takes, a loss that is a sum, layers whose gradient is what is captured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from upriver.errors import ModelError
+from upriver.errors import LayerError, ModelError
 from upriver.model.capture import capture, frozen
 from upriver.model.experts import Expert
-from upriver.model.layers import Layer, find_layers, probe, weight_gradient_as_stored
+from upriver.model.layers import Layer, find_layers, probe, weight_gradient_as_stored, without
 from upriver.model.losses import LanguageModel
 from upriver.model.model import Model, check_causal
 from upriver.model.packed import packed
@@ -25,7 +25,7 @@ TOLERANCE, TF32, NARROW = {torch.float64: 1e-7, torch.float32: 1e-4}, 2e-3, 2e-2
 def checked_layers(
     module: nn.Module, layers: list[Layer], N: int, T: int | None, forward: Callable[[], Tensor]
 ) -> list[Layer]:
-    """Refuse layers that cannot be tracked, and mark those that are given the same inputs.
+    """Refuse layers that were named and cannot be tracked, leave others such out, and mark those that are given the same inputs.
 
     ``forward`` is run forward and backward once, with the weights of the layers unfrozen.  As soon as autograd has the gradient
     of one of them it is compared with what was captured, and both are let go.  Autograd has none of a packed weight: its layer is
@@ -35,20 +35,22 @@ def checked_layers(
         N, T: sequences and positions of the loss that ``forward`` gives, as for :func:`capture`.
 
     Raises:
-        ModelError: a layer is never called, as inside a compiled model, whose hooks do not run; it computes another thing than
-            ``W a + b``; or its weight or bias is used outside of it too, so that its calls show a part of the gradient.
+        LayerError: a layer that was named, or each of them, is never called, as inside a compiled model, whose hooks do not run;
+            it computes another thing than ``W a + b``; or its weight or bias is used outside of it too, so that its calls show
+            a part of the gradient.
     """
-    comparison, hooks = _Comparison(layers), []
+    left: dict[str, LayerError] = {}
+    comparison, hooks = _Comparison(layers, left), []
     before = {p: p.grad for p in comparison.owners}
     found: list[Layer] = []
     losses: list[Tensor] = []
 
     def probed() -> Tensor:
-        found.extend(probe(layers, lambda: losses.append(forward()), N * (T or 1)))
+        found.extend(probe(layers, lambda: losses.append(forward()), N * (T or 1), left))
         return losses[0]
 
     try:
-        with capture(module, layers, comparison) as run:
+        with capture(module, layers, comparison, left=left) as run:
             for p in before:
                 p.grad = None
                 hooks.append(p.requires_grad_().register_post_accumulate_grad_hook(comparison.when_captured))
@@ -56,19 +58,22 @@ def checked_layers(
             for p in comparison.owners.copy():
                 comparison.compare(p)
             for x, a_MI, g_MO in comparison.packed:
-                _check_packed(x, a_MI, g_MO)
+                comparison.noted(x, lambda x=x, a_MI=a_MI, g_MO=g_MO: _check_packed(x, a_MI, g_MO))
     finally:
         for hook in hooks:
             hook.remove()
         for p, grad in before.items():
             p.grad = grad
-    return found
+    pools = {x.pool: left[x.name] for x in found if x.pool and x.name in left}
+    rest = without(module, found, left | {x.name: pools[x.pool] for x in found if x.pool in pools})
+    return [x._replace(named=True) for x in rest]  # from now on it is refused
 
 
 class _Comparison:
     """Consumer: holds what was captured of a layer until autograd's gradients of its weight and bias are there."""
 
-    def __init__(self, layers: list[Layer]):
+    def __init__(self, layers: list[Layer], left: dict[str, LayerError]):
+        self.left = left
         named = [(x, m, n, p) for x in layers for m in x.modules for n, p in m.named_parameters(recurse=False)]
         experts = [(p, (x, n)) for x in layers for m in x.modules if isinstance(m, Expert) for n, p in m.stored.items()]
         held = [(p, (x, n)) for x, m, n, p in named if n == "bias" or (n == "weight" and not packed(m))]
@@ -99,9 +104,23 @@ class _Comparison:
         if p not in self.experts and self.owners[p][0].name in self.captured:
             self.compare(p)
 
-    @torch.no_grad()
+    def noted(self, x: Layer, check: Callable[[], None]) -> None:
+        """Check a layer; note what is wrong with it, unless it was named."""
+        try:
+            if x.name not in self.left:
+                check()
+        except LayerError as error:
+            if x.named:
+                raise
+            self.left[x.name] = error
+
     def compare(self, p: Any) -> None:
         x, name = self.owners.pop(p)
+        self.noted(x, lambda: self._compare(p, x, name))
+        p.grad = None
+
+    @torch.no_grad()
+    def _compare(self, p: Any, x: Layer, name: str) -> None:
         parts, allowed = self.captured.get(x.name, ({}, 0.0))
         theirs = p.new_zeros(()) if p.grad is None else p.grad
         if p in self.experts:
@@ -115,12 +134,13 @@ class _Comparison:
             mine, theirs = mine[chosen], theirs[chosen] if theirs.ndim else theirs
         else:
             mine = parts.pop(name, p.new_zeros(()))
-        p.grad = None
         if float((mine - theirs).abs().max()) > allowed:
-            raise ModelError(
+            raise LayerError(
                 f"layer {x.name!r} cannot be tracked: its calls do not show the gradient of its {name}: got "
                 f"{type(x.modules[0]).__name__}, which gives another thing than W a + b, or whose weight or bias is used outside "
-                "of it too; leave it out by giving globs to --layers"
+                "of it too; leave it out by giving globs to --layers",
+                x.name,
+                f"its calls do not show the gradient of its {name}",
             )
 
 
@@ -141,9 +161,11 @@ def _check_packed(x: Layer, a_MI: Tensor, g_MO: Tensor) -> None:
         made_MO, (a, g, back) = (out_MO.detach() - bias).double(), (y.double() for y in (a_MI, g_MO, back_MI))
         size_M = made_MO.norm(dim=1) * g.norm(dim=1) + a.norm(dim=1) * back.norm(dim=1)
         if bool((((made_MO * g).sum(1) - (a * back).sum(1)).abs() > NARROW * size_M).any()):
-            raise ModelError(
+            raise LayerError(
                 f"layer {x.name!r} cannot be tracked: got {type(m).__name__} of packed weights, whose output and whose gradient "
-                "at the input are not those of one matrix; leave it out by giving globs to --layers"
+                "at the input are not those of one matrix; leave it out by giving globs to --layers",
+                x.name,
+                "not one matrix",
             )
 
 
@@ -154,14 +176,23 @@ NARROW_APART, NARROW_TINY = 0.4, 1e-4  # in bfloat16, where another label may be
 RULE = "give a sum over sequences and tokens, never a mean"
 
 
-def tracked_layers(model: Model, data: Sequences, spec: str, parts: int = 1) -> list[Layer]:
+def tracked_layers(
+    model: Model, data: Sequences, spec: str, parts: int = 1, same: Collection[str] | None = None
+) -> list[Layer]:
     """The layers that ``spec`` names, checked on one short sequence, with those that share an input marked.
+
+    What cannot be tracked is left out, and :func:`~upriver.model.coverage.coverage` tells why, unless a glob names it.
 
     Args:
         parts: diagonal blocks of their second moments, at most.
+        same: the names of those that were tracked before, which are tracked again or refused.
+
+    Raises:
+        LayerError: one that was named, or tracked before, cannot be tracked.
     """
     batch = data.batch(_short(data)).to(model.device)
-    layers = [x._replace(parts=parts) for x in find_layers(model.module, spec)]
+    found = find_layers(model.module, spec)
+    layers = [x._replace(parts=parts, named=x.named or same is not None) for x in found if not same or x.name in same]
     model.task.prepare(model.module)
     T = model.task.positions(batch)
     return checked_layers(model.module, layers, 1, T, lambda: model.task.loss(model.module, batch))
@@ -174,12 +205,14 @@ def _short(data: Sequences) -> np.ndarray:
     return enough[:1] if len(enough) else rows[-1:] if len(rows) else np.array([int(np.argmin(data.lengths_N))])
 
 
-def check_length(model: Model, data: Sequences) -> None:
-    """Refuse sequences that the model does not take, and those that change what it makes of others in their batch.
+def check_data(model: Model, data: Sequences) -> None:
+    """Refuse labels that are none of the task's, sequences that the model does not take, and those that change what it makes of
+    others in their batch.
 
     Raises:
         ModelError: with the length that is allowed.
     """
+    model.task.check(model.module, data)
     longest, positions, limit = int(np.max(data.lengths_N)), model.positions, model.rotary_limit
     if positions and longest > positions:
         raise ModelError(

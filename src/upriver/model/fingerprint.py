@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PretrainedConfig
 
+from upriver.model.adapter import adapter_form
 from upriver.model.losses import Task
 from upriver.runtime.artifact import digest
 
 ADDRESS = re.compile(r" at 0x[0-9a-f]+", re.IGNORECASE)  # of a function that a module shows
 # Told by name, as versions differ; a class of tasks that `type` makes is said to be of the module abc.
-LIBRARIES = {"upriver", "torch", "transformers", "numpy", *sys.stdlib_module_names} - {"abc"}
+LIBRARIES = {"upriver", "torch", "transformers", "peft", "numpy", *sys.stdlib_module_names} - {"abc"}
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 NOT_TOLD = (
     "transformers_version",
@@ -52,8 +53,9 @@ def module_form(module: nn.Module) -> Any:
     config, kinds = getattr(module, "config", None), {kind for m in module.modules() for kind in type(m).__mro__}
     own = sorted((content(kind) for kind in kinds if not _installed(kind)), key=digest)
     if isinstance(config, PretrainedConfig):
-        known = {k: v for k, v in config.to_diff_dict().items() if k not in NOT_TOLD}
-        return [known, own] if own else known
+        known: Any = {k: v for k, v in config.to_diff_dict().items() if k not in NOT_TOLD}
+        form = adapter_form(module)
+        return [known, own, form] if form else [known, own] if own else known
     public = {
         f"{n}.{k}": x for n, m in module.named_modules() for k, x in vars(m).items() if k[0] != "_" and k != "training"
     }

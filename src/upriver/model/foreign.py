@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upriver.errors import ModelError
-from upriver.runtime.files import load_json
+from upriver.model.adapter import FILE
 
 BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias|rope_freqs\.weight)$")
 SCALES = re.compile(
@@ -15,25 +15,17 @@ SCALES = re.compile(
 # heads that predict tokens
 TOKENS = ("forcausallm", "lmheadmodel", "withlmhead", "model", "forconditionalgeneration")
 OWN_LOSS = "for another loss than that of a language model, load it in Python and give up.Model(module, task=...)"
-MERGE = "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(another)"
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder whose model is not told by its ``config.json`` alone.
+    """Refuse a folder without a model that holds the checkpoints of a training run, of a model or of an adapter.
 
     Raises:
-        ModelError: it holds an adapter, or the checkpoints of a training run and no model beside them.
+        ModelError: it names the newest of them.
     """
-    adapter, plain = path / "adapter_config.json", (path / "config.json").exists()
-    if adapter.exists():
-        told = load_json(adapter, "put a sound copy there")
-        told = told if isinstance(told, dict) else {}
-        kind = f"{told.get('peft_type') or 'of peft'} of {told.get('base_model_name_or_path')!r}"
-        where = "beside a model's own weights, so that neither is plainly meant" if plain else "and no model"
-        raise ModelError(
-            f"{str(path)!r} holds an adapter ({kind}) {where}; give its base, or merge the two and give that: {MERGE}"
-        )
-    runs = [x for x in path.glob("checkpoint-*") if x.name[11:].isdigit() and (x / "config.json").exists()]
+    plain = (path / "config.json").exists()
+    held = [x for x in path.glob("checkpoint-*") if x.name[11:].isdigit()]
+    runs = [x for x in held if (x / "config.json").exists() or (x / FILE).exists()]
     if runs and not plain and not any(path.glob("*.gguf")):
         newest = str(max(runs, key=lambda x: int(x.name[11:])))
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Which weight matrices are tracked, and what share of the model they are.
+"""Which weight matrices are tracked, and what cannot be.
 
 No table of model names: the blocks of a model are its longest list of alike modules, a layer is attention when a part of
 its path or an enclosing class says so, and what is left inside a block is its MLP.
@@ -11,20 +11,27 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from upriver.errors import ModelError
+from upriver.errors import LayerError, ModelError
+from upriver.model.adapter import Trained, plain_name, trained
 from upriver.model.experts import Expert, experts_of
-from upriver.model.packed import held_in, packed, parameter_sizes
+from upriver.model.packed import packed
+from upriver.model.text_part import inside, other_parts
 
 ATTENTION = re.compile(r"attn|attention|^wqkv$", re.IGNORECASE)
 MIXER = re.compile(r"mamba|mixer|ssm|recurrent|rglru|conv", re.IGNORECASE)  # of a place in the block
 MIXER_CLASS = re.compile(r"(Mixer|Recurrent\w*Block|RgLru|Conv\w*|DeltaNet)$")  # of a module around the layer
 LINEAR = (nn.Linear, Conv1D, nn.Conv2d)  # what gives W a + b at each position
+KINDS = ("mlp", "attention", "all")
 ROUTER = re.compile(r"^(gate|router|.*_gate)$|router", re.IGNORECASE)
+
+# What cannot be tracked of a module, as it was found when its layers were last looked for, and why.
+LEFT: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
 class Layer(NamedTuple):
@@ -41,10 +48,12 @@ class Layer(NamedTuple):
     rows: float = 1.0  # inputs that it sees for a token of the corpus: positions of an image, calls, an expert's tokens
     pool: str = ""  # of an expert: the layer under which the experts of a block have one A and one S
     at_NT: torch.Tensor | None = None  # while a pass hands over an expert: each row's position in its sequence, or -1
+    named: bool = True  # by a glob: refused where it cannot be tracked, where others of ``mlp`` or ``all`` are left out
 
     @property
     def kind(self) -> str:
-        return self.name.rsplit(".", 1)[-1]
+        parts = plain_name(self.name).split(".")
+        return ".".join(parts[-2:] if parts[-1] in ("lora_A", "lora_B") else parts[-1:])
 
     @property
     def parameters(self) -> int:
@@ -56,43 +65,23 @@ class Layer(NamedTuple):
         return told | ({"pool": self.pool} if self.pool else {})
 
 
-class Coverage(NamedTuple):
-    """The share of the model's parameters that influence is computed for, and what is left out."""
-
-    tracked: int
-    total: int
-    untracked: list[dict[str, Any]]  # name, parameters, share, why
-    packed: str = ""  # what is said of tracked weights that are held in fewer bits
-
-    @classmethod
-    def of(cls, stored: dict[str, Any]) -> "Coverage":
-        """What a manifest tells of it."""
-        return cls(stored["tracked"], stored["total"], stored["untracked"], stored.get("packed", ""))
-
-    @property
-    def share(self) -> float:
-        return self.tracked / self.total
-
-    def line(self) -> str:
-        rest = ", ".join(f"{u['name']} {u['share']:.1%} ({u['why']})" for u in self.untracked[:6])
-        line = f"tracked {self.tracked:,} of {self.total:,} parameters ({self.share:.1%}); not: {rest or 'nothing'}"
-        return f"{line}; {self.packed}" if self.packed else line
-
-
 def find_layers(module: nn.Module, spec: str) -> list[Layer]:
     """The layers that ``spec`` names, in the order of the model.
 
     Args:
         spec: ``mlp`` (both matrices of every block, three of a gated MLP, the experts of a mixture), ``attention``, ``all``
-            (both and whatever other linear layers the blocks hold), globs over module names (an expert's are
-            ``experts.3.gate_up_proj``), or several of these, separated by commas.
+            (both and whatever other linear layers the blocks hold), of a model that sees or hears too those of its text part;
+            ``lora`` (what an adapter trained; the others mean its base); globs over module names (an expert's are
+            ``experts.3.gate_up_proj``); or several of these, separated by commas.
 
     Raises:
         ModelError: one of them matches nothing; the sentence lists what the model has.
     """
-    linear = dict(_linear_modules(module))
+    adapter, others = trained(module), other_parts(module)
+    linear = {name: m for name, m in linear_modules(module) if name not in adapter.idle}
     found = {
-        part: {n for n, m in linear.items() if _matches(module, n, m, part)} for part in map(str.strip, spec.split(","))
+        part: {n for n, m in linear.items() if _matches(module, n, m, part, adapter, others)}
+        for part in map(str.strip, spec.split(","))
     }
     nothing = [part for part, names in found.items() if not names]
     if nothing:
@@ -104,6 +93,7 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
             if experts
             else ""
         )
+        note += "; there is no adapter that is in use and apart from its base" if nothing[0] == "lora" else ""
         raise ModelError(
             f"no layer to track: --layers {nothing[0]!r} matches nothing; this model has linear layers at {have}{note}; "
             "choose among them with --layers"
@@ -115,10 +105,34 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
     chosen = [(name, m) for name, m in linear.items() if any(name in names for names in found.values())]
     groups = dict.fromkeys(name if isinstance(m, Expert) else tuple(users[id(m.weight)]) for name, m in chosen)
     pools: dict[tuple[int, str], str] = {}
-    return [
-        _expert(x, linear[x], pools) if isinstance(x, str) else _layer(x[0], [module.get_submodule(n) for n in x])
-        for x in groups
-    ]
+    by_name = {name for part, names in found.items() if part not in KINDS for name in names}
+    layers: list[Layer] = []
+    left: dict[str, LayerError] = {}
+    for x in groups:
+        if isinstance(x, str):
+            layers.append(_expert(x, linear[x], pools)._replace(named=x in by_name))
+            continue
+        try:
+            layers.append(_layer(x[0], [module.get_submodule(n) for n in x])._replace(named=not by_name.isdisjoint(x)))
+        except LayerError as error:
+            if not by_name.isdisjoint(x):
+                raise
+            left[x[0]] = error
+    LEFT[module] = {}
+    return without(module, layers, left)
+
+
+def without(module: nn.Module, layers: list[Layer], left: dict[str, LayerError]) -> list[Layer]:
+    """The layers but for those that cannot be tracked, of which :func:`coverage` tells why.
+
+    Raises:
+        LayerError: there are no others.
+    """
+    LEFT.setdefault(module, {}).update({name: error.why for name, error in left.items()})
+    rest, leaders = [x for x in layers if x.name not in left], {}
+    if left and not rest:
+        raise next(iter(left.values()))
+    return [x._replace(A_of=leaders.setdefault(x.A_of, x.pool or x.name)) for x in rest]
 
 
 def same_layers(layers: list[Layer], module: nn.Module, copy: nn.Module) -> list[Layer]:
@@ -143,20 +157,26 @@ def _expert(name: str, m: nn.Module, pools: dict[tuple[int, str], str]) -> Layer
 def _layer(name: str, modules: list[nn.Module]) -> Layer:
     """A weight with all the modules that use it: a gradient through only some of them would be a part of its gradient."""
     other = [type(m).__name__ for m in modules if not isinstance(m, LINEAR)]
-    if any(map(_grouped, modules)):
-        raise ModelError(
+    if any(map(several_matrices, modules)):
+        raise LayerError(
             f"layer {name!r} cannot be tracked: got a convolution in groups, whose weight is several matrices; leave it "
-            "out by giving globs to --layers"
+            "out by giving globs to --layers",
+            name,
+            "several matrices",
         )
     if other:
-        raise ModelError(
+        raise LayerError(
             f"layer {name!r} cannot be tracked: its weight is also that of a module that is not linear: got {other[0]}, as of a "
-            "tied embedding; leave the layer out with --layers"
+            "tied embedding; leave the layer out with --layers",
+            name,
+            f"its weight is also that of {other[0]}",
         )
     if any(m.bias is not modules[0].bias for m in modules):
-        raise ModelError(
+        raise LayerError(
             f"{len(modules)} modules share the weight of layer {name!r} but not its bias, which cannot be tracked as one "
-            "matrix; leave them out by giving globs to --layers"
+            "matrix; leave them out by giving globs to --layers",
+            name,
+            "a weight with several biases",
         )
     O, I = weight_shape(modules[0])
     bias = modules[0].bias is not None
@@ -238,11 +258,11 @@ def weight_gradient_as_stored(module: nn.Module, grad_OI: torch.Tensor) -> dict[
     return {"weight": weight.T if isinstance(module, Conv1D) else weight, **parts}
 
 
-def _grouped(module: nn.Module) -> bool:
+def several_matrices(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups > 1
 
 
-def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, m in module.named_modules():
         if isinstance(m, LINEAR):
             weight = m._parameters.get("weight")  # not there when it is computed, as under weight normalisation
@@ -253,10 +273,13 @@ def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}.{part}", expert
 
 
-def _matches(module: nn.Module, name: str, m: nn.Module, spec: str) -> bool:
-    if spec not in ("mlp", "attention", "all"):
-        return fnmatch(name, spec)
-    kind = None if _grouped(m) else layer_kind(module, name)
+def _matches(module: nn.Module, name: str, m: nn.Module, spec: str, adapter: Trained, others: list[str]) -> bool:
+    if spec == "lora":
+        return name in adapter.layers
+    if spec not in KINDS:
+        return fnmatch(name, spec) or fnmatch(plain_name(name), spec)
+    outside = several_matrices(m) or name in adapter.own or inside(name, others)
+    kind = None if outside else layer_kind(module, name)
     return kind is not None and (spec == "all" or spec == kind)
 
 
@@ -270,7 +293,8 @@ def layer_kind(module: nn.Module, name: str) -> str | None:
     if not numbered:
         return None
     start = (numbered[0] + 1) % len(parts)  # after the outermost number; a numbered layer is told by its whole name
-    inside, classes = parts[start:], [type(m).__name__ for m in around[start + 1 :]]
+    inside = plain_name(".".join(parts[start:])).split(".")
+    classes = [type(m).__name__ for m in around[start + 1 :]]
     if any(ATTENTION.search(label) for label in inside + classes):
         return "attention"
     if isinstance(getattr(around[-1], parts[-1]), nn.Conv2d):
@@ -280,12 +304,15 @@ def layer_kind(module: nn.Module, name: str) -> str | None:
     return "mlp"
 
 
-def probe(layers: list[Layer], forward: Callable[[], Any], tokens: int) -> list[Layer]:
+def probe(layers: list[Layer], forward: Callable[[], Any], tokens: int, left: dict[str, LayerError]) -> list[Layer]:
     """Run ``forward`` once, over so many tokens, and note how many inputs each layer sees for one of them, and which layers
     are given the very same input, so that they share one ``A``.
 
+    Args:
+        left: where those that are never called are noted.
+
     Raises:
-        ModelError: a layer is never called, as inside a compiled model, whose hooks do not run.
+        LayerError: one that is named, or each of them, is never called, as inside a compiled model, whose hooks do not run.
     """
     seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
     pools = Counter(layer.pool for layer in layers)
@@ -304,12 +331,18 @@ def probe(layers: list[Layer], forward: Callable[[], Any], tokens: int) -> list[
     together: Counter[str] = Counter()  # an expert sees few tokens of one sequence, or none: they are counted together
     for x in layers:
         together[x.pool] += rows[x.name]
-    silent = [x.name for x in layers if not (seen[x.name] or together[x.pool] * bool(x.pool))]
-    if silent:
-        raise ModelError(
-            f"{len(silent)} tracked layers were never called, the first is {silent[0]!r}: the model uses their weights without "
-            "them, or is compiled; leave them out by giving globs to --layers, or give the plain model (model._orig_mod)"
+    silent = [x for x in layers if not (seen[x.name] or (x.pool and together[x.pool]))]
+    for x in silent:
+        left[x.name] = LayerError(
+            f"{len(silent)} tracked layers were never called, the first is {silent[0].name!r}: the model uses their weights "
+            "without them, or is compiled; leave them out by giving globs to --layers, or give the plain model "
+            "(model._orig_mod)",
+            x.name,
+            "never called",
         )
+        if x.named or len(silent) == len(layers):
+            raise left[x.name]
+    layers = [x for x in layers if x.name not in left]
     leaders: dict[tuple, str] = {}
     keys = [(layer.bias, *map(_patches, layer.modules), *map(id, seen[layer.name])) for layer in layers]
     leads = [x.pool or leaders.setdefault(key, x.name) for x, key in zip(layers, keys, strict=True)]
@@ -321,35 +354,3 @@ def _patches(module: nn.Module) -> tuple:
     """What decides what a layer makes of its input before it multiplies."""
     names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     return tuple(getattr(module, name) for name in names) if isinstance(module, nn.Conv2d) else ()
-
-
-def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
-    """What share of the parameters ``layers`` hold; the rest grouped by place, with the reason it is left out."""
-    tracked = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
-    slices = Counter(p for x in layers for m in x.modules if isinstance(m, Expert) for p in m.stored.values())
-    linear = {f"{name}.{p}" for name, m in _linear_modules(module) if not _grouped(m) for p in ("weight", "bias")}
-    linear |= {f"{name}.{p}" for name, m in module.named_modules() for x in experts_of(m).values() for p in x.stored}
-    sizes = parameter_sizes(module)
-    total = sum(sizes.values())
-    groups: dict[tuple[str, str], int] = {}
-    for name, p in module.named_parameters():
-        left = sizes[p] - slices[p] * p[:1].numel() if p in slices else sizes[p]  # of experts some may be chosen
-        if id(p) not in tracked and left:
-            place = re.sub(r"\.\d+\.", ".*.", f".{name}").lstrip(".")
-            group = (place.rsplit(".", 1)[0] if p.ndim < 3 else place, _why(name, p, name in linear))
-            groups[group] = groups.get(group, 0) + left
-    rest = [{"name": n, "parameters": c, "share": c / total, "why": why} for (n, why), c in groups.items()]
-    covered = total - sum(groups.values())
-    return Coverage(covered, total, sorted(rest, key=lambda u: -u["parameters"]), held_in(x.modules[0] for x in layers))
-
-
-def _why(name: str, parameter: nn.Parameter, linear: bool) -> str:
-    if parameter.ndim >= 3 and not linear:
-        return "expert or convolution weights of three axes cannot be tracked"
-    if re.search(r"embed|wte|wpe", name, re.IGNORECASE):
-        return "embedding"
-    if re.search(r"norm|ln_|layernorm", name, re.IGNORECASE) or (parameter.ndim == 1 and not linear):
-        return "norm or vector"
-    if re.search(r"lm_head|embed_out", name):
-        return "language-model head"
-    return "not chosen by --layers" if linear else "not a linear layer"

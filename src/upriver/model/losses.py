@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from upriver.errors import ModelError
 from upriver.model.head import decide_ending, ending, token_losses, whole_logits
 from upriver.tensors import sent
-from upriver.text.batch import Batch, splitmix64
+from upriver.text.batch import Batch, Sequences, splitmix64
 
 SAMPLE_ROWS = 1024  # positions whose distribution over the vocabulary is held at once
 BLOCK = 128  # tokens that are summed up before one of them is drawn
@@ -52,6 +52,17 @@ class Task(ABC):
 
     def prepare(self, module: nn.Module) -> None:  # noqa: B027 - most tasks need nothing
         """Find out whatever is needed of a module before its passes begin."""
+
+    def check(self, module: nn.Module, data: Sequences) -> None:  # noqa: B027 - most tasks take what there is
+        """Refuse data whose labels are none of this task's; called before its passes begin.
+
+        Raises:
+            ModelError: with the column of the labels.
+        """
+
+    def arranged(self, module: nn.Module, batch: Batch) -> Batch:
+        """The batch as it goes through the module: with the padding that it needs, and masks of it for the layers."""
+        return batch
 
     def positions(self, batch: Batch) -> int | None:
         """How many positions a sequence of the batch has; None when the layers see one row per example or their own."""
@@ -140,7 +151,7 @@ class LanguageModel(Task):
         return self.log_probs(module, batch).sum(1)
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
-        return _wide(_before(whole_logits(module, batch.inputs["tokens"]), batch))
+        return wide(_before(whole_logits(module, batch.inputs["tokens"]), batch))
 
     def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs_MC, _predicted(batch), reduction="sum")
@@ -159,7 +170,7 @@ class LanguageModel(Task):
         if end is None:
             logits_MV = _before(whole_logits(module, batch.inputs["tokens"]), batch)
             drawn_M = labels_M if u_M is None else sample(logits_MV.detach(), u_M)
-            return F.cross_entropy(_wide(logits_MV), drawn_M, reduction="none")
+            return F.cross_entropy(wide(logits_MV), drawn_M, reduction="none")
         return token_losses(_before(end.hidden(module, batch.inputs["tokens"]), batch), end, labels)
 
 
@@ -167,93 +178,15 @@ def _along(module: nn.Module, batch: Batch) -> Tensor:
     """The mean over a text's tokens of a direction times ``hidden_states[layer]``, as transformers numbers them: ``[N]``."""
     inputs, layer = batch.inputs, int(batch.inputs["layer"][0])
     there = module(input_ids=inputs["tokens"], use_cache=False, output_hidden_states=True).hidden_states
-    h_NTH, where_NT = _wide(there[layer]), inputs["loss"].clone()
+    h_NTH, where_NT = wide(there[layer]), inputs["loss"].clone()
     where_NT[:, 0] = inputs["first"]
     along_NT = torch.einsum("nth,nh->nt", h_NTH, inputs["direction"].to(h_NTH.dtype))
     return (along_NT * where_NT).sum(1) / where_NT.sum(1)
 
 
-class Classification(Task):
-    """Softmax cross-entropy of ``module(x)`` (logits ``[N, C]``) with ``inputs = {"x": ..., "y": int64 [N]}``.
-
-    The measurement is the log-probability of ``y``.
-    """
-
-    name = "classification"
-
-    def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
-        logits_NC, y_N = module(_given(module, batch)), batch.inputs["y"]
-        if sampler is not None:
-            y_N = sample(logits_NC.detach(), sent(sampler.uniform(1)[:, 0, 0], logits_NC.device))
-        return F.cross_entropy(_wide(logits_NC), y_N, reduction="sum")
-
-    def losses(self, module: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(_wide(module(_given(module, batch))), batch.inputs["y"], reduction="none")
-
-    def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
-        return -F.cross_entropy(_wide(module(_given(module, batch))), batch.inputs["y"], reduction="none")
-
-    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
-        return _wide(module(_given(module, batch)))
-
-    def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(outputs_MC, batch.inputs["y"], reduction="sum")
-
-    def root(self, outputs_NC: Tensor, k: int) -> Tensor:
-        p_NC = outputs_NC.softmax(1)
-        return p_NC[:, k : k + 1].sqrt() * (p_NC - unit(k, p_NC))
-
-
-class Regression(Task):
-    """``(y - module(x))^2 / 2`` summed over outputs, with ``inputs = {"x": ..., "y": float [N] or [N, K]}``.
-
-    Its Fisher is that of a normal distribution of unit variance around the prediction.  The measurement is minus the loss.
-    """
-
-    name = "regression"
-
-    def loss(self, module: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
-        error_NK = self._error(self.outputs(module, batch), batch)
-        if sampler is not None:
-            noise_NK = sent(torch.special.ndtri(sampler.uniform(1, error_NK.shape[1])[:, 0]), error_NK.device)
-            error_NK = error_NK - error_NK.detach() + noise_NK.to(error_NK)
-        return error_NK.square().sum() / 2
-
-    def losses(self, module: nn.Module, batch: Batch) -> Tensor:
-        return self._error(self.outputs(module, batch), batch).square().sum(1) / 2
-
-    def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
-        return -self._error(self.outputs(module, batch), batch).square().sum(1) / 2
-
-    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
-        return module(_given(module, batch)).reshape(len(batch.inputs["x"]), -1)
-
-    def loss_of(self, outputs_MC: Tensor, batch: Batch) -> Tensor:
-        return self._error(outputs_MC, batch).square().sum() / 2
-
-    def root(self, outputs_NC: Tensor, k: int) -> Tensor:
-        return unit(k, outputs_NC).expand_as(outputs_NC)
-
-    def _error(self, prediction_NK: Tensor, batch: Batch) -> Tensor:
-        y_NK = batch.inputs["y"].reshape(len(prediction_NK), -1)
-        if y_NK.shape != prediction_NK.shape:  # torch would repeat one of them
-            raise ModelError(
-                f"predictions and labels differ in form: got {prediction_NK.shape[1]} numbers for each example from the model, "
-                f"{y_NK.shape[1]} in 'y'; give as many labels as the model has outputs"
-            )
-        return prediction_NK - y_NK
-
-
 def unit(k: int, like_NC: Tensor) -> Tensor:
     """The unit vector ``[C]`` along output ``k``."""
     return (torch.arange(like_NC.shape[1], device=like_NC.device) == k).to(like_NC)
-
-
-def _given(module: nn.Module, batch: Batch) -> Tensor:
-    """``x`` of the examples, in the type that the model computes in."""
-    x = batch.inputs["x"]
-    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
-    return x.to(own) if x.is_floating_point() else x
 
 
 def _predicted(batch: Batch) -> Tensor:
@@ -269,7 +202,7 @@ def _before(x_NTH: Tensor, batch: Batch) -> Tensor:
 def sample(logits_MV: Tensor, u_M: Tensor) -> Tensor:
     """One label from each row's softmax, by inverting its cumulative distribution at ``u``: ``[M]``."""
     parts = zip(logits_MV.split(SAMPLE_ROWS), u_M.split(SAMPLE_ROWS), strict=True)
-    return torch.cat([drawn_exactly(_wide(logits_mV).softmax(-1), u_m) for logits_mV, u_m in parts])
+    return torch.cat([drawn_exactly(wide(logits_mV).softmax(-1), u_m) for logits_mV, u_m in parts])
 
 
 def drawn_exactly(p_MV: Tensor, u_M: Tensor) -> Tensor:
@@ -303,5 +236,5 @@ def _passed(p_MK: Tensor, u_M: Tensor) -> tuple[Tensor, Tensor]:
     return at_M1, ((target_M1 - start_M1) / (end_M1 - start_M1))[:, 0]
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from upriver.errors import ConfigError, ModelError
+from upriver.model.adapter import trained, unwrapped
 from upriver.model.capture import frozen
 from upriver.model.fingerprint import module_form, task_form, tensor_hash
 from upriver.model.losses import LanguageModel, Task
 from upriver.model.packed import any_packed, floating, parameter_sizes
+from upriver.model.text_part import text_config
 from upriver.model.weights import Checkpoint, converted, in_dtype, in_place, weights_of
 from upriver.runtime import dist
 from upriver.runtime.artifact import digest
@@ -35,7 +37,8 @@ _CAUSAL: WeakSet[nn.Module] = WeakSet()  # found to be so, in this process
 class Model:
     """A module, what it is for, and (for a language model) its tokenizer.
 
-    Any ``torch.nn.Module`` will do: ``Model(module, task=Classification())``.
+    Any ``torch.nn.Module`` will do: ``Model(module, task=Classification())``.  Of a ``PeftModel`` the base is kept, whose layers
+    hold the adapters.
     """
 
     module: nn.Module
@@ -46,6 +49,14 @@ class Model:
     handed: torch.dtype | None = None  # dtype of what passes hand on of the layers; None: that of the weights
     source: Checkpoint | None = field(default=None, repr=False, compare=False)  # what it was loaded from
     _hashed: tuple[list[tuple], list[str]] = field(default=NOT_HASHED, repr=False, compare=False)  # checksums, hashes
+
+    def __post_init__(self) -> None:
+        self.module = unwrapped(self.module)
+
+    @property
+    def default_layers(self) -> str:
+        """The layers that are tracked where none are named: what an adapter trained, else the MLP."""
+        return "lora" if trained(self.module).layers else "mlp"
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +80,7 @@ class Model:
         own = str(self.dtype).removeprefix("torch.")
         dtype = opts.dtype or (own if any_packed(self.module) else None)
         how = default_how(self.device.type != "cpu", dtype, opts.batch_tokens, own)
-        return opts.model_copy(update=how)
+        return opts.model_copy(update=how | {"layers": opts.layers or self.default_layers})
 
     @property
     def attention(self) -> str:
@@ -208,13 +219,6 @@ def check_causal(module: Any, T: int = 8) -> None:
             "the model is not causal: a later token changes the prediction before it; give a causal language model"
         )
     _CAUSAL.add(module)
-
-
-def text_config(module: nn.Module) -> Any:
-    """The configuration of a module, or of its part that reads text; whatever else a module calls ``config``; or None."""
-    config = getattr(module, "config", None)
-    find = getattr(config, "get_text_config", None)
-    return config if find is None else find()
 
 
 def checksums(module: nn.Module) -> list[tuple]:

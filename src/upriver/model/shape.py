@@ -31,8 +31,9 @@ from upriver.model.layers import (
     same_layers,
     weight_shape,
 )
-from upriver.model.model import Model, dtype_named, text_config
+from upriver.model.model import Model, dtype_named
 from upriver.model.packed import floating, packed, parameter_sizes
+from upriver.model.text_part import text_config
 from upriver.runtime.cost import Block, LayerSize, Shape, lowest_block
 from upriver.text.batch import Batch, Sequences
 
@@ -106,10 +107,11 @@ def batch_shape(model: Model, layers: list[Layer], batch: Batch, forward: Callab
     key = (tuple((x.name, x.A_of, x.parts, x.rows) for x in layers), form, model.n_parameters, *how)
     known = _SEEN.setdefault(model.module, {})
     if key not in known:
-        batch = batch.to(model.device)
+        batch = model.task.arranged(model.module, batch).to(model.device)
         with torch.no_grad(), frozen(model.module):
             forward(batch)  # the first pass runs the head whole
         tokens = len(batch.rows_N) * (model.task.positions(batch) or 1)
+        tokens = int(sum(x.sum() for x in batch.masks)) or tokens
         known[key] = module_shape(model.module, layers, tokens, lambda: forward(batch))
     return known[key]
 
@@ -190,7 +192,7 @@ def _run_fake(module: Any, spec: str) -> Shape:
         return hidden_states(module, head, tokens_1T)
 
     with frozen(module):
-        layers = probe(find_layers(module, spec), forward, PROBE_TOKENS)
+        layers = probe(find_layers(module, spec), forward, PROBE_TOKENS, {})
     return module_shape(module, layers, PROBE_TOKENS, forward)
 
 

@@ -114,10 +114,11 @@ def _ahead(source: Source, rows: np.ndarray, model: Model) -> Iterator[Batch]:
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def read(some: np.ndarray) -> tuple[Batch, Any]:
+        batch = model.task.arranged(model.module, source.batch(some))
         if copies is None:
-            return source.batch(some).to(device), None
+            return batch.to(device), None
         with torch.cuda.stream(copies):
-            return source.batch(some).to(device), copies.record_event()
+            return batch.to(device), copies.record_event()
 
     def ready(batch: Batch, copied: Any) -> Batch:
         if copied is not None:

@@ -106,7 +106,7 @@ class Options(BaseModel):
 class FitOptions(Options):
     """What :func:`upriver.fit` may be told."""
 
-    layers: str = "mlp"
+    layers: str | None = None  # None: what an adapter trained, else mlp
     fisher: Literal["sampled", "empirical", "exact"] = "sampled"
     draws: int = Field(1, ge=1)  # of sampled labels, whose mean is taken
     max_tokens: int | None = Field(1_000_000, ge=1)
@@ -148,7 +148,7 @@ class TraceOptions(Options):
     )  # sequences trained on; None: of the corpus that the factors were fitted for
     layer_scores: bool = False
     unit_norm: bool = False  # further columns, of scores between -1 and 1
-    layers: str | None = None  # None: those of the factors, else mlp
+    layers: str | None = None  # None: those of the factors, else as of a fit
     dtype: Dtype | None = None  # of the scan; None: that of the factors, else of the model
     tf32: bool | None = None  # None: that of the factors, else False
     batch_tokens: int | None = Field(None, ge=1)  # None: as of a fit
@@ -189,7 +189,7 @@ class AuditOptions(Options):
     curvature: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
     damping: str = "0.1x"
     rank: int | str = 32  # of the failed samples
-    layers: str | None = None  # None: those of the factors, else mlp; of labelled examples all
+    layers: str | None = None  # None: those of the factors, else as of a fit; of labelled examples all
     max_tokens: int = Field(1_000_000, ge=1)  # of its own fit
     dtype: Dtype | None = None
     batch_tokens: int | None = Field(None, ge=1)
@@ -214,16 +214,23 @@ class VerifyOptions(Options):
 class RunOptions(FitOptions, TraceOptions):
     """A run file: fit + trace + report, with the same keys as the flags."""
 
-    layers: str = "mlp"
+    layers: str | None = None
     tf32: bool = False
     seed: int = Field(0, ge=0, lt=2**63)
     model: str
+    base: str | None = None
+    tokenizer: str | None = None
     corpus: str
     queries: str
     out: str
     seq_len: int = Field(512, ge=2)
     pack: bool = False
     on_bad_record: Literal["error", "skip"] = "error"
+    text_field: str | None = None
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    split: str | None = None
+    token_dtype: Literal["uint16", "uint32"] | None = None
     complete: int | None = Field(None, ge=1)
     samples: str | None = None
     as_set: str | None = None

@@ -9,7 +9,7 @@ from upriver.errors import InputError, MismatchError
 from upriver.runtime.config import FitOptions
 from upriver.runtime.files import ADVICE, load_json, read_json, unreadable
 
-SCHEMA = 3  # raise it when the files of an artifact change
+SCHEMA = 4  # raise it when the files of an artifact change
 Json = dict[str, Any]
 
 
@@ -105,6 +105,14 @@ class Info(Head):
     seq_len: int
     pack: bool
     on_bad_record: str
+    text_field: str | None
+    prompt_field: str | None
+    completion_field: str | None
+    split: str | None
+    token_dtype: str | None
+    sources: Json
+    shard: list[Any] | None
+    notes: list[str]
     skipped: Json
     dtype: Literal["<u2", "<u4"]
     files: dict[str, str]

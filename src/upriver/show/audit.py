@@ -22,8 +22,8 @@ from upriver.errors import InputError
 from upriver.runtime.artifact import Manifest, atomic, read_head
 from upriver.show.folder import read_columns
 from upriver.show.report import code
-from upriver.text.batch import Examples
 from upriver.text.corpus import Corpus
+from upriver.text.examples import Examples
 from upriver.text.records import Record, dump, jsonable
 
 SHOWN = 4000  # characters of a text on the page
@@ -125,7 +125,9 @@ def _writer(folder: Path, data: Corpus, added: list[str]) -> Iterator[Any]:
 
 def _card(record: Record) -> Card:
     if "messages" in record.parts:
-        parts = [(message["role"], message["content"] or "") for message in record.parts["messages"]]
+        parts = [(message["role"], message.get("content") or "") for message in record.parts["messages"]]
+    elif "tokens" in record.parts:
+        parts = [("input_ids", " ".join(map(str, record.parts["tokens"][:SHOWN].tolist())))]
     else:
         parts = list(record.parts.items())
     return Card(record.id, [(name, _cut(text)) for name, text in parts])

@@ -10,7 +10,7 @@ import pandas as pd
 from upriver.evaluate.verified import compared
 from upriver.influence.results import calibration
 from upriver.runtime.config import PLAIN_GRADIENTS, POSITIVE
-from upriver.show.folder import Folder, Json, metadata_of
+from upriver.show.folder import Folder, Json, corpus_name, metadata_of
 from upriver.show.passages import concentration, matches, near_duplicates, query_words, sentences
 from upriver.show.trust import short_name, trust
 from upriver.text.records import whole
@@ -54,7 +54,7 @@ def build_report(folder: Folder) -> Json:
         "depth": [{"first": min(blocks[d]), "last": max(blocks[d])} for d in sorted(blocks)],
         "run": {
             "model": short_name(str(model.get("name") or "")) or None,
-            "corpus": str(corpus.get("path") or "").rstrip("/").rsplit("/", 1)[-1] or None,
+            "corpus": corpus_name(corpus),
             "documents": corpus.get("documents"),
             "sequences": manifest.get("scored_sequences") or corpus.get("sequences"),
             "upriver": manifest.get("upriver"),

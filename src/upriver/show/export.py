@@ -16,8 +16,10 @@ from upriver.errors import ConfigError, InputError, MismatchError
 from upriver.influence.results import calibration
 from upriver.runtime.artifact import atomic, refuse_inside
 from upriver.show.scores import Scores
-from upriver.text.corpus import corpus_digest
+from upriver.text.corpus import Corpus, corpus_digest
+from upriver.text.reading import Reading
 from upriver.text.records import BadRecords, dump, jsonable, open_corpus, read_records, whole
+from upriver.text.shards import Shard
 from upriver.text.sources import Source
 
 PREFIX = "influence:"  # of the columns with scores
@@ -31,7 +33,7 @@ def export(
     scores: str | Path,
     out: str | Path,
     *,
-    corpus: str | Path | None = None,
+    corpus: str | Path | Corpus | None = None,
     keep: str | None = None,
     drop: str | None = None,
     by: str | None = None,
@@ -46,7 +48,7 @@ def export(
 
     Args:
         out: a ``.jsonl``, ``.parquet`` or ``.csv`` file that is not there yet.
-        corpus: where the records are now; None: where the trace read them.
+        corpus: where the records are now, or the corpus itself; None: where the trace read them.
         keep: so many records (``100``) or such a share (``0.1``, ``10%``) with the largest scores.
         drop: as ``keep``, but all others.
         by: the column of the scores that ``keep`` and ``drop`` go by; may be left out where there is one.
@@ -69,7 +71,7 @@ def export(
             f"bad value for --out: got {str(out)!r}, which is there; choose another file, or move it away"
         )
     refuse_inside(place)
-    sources, skipping = _sources(result, corpus)
+    sources, skipping, reading = _sources(result, corpus)
     documents = result.documents()
     columns = [name for name in documents.columns if name not in ("document", "sequences")]
     if keep is None and drop is None:
@@ -80,19 +82,20 @@ def export(
         plain = result.manifest["damping"] == "none"
         scales = {} if plain else {x["id"]: calibration(x.get("solution")) for x in result.queries}
         unit = (1 if plain else result.manifest["n_train"]) / np.array([scales.get(name) or 1.0 for name in columns])
-        values = dict(zip(documents["document"], documents[columns].to_numpy(float) / unit, strict=True))
+        sums: Any = result.frame().groupby(["document", "part"], sort=False)[columns].sum()  # of each record
+        values = dict(zip(sums.index, sums.to_numpy(float) / unit, strict=True))
         names = [PREFIX + name for name in columns]
         nothing = [None] * len(names)
 
         def rows() -> Iterator[Json]:
-            for record in read_records(sources, skipping()):
-                found = values.get(record.id)
+            for record in read_records(sources, skipping(), reading):
+                found = values.get((record.id, record.part))
                 yield record.row | dict(zip(names, nothing if found is None else found.tolist(), strict=True))
     else:
         chosen = _chosen(documents, columns, keep, drop, by, lowest)
 
         def rows() -> Iterator[Json]:
-            for record in read_records(sources, skipping()):
+            for record in read_records(sources, skipping(), reading):
                 if (record.id in chosen) == (keep is not None):
                     yield record.row
 
@@ -100,25 +103,37 @@ def export(
     return place
 
 
-def _sources(result: Scores, corpus: str | Path | None) -> tuple[list[Source], Callable[[], BadRecords]]:
-    """The files of the records, and a policy for bad ones; they must be those that were scored."""
+def _sources(
+    result: Scores, corpus: str | Path | Corpus | None
+) -> tuple[list[Source], Callable[[], BadRecords], Reading]:
+    """The files of the records, a policy for bad ones, and how they are read; they must be those that were scored."""
     told, tokenizer = result.manifest["corpus"], result.manifest.get("tokenizer")
     if "seq_len" not in told or not tokenizer:
         raise InputError(
             f"the results in {result.path} are not of a corpus of text: their rows are your own, in your order"
         )
-    place = Path(corpus if corpus is not None else told["path"])
+    place = corpus.info["path"] if isinstance(corpus, Corpus) else corpus if corpus is not None else told["path"]
+
+    reading = Reading.of(told)
 
     def skipping() -> BadRecords:
-        return BadRecords(told["on_bad_record"])
+        return BadRecords(reading.on_bad_record)
 
-    sources = open_corpus(place, skipping())
-    settings = {name: told[name] for name in ("seq_len", "pack", "on_bad_record")}
-    if corpus_digest([x.fingerprint for x in sources], tokenizer["fingerprint"], settings) != told["fingerprint"]:
+    shard = told["shard"] and Shard(*told["shard"])
+    if isinstance(corpus, Corpus):
+        sources = corpus.sources()
+    elif place is None:
+        raise InputError(
+            "the records of the trace were in memory, so they cannot be read again; give the corpus from Python"
+        )
+    else:
+        places = place if isinstance(place, list) else [place]
+        sources = open_corpus([Path(x) for x in places], skipping(), reading, shard)
+    if corpus_digest([x.fingerprint for x in sources], tokenizer["fingerprint"], reading) != told["fingerprint"]:
         raise MismatchError(
             f"the records at {place} are not those that were scored, or were changed since; give the same files with --corpus"
         )
-    return sources, skipping
+    return sources, skipping, reading
 
 
 def _chosen(

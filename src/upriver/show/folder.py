@@ -21,6 +21,13 @@ AGAIN, GIVE = "run `upriver trace` again with --overwrite", "give the folder tha
 SPAN = ["sequence", "document", "start", "end"]
 
 
+def corpus_name(told: Json) -> str | None:
+    """What a corpus is called: its file or folder, or several."""
+    path = told.get("path") or []
+    paths = path if isinstance(path, list) else [path]
+    return ", ".join(str(x).rstrip("/").rsplit("/", 1)[-1] for x in paths) or None
+
+
 class Folder(NamedTuple):
     """What ``upriver trace`` wrote; parts that a run did not write are empty."""
 

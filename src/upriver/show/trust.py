@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from upriver.runtime.config import PLAIN_GRADIENTS
-from upriver.show.folder import Json
+from upriver.show.folder import Json, corpus_name
 
 GOOD, FAIR = 0.95, 0.8  # correlations: above the first fine, below the second a warning
 EXACT = 1e-3  # relative difference of a sum that should be equal
@@ -70,6 +70,9 @@ def _checks(manifest: Json, queries: list[Json]) -> Iterator[Json]:
         note = f"of {coverage.get('total', 0):,} parameters"
         note += ", not tracked: " + ", ".join(parts) + more if parts else ""
         yield _fact("Parameters tracked", _percent(coverage.get("share")), note)
+        if trained := coverage.get("trained"):
+            share = _percent(coverage.get("trained_tracked", 0) / trained)
+            yield _fact("Of what the adapter trained", share, f"of {trained:,} parameters")
     halves = (manifest.get("fit") or {}).get("halves")
     if halves is not None:
         yield _graded("Convergence of the factors", halves, "correlation between the two halves of the fitting sample")
@@ -217,8 +220,8 @@ def _model(manifest: Json) -> Iterator[Json]:
 
 def _corpus(manifest: Json) -> Iterator[Json]:
     corpus = manifest.get("corpus") or {}
-    if corpus.get("path"):
-        yield _fact("Corpus", str(corpus["path"]).rsplit("/", 1)[-1], str(corpus.get("fingerprint") or ""))
+    if name := corpus_name(corpus):
+        yield _fact("Corpus", name, str(corpus.get("fingerprint") or ""))
     for key in ("documents", "sequences", "tokens"):
         if corpus.get(key):
             yield _fact(key.capitalize(), f"{corpus[key]:,}")

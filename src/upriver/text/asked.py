@@ -14,11 +14,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import QueryError
-from upriver.text.chat import MARK, render
-from upriver.text.records import BadRowError, half_pair, jsonable
+from upriver.text.chat import renderings
+from upriver.text.records import jsonable
+from upriver.text.shapes import BadRowError, half_pair
 
 FIELDS = ("id", "prompt", "completion", "contrast", "messages", "tools", "group", "direction", "layer")
-RESERVED = ("sequence", "document", "start", "end", "sequences")  # columns of the result's tables
+RESERVED = ("sequence", "document", "part", "start", "end", "sequences")  # columns of the result's tables
 LARGEST_DIRECTION = 16 << 20  # bytes of a file that holds one
 Messages = list[dict[str, Any]]
 
@@ -301,24 +302,12 @@ def rendered(query: Query, tokenizer: PreTrainedTokenizerBase) -> Query:
 
 def _turn(chat: Chat, answer: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What goes before an answer, and what of the text the assistant generates."""
-    messages = [*chat.turns, answer]
-    if MARK.search(tokenizer.get_chat_template(tools=chat.tools)):
-        text, spans = render(messages, tokenizer, chat.tools)
-        start, end = spans[-1] if spans else (0, 0)
-        return text[:start], text[start:end]
-    before, head = (_template(chat.turns, tokenizer, chat.tools, reply=x) for x in (False, True))
-    text, content = _template(messages, tokenizer, chat.tools), (answer.get("content") or "").strip()
-    start = len(head) if text.startswith(head) else -1
-    if start < 0 or (head == before and content):  # no generation prompt: a header may go before the answer
-        at = text.find(content, start) if start >= 0 else text.rfind(content) if content else -1
-        start = at if start < 0 or text[start:at].strip() else start
-    if start < 0 or content.split("</think>")[-1].strip() not in text[start:]:
-        raise BadRowError(f"the chat template does not show the answer as it is: {content!r:.60}")
-    specials = tuple(
-        x for x in map(str, (*tokenizer.all_special_tokens, *tokenizer.added_tokens_decoder.values())) if x
-    )
-    bare = text.rstrip()
-    return text[:start], (bare if bare.endswith(specials) else text)[start:]
+    before = [m | {"weight": 0} if m["role"] == "assistant" else m for m in chat.turns]
+    text, spans = renderings([*before, answer], tokenizer, chat.tools)[-1]
+    if not spans:
+        raise BadRowError(f"the chat template does not show the answer as it is: {answer!r:.60}")
+    start, end = spans[-1]
+    return text[:start], text[start:end]
 
 
 def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Any, reply: bool = False) -> str:

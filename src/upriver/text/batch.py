@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from upriver.errors import CorpusError, ModelError
+from upriver.errors import ModelError
 from upriver.runtime.device import in_parts
 from upriver.tensors import sent
 
@@ -67,6 +67,7 @@ class Batch:
     real_NT: Tensor | None  # bool: True at real tokens; None: every position is real and T = 1
     weight_N: Tensor | None = None  # queries only: +1 completion, -1 contrast
     query_N: np.ndarray | None = None  # queries only: int64 index of the query that each row belongs to
+    masks: tuple[Tensor, ...] = ()  # bool [N, T]: real positions, for layers that see T; each of another T
 
     known: tuple[Places, ...] = ()  # of the masks of a batch that was moved
 
@@ -80,10 +81,12 @@ class Batch:
             known = [(self._places(self.real_NT), real_NT)]
             if is_mask(self.inputs.get("loss"), self.real_NT):
                 known.append((self.predicted(), inputs["loss"]))
+        masks = tuple(sent(x, device) for x in self.masks)
+        known += zip(map(self._places, self.masks), masks, strict=True)
         moved = tuple(
             x._replace(mask_NT=mask_NT, at_M=sent(x.at_M, device), version=_version(mask_NT)) for x, mask_NT in known
         )
-        return dataclasses.replace(self, inputs=inputs, real_NT=real_NT, weight_N=weight_N, known=moved)
+        return dataclasses.replace(self, inputs=inputs, real_NT=real_NT, weight_N=weight_N, masks=masks, known=moved)
 
     def row(self, n: int) -> "Batch":
         """One of its rows as a batch of its own, padded as it was."""
@@ -91,7 +94,8 @@ class Batch:
         inputs = {name: x[at] for name, x in self.inputs.items()}
         real_NT, weight_N = (None if x is None else x[at] for x in (self.real_NT, self.weight_N))
         query_N = None if self.query_N is None else self.query_N[at]
-        return Batch(self.rows_N[at], self.keys_N[at], inputs, real_NT, weight_N, query_N)
+        masks = tuple(x[at] for x in self.masks)
+        return Batch(self.rows_N[at], self.keys_N[at], inputs, real_NT, weight_N, query_N, masks)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +104,13 @@ class Batch:
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that work of ``stream`` uses the memory of the batch, which another stream's copies filled."""
-        for x in (*self.inputs.values(), self.real_NT, self.weight_N, *(known.at_M for known in self.known)):
+        for x in (
+            *self.inputs.values(),
+            *self.masks,
+            self.real_NT,
+            self.weight_N,
+            *(known.at_M for known in self.known),
+        ):
             if x is not None:
                 x.record_stream(stream)
 
@@ -117,23 +127,29 @@ class Batch:
         Raises:
             ModelError: sequences are padded, and the layer saw something else than their positions.
         """
+        mask_NT, seen = self._mask(x_NTI.shape[1]), x_NTI.shape[1]
         if at_NT is not None:
             there_NT = at_NT >= 0
-            if self.real_NT is not None and self.real_NT.shape[1] > 1:
-                there_NT &= self.real_NT.gather(1, at_NT.clamp(min=0))
+            if mask_NT is not None and mask_NT.shape[1] > 1:
+                there_NT &= mask_NT.gather(1, at_NT.clamp(min=0))
             return there_NT.flatten().nonzero()[:, 0], there_NT.sum(1).tolist()
-        seen = x_NTI.shape[1]
-        places = None if self.real_NT is None else self._places(self.real_NT)
+        places = None if mask_NT is None else self._places(mask_NT)
         if places is None or len(places.at_M) == places.mask_NT.numel():
             return None, [seen] * len(x_NTI)
         calls, rest = divmod(seen, T := places.mask_NT.shape[1])
-        if rest:
+        if rest or (calls > 1 and len(self.masks) > 1):  # of which mask is not known
             raise ModelError(
                 f"layer {layer!r} cannot be tracked where sequences are padded: it sees {seen} rows of a sequence of {T} "
                 "positions, of which it is not known what is padding; leave it out by giving globs to --layers, or give "
                 "sequences of one length"
             )
         return places.of_calls(calls)
+
+    def _mask(self, seen: int) -> Tensor | None:
+        """The mask of a layer that sees so many positions; None: all are real, as where it sees an example as a whole."""
+        if not self.masks:
+            return self.real_NT
+        return None if seen == 1 else next((x for x in self.masks if x.shape[1] == seen), self.masks[0])
 
     def _places(self, mask_NT: Tensor, first: int = 0) -> Places:
         """Known ones are of this very mask: who replaces an input of a batch, or writes it over, is not given the old ones."""
@@ -236,42 +252,3 @@ class Sequences(ABC):
         order = np.argsort(splitmix64(np.asarray(self.keys_N) ^ seeds), kind="stable")
         total = np.cumsum(np.asarray(self.lengths_N)[order], dtype=np.int64)
         return np.sort(order[: max(1, np.searchsorted(total, max_tokens, side="right"))])
-
-
-class Examples(Sequences):
-    """Examples are a corpus of independent rows of tensors, for classification and regression.
-
-    ``inputs`` maps names to tensors with one row per example; a `Task` says what the names mean.
-
-    Example:
-        >>> len(Examples({"x": torch.zeros(5, 2), "label": torch.zeros(5)}))
-        5
-
-    Raises:
-        CorpusError: no example, or tensors of different length.
-    """
-
-    def __init__(self, inputs: dict[str, Tensor], keys: np.ndarray | None = None):
-        sizes = {name: len(t) for name, t in inputs.items()}
-        if len(set(sizes.values())) != 1 or 0 in sizes.values():
-            raise CorpusError(f"examples need tensors of one and the same length, at least 1: got {sizes}")
-        self.inputs = {name: t.detach().clone() for name, t in inputs.items()}  # what is hashed stays as it is
-        self.lengths_N = np.ones(next(iter(sizes.values())), np.int32)
-        named = sorted(self.inputs.items())
-        flat = [t.cpu().contiguous().reshape(len(self), -1).view(torch.uint8).numpy() for _, t in named]
-        content_NB = np.ascontiguousarray(np.concatenate(flat, axis=1))
-        if keys is None:
-            keys = sequence_keys(np.array([content_hash(row.tobytes()) for row in content_NB], np.uint64))
-        self.keys_N = np.asarray(keys, np.uint64)
-        if self.keys_N.shape != self.lengths_N.shape:
-            raise CorpusError(f"one key per example is needed: got {self.keys_N.shape} keys, {len(self)} examples")
-        form = repr([(name, str(t.dtype), tuple(t.shape)) for name, t in named])
-        content = hashlib.blake2b(form.encode(), digest_size=12)
-        content.update(content_NB.tobytes())
-        content.update(self.keys_N.tobytes())
-        self.fingerprint = content.hexdigest()
-
-    def batch(self, rows: np.ndarray) -> Batch:
-        rows = np.asarray(rows, np.int64)
-        picked = {name: t[torch.from_numpy(rows).to(t.device)] for name, t in self.inputs.items()}
-        return Batch(rows, self.keys_N[rows], picked, None)

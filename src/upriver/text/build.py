@@ -3,13 +3,15 @@
     tokens.bin      all tokens, document after document          loss.bin        a byte each: carries loss
     text.bin        all text as UTF-8                            documents.bin   a line of JSON per document
     starts.npy      [D + 1, 3] where each document begins in tokens.bin, text.bin and documents.bin
-    offset.npy, length.npy, document.npy, span.npy, key.npy      a row per sequence: where it begins in tokens.bin, its
-                    tokens, its document, its characters in that document, its counter key
+    offset.npy, length.npy, document.npy, record.npy, span.npy, key.npy      a row per sequence: where it begins in tokens.bin,
+                    its tokens, its document, the number of its record, its characters in the document, its counter key
     info.json       what was counted, and the checksum of every file; written last
 
-Axes: D documents, N sequences, T tokens of a document, W windows.  It is built in a temporary folder and renamed, so a
-kill leaves nothing half-made.  Only the tables of numbers are held in memory, never the text or the tokens; these are
-read, not mapped, because mapped pages that were touched count as resident memory.
+What is a document here is one text: a record of several parts, or a conversation of which earlier turns are read on their
+own, has several, one after the other, of one id.  Axes: D of these, N sequences, T tokens of a document, W windows.
+
+It is built in a temporary folder and renamed, so a kill leaves nothing half-made.  Only the tables of numbers are held in
+memory, never the text or the tokens; these are read, not mapped, because mapped pages that were touched count as resident.
 """
 
 import errno
@@ -19,11 +21,12 @@ import shutil
 import warnings
 import weakref
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -31,21 +34,14 @@ from transformers import PreTrainedTokenizerBase
 from upriver.errors import ConfigError, CorpusError, ModelError, StorageError
 from upriver.runtime.artifact import SCHEMA, abandoned, checksum, write_array, write_json
 from upriver.text.batch import sequence_hash, sequence_keys
-from upriver.text.records import BadRecords, dump, read_records
+from upriver.text.reading import Reading
+from upriver.text.records import LISTED, BadRecords, Record, dump, read_records
 from upriver.text.sources import Source
 from upriver.text.tokenise import Document, documents, largest_token
 
 STREAMS = ("tokens", "loss", "text", "documents")
-TABLES = ("offset", "length", "document", "span", "key")
+TABLES = ("offset", "length", "document", "record", "span", "key")
 Progress = Callable[[int, int], None]  # done, total
-
-
-class Settings(NamedTuple):
-    """What, besides the files and the tokenizer, decides the sequences of a corpus."""
-
-    seq_len: int
-    pack: bool
-    on_bad_record: str
 
 
 class Stream:
@@ -83,13 +79,13 @@ class _Windows:
 
     offset: "array[int]" = field(default_factory=_int64)
     document: "array[int]" = field(default_factory=_int64)
+    record: "array[int]" = field(default_factory=_int64)
     span: "array[int]" = field(default_factory=_int64)  # two a window
 
-    def add(self, document: int, offset_W: np.ndarray, span_W2: np.ndarray) -> None:
+    def add(self, document: int, record: int, offset_W: np.ndarray, span_W2: np.ndarray) -> None:
+        numbers = (np.full(len(offset_W), x) for x in (document, record))
         for table, new in zip(
-            (self.offset, self.document, self.span),
-            (offset_W, np.full(len(offset_W), document), span_W2),
-            strict=True,
+            (self.offset, self.document, self.record, self.span), (offset_W, *numbers, span_W2), strict=True
         ):
             table.frombytes(np.ascontiguousarray(new, np.int64).tobytes())
 
@@ -133,7 +129,7 @@ def build(
     sources: list[Source],
     bad: BadRecords,
     tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
+    reading: Reading,
     hashed: list[tuple[Any, Any]],
     progress: Progress | None = None,
 ) -> None:
@@ -153,7 +149,7 @@ def build(
     try:
         with _writing(folder):
             partial.mkdir(parents=True)
-            info = _fill(partial, sources, bad, tokenizer, settings, progress or (lambda done, total: None))
+            info = _fill(partial, sources, bad, tokenizer, reading, progress or (lambda done, total: None))
             for source, told in zip(sources, hashed, strict=True):
                 source.check_read(*told)
             files = {p.name: checksum(p) for p in sorted(partial.iterdir())}
@@ -169,31 +165,33 @@ def _fill(
     sources: list[Source],
     bad: BadRecords,
     tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
+    reading: Reading,
     progress: Progress,
 ) -> dict[str, Any]:
-    end = _end_token(tokenizer) if settings.pack else None
+    end = _end_token(tokenizer) if reading.pack else None
     dtype = "<u2" if largest_token(tokenizer) < 2**16 else "<u4"
     total = sum(source.size for source in sources)
-    windows = _Windows()
+    windows, counted = _Windows(), _Counted()
     with _Streams(folder, dtype) as streams:
-        for chunk in documents(read_records(sources, bad), tokenizer, bad):
+        for chunk in documents(read_records(sources, bad, reading), tokenizer, bad):
             for document in chunk:
-                _append(document, streams, windows, settings, end)
+                _append(document, streams, windows, counted, reading, end)
             progress(sum(source.read_bytes for source in sources), total)
     starts = np.frombuffer(streams.starts, np.int64).reshape(-1, 3)
     if len(starts) == 1:
         raise CorpusError(f"the corpus is empty: got {_names(sources)} with {bad.count} bad records and no good one")
     write_array(folder / "starts.npy", starts)
     return {
-        "documents": len(starts) - 1,
-        **_finish(folder, windows, settings, dtype),
-        "seq_len": settings.seq_len,
-        "pack": settings.pack,
-        "on_bad_record": settings.on_bad_record,
+        **counted.told(sources),
+        **_finish(folder, windows, reading, dtype),
+        **reading._asdict(),
         "skipped": {"count": bad.count, "first": bad.listed},
         "dtype": dtype,
     }
+
+
+def _records(count: int) -> str:
+    return "1 record" if count == 1 else f"{count:,} records"
 
 
 def _names(sources: list[Source]) -> str:
@@ -207,6 +205,44 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
             "set its eos_token, or do without --pack"
         )
     return tokenizer.eos_token_id
+
+
+class _Counted:
+    """What was read, counted as it goes by."""
+
+    def __init__(self) -> None:
+        self.last: Record | None = None
+        self.records = self.documents = self.doubled = 0
+        self.notes: Counter[str] = Counter()
+        self.of_source: Counter[int] = Counter()
+
+    def add(self, document: Document) -> None:
+        record = document.record
+        if record is self.last:  # another turn of its conversation
+            return
+        first = self.last is None or record.id != self.last.id
+        self.last, self.records, self.documents = record, self.records + 1, self.documents + first
+        self.of_source[record.source] += first
+        self.doubled += document.doubled
+        if document.note:
+            self.notes[document.note] += 1
+
+    def told(self, sources: list[Source]) -> dict[str, Any]:
+        notes = [f"{_records(count)}: {note}" for note, count in self.notes.most_common()]
+        if self.doubled:
+            notes.append(
+                f"{_records(self.doubled)} with two start tokens: their text has one, and the tokenizer adds its own; "
+                "take it out of the records, or switch add_bos_token off in the tokenizer, as the model was trained"
+            )
+        listed = {sources[n].name: self.of_source[n] for n in range(min(len(sources), LISTED))}
+        read = {"count": len(sources), "documents": listed}
+        shard = next((source.shard for source in sources if source.kind == "tokens"), None)
+        if shard:
+            end = "no end token" if shard.end is None else f"the end token {shard.end}"
+            binary = any(source.path.suffix.lower() == ".bin" for source in sources)
+            what = f"tokens are read as {shard.dtype} (--token-dtype)" if binary else "tokens are read"
+            notes.append(f"{what}, documents end with {end}")
+        return {"shard": shard, "documents": self.documents, "records": self.records, "sources": read, "notes": notes}
 
 
 class _Streams:
@@ -246,32 +282,36 @@ class _Streams:
         self.last_token = int(tokens_T[-1])
 
 
-def _append(document: Document, streams: _Streams, windows: _Windows, settings: Settings, end: int | None) -> None:
+def _append(
+    document: Document, streams: _Streams, windows: _Windows, counted: _Counted, reading: Reading, end: int | None
+) -> None:
     """Write one document and cut it into windows; a packed one begins with the end token of the document before it."""
     record, encoded = document.record, document.encoded
+    counted.add(document)
     tokens_T, cuts_C, loss_T = encoded.tokens_T, encoded.cuts_C, document.loss_T
     first = streams.n_tokens
     if end is not None and first and streams.last_token != end:
         tokens_T, cuts_C = np.insert(tokens_T, 0, end), np.insert(cuts_C, 0, 0)
-        loss_T = np.insert(loss_T, 0, "text" in record.parts)
+        loss_T = np.insert(loss_T, 0, loss_T.all())
     last = first + len(tokens_T)
-    begin = -(-first // settings.seq_len) * settings.seq_len if settings.pack else first
-    offset_W = np.arange(begin, last, settings.seq_len)
-    ends_W = np.minimum(offset_W + settings.seq_len, last)
+    begin = -(-first // reading.seq_len) * reading.seq_len if reading.pack else first
+    offset_W = np.arange(begin, last, reading.seq_len)
+    ends_W = np.minimum(offset_W + reading.seq_len, last)
     span_W2 = np.stack([cuts_C[offset_W - first], cuts_C[ends_W - first]], axis=1)
-    windows.add(streams.n_documents, offset_W, span_W2)
-    line = {"id": record.id, "metadata": record.metadata, "special": document.special}
+    windows.add(streams.n_documents, counted.records - 1, offset_W, span_W2)
+    line = {"id": record.id, "part": record.part, "metadata": record.metadata}
+    line |= {"special": document.special, "tokens": len(encoded.tokens_T)}
     streams.write(tokens_T, loss_T, document.text.encode(), dump(line))
 
 
-def _finish(folder: Path, windows: _Windows, settings: Settings, dtype: str) -> dict[str, Any]:
+def _finish(folder: Path, windows: _Windows, reading: Reading, dtype: str) -> dict[str, Any]:
     """Drop the windows in which nothing is predicted, and write the table of the others."""
     tokens, loss = Stream(folder / "tokens.bin", dtype), Stream(folder / "loss.bin", bool)
-    offset_N, document_N, span_N2 = (
-        np.frombuffer(x, np.int64) for x in (windows.offset, windows.document, windows.span)
+    offset_N, document_N, record_N, span_N2 = (
+        np.frombuffer(x, np.int64) for x in (windows.offset, windows.document, windows.record, windows.span)
     )
-    ends_N = len(tokens) if settings.pack else np.load(folder / "starts.npy", mmap_mode="r")[:, 0][document_N + 1]
-    length_N = np.minimum(settings.seq_len, ends_N - offset_N)
+    ends_N = len(tokens) if reading.pack else np.load(folder / "starts.npy", mmap_mode="r")[:, 0][document_N + 1]
+    length_N = np.minimum(reading.seq_len, ends_N - offset_N)
     hash_N, kept_N = np.zeros(len(offset_N), np.uint64), np.zeros(len(offset_N), bool)
     for n in range(len(offset_N)):
         at = slice(int(offset_N[n]), int(offset_N[n] + length_N[n]))
@@ -286,6 +326,7 @@ def _finish(folder: Path, windows: _Windows, settings: Settings, dtype: str) -> 
     write_array(folder / "offset.npy", offset_N[kept_N])
     write_array(folder / "length.npy", length_N[kept_N].astype(np.int32))
     write_array(folder / "document.npy", document_N[kept_N].astype(np.int32))
+    write_array(folder / "record.npy", record_N[kept_N].astype(np.int32))
     write_array(folder / "span.npy", span_N2.reshape(-1, 2)[kept_N])
     write_array(folder / "key.npy", sequence_keys(hash_N[kept_N]))
     return {

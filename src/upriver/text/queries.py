@@ -6,8 +6,7 @@ of the prompt.  What is measured of a set is the mean over its members: it is on
 """
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +19,8 @@ from upriver.errors import CorpusError, QueryError
 from upriver.runtime.artifact import digest
 from upriver.text.asked import Query, checked_query, no_completion, rendered
 from upriver.text.batch import Batch, pad, sequence_hash, sequence_keys
-from upriver.text.evaluations import LARGEST, Asking, is_file, questions
-from upriver.text.sources import BOM, find_sources, rows
+from upriver.text.evaluations import Asking, questions
+from upriver.text.sources import find_sources, rows
 from upriver.text.tokenise import Encoded, encode, tokenizer_fingerprint
 
 
@@ -296,12 +295,9 @@ def _rows(path: Path, asking: Asking) -> Iterable[tuple[str, dict[str, Any]]]:
     if logged is not None:
         yield from logged
         return
-    if (array := _array(path)) is not None:
-        yield from array
-        return
     for source in find_sources(path, QueryError):
-        if source.kind == "text":
-            what = f"queries are no plain text: got {source.path}"
+        if source.kind in ("text", "tokens"):
+            what = f"queries are no plain text or tokens: got {source.path}"
             raise QueryError(f"{what}; give a .jsonl, .json, .csv or .parquet file")
         try:
             for line, row in rows(source):
@@ -314,28 +310,6 @@ def _rows(path: Path, asking: Asking) -> Iterable[tuple[str, dict[str, Any]]]:
                 yield f"{source.path}:{line}", row
         except CorpusError as error:
             raise QueryError(str(error)) from error
-
-
-def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]] | None:
-    """The queries of a file that holds one JSON array, which may go over any number of lines; None: it holds none."""
-    if path.suffix != ".json" or not is_file(path):
-        return None
-    with open(path, "rb") as file:
-        content = file.read(LARGEST + 1)
-    if not content.removeprefix(BOM).lstrip().startswith(b"["):
-        return None
-    if len(content) > LARGEST:
-        raise QueryError(
-            f"{path}: a JSON array is too large: got more than {LARGEST >> 20} MB; give one query a line in a .jsonl"
-        )
-    try:
-        found = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as reason:
-        raise QueryError(f"{path}: broken JSON: {reason}; give an array of objects, or one object a line") from reason
-    for n, row in enumerate(found, 1):
-        if not isinstance(row, dict):
-            raise QueryError(f"{path}: entry {n} is not a JSON object: got {row!r:.60}; give an array of objects")
-    return ((f"{path}: entry {n}", row) for n, row in enumerate(found, 1))
 
 
 def _checked(

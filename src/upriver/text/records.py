@@ -2,32 +2,40 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upriver.errors import ConfigError, CorpusError
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from upriver.errors import CorpusError
 from upriver.text.batch import content_hash
+from upriver.text.folders import canonical, split_of
+from upriver.text.reading import Reading
+from upriver.text.shapes import BadRowError, check_unicode, shaped
+from upriver.text.shards import Shard
 from upriver.text.sources import Source, find_sources, rows
 
 LISTED = 20  # bad records that are described one by one; the rest are counted
-FORMS = (("text",), ("prompt", "completion"), ("messages",))
 
 
 @dataclass(frozen=True)
 class Record:
-    """A record is a document; its ``parts`` are ``text``, or ``prompt`` and ``completion``, or ``messages``."""
+    """A record is a document, or a part of one: records of one id that follow each other are the parts of one document."""
 
-    id: str
-    parts: dict[str, Any]
+    id: str  # of the document
+    part: int  # of it, from 0
+    parts: dict[str, Any]  # what it is made of, as `Shape` says
     metadata: dict[str, Any]
     where: str  # file and line
+    note: str = ""  # what is said of how it is read, once
+    source: int = 0  # the number of its file
     row: dict[str, Any] = field(default_factory=dict, compare=False)  # as it stands in the file
-
-
-class BadRowError(Exception):
-    """A row is not a record, or a record cannot become text; the message says why."""
 
 
 @dataclass
@@ -38,10 +46,6 @@ class BadRecords:
     count: int = 0
     listed: list[dict[str, str]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        if self.policy not in ("error", "skip"):
-            raise ConfigError(f"on_bad_record is 'error' or 'skip': got {self.policy!r}")
-
     def report(self, where: str, reason: str) -> None:
         if self.policy == "error":
             raise CorpusError(f"{where}: {reason}; or skip such records with upriver fit --on-bad-record skip")
@@ -50,109 +54,113 @@ class BadRecords:
             self.listed.append({"where": where, "reason": reason})
 
 
-def open_corpus(path: Path, bad: BadRecords) -> list[Source]:
-    """Find the files of a corpus; in a folder, files of an unknown type count as bad records."""
-    return find_sources(path, CorpusError, bad.report if bad.policy == "skip" else None)
+def open_corpus(
+    paths: list[Path],
+    bad: BadRecords,
+    reading: Reading,
+    shard: Shard | None = None,
+    left_out: list[str] | None = None,
+) -> list[Source]:
+    """Find the files of a corpus; in a folder, files of an unknown type count as bad records.
+
+    Args:
+        shard: how tokens are read, where that is known.
+        left_out: takes the names of files about the data, such as a README, and of other splits.
+
+    Raises:
+        CorpusError: nothing that can be read, or several splits of which none is named.
+    """
+    about: list[str] = []
+    sources, skip = [], bad.report if bad.policy == "skip" else None
+    for path in paths:
+        found = find_sources(path, CorpusError, skip, reading.split, about)
+        kept = found if found[0].kind == "dataset" else _of_split(path, found, reading.split)
+        about += [source.name for source in found if source not in kept]
+        sources += kept
+    for source in sources if len(paths) > 1 else ():  # files of one name in several folders
+        source.name = Path(os.path.relpath(source.path, _common(paths))).as_posix()
+    for source in sources:
+        source.shard, source.split = shard or source.shard, reading.split
+    if left_out is not None:
+        left_out += about
+    return sources
 
 
-def read_records(sources: list[Source], bad: BadRecords) -> Iterator[Record]:
+def _common(paths: list[Path]) -> str:
+    return os.path.commonpath([path.absolute().parent for path in paths])
+
+
+def _of_split(path: Path, sources: list[Source], split: str | None) -> list[Source]:
+    """The files of a split; all of them where there is one."""
+    if sources[0].path == path:
+        if split not in (None, "all") and sources[0].path.suffix.lower() != ".json":
+            raise CorpusError(f"a file has no splits: got {path} and --split {split}; leave it out, or give the folder")
+        return sources
+    groups: dict[str | None, list[Source]] = {}
+    for source in sources:
+        groups.setdefault(split_of(source.name, source.kind == "text"), []).append(source)
+    known = [name for name in groups if name]
+    if split == "all" or (split is None and len(known) < 2):
+        return sources
+    if split is None or canonical(split) not in known:
+        told = ", ".join(f"{name or 'none'} ({_counted(some)})" for name, some in groups.items())
+        raise CorpusError(
+            f"which split of the data set is meant: got {told} in {path}; say it with --split"
+            + (f", such as {'train' if 'train' in known else known[0]}, or all" if known else " all, or leave it out")
+        )
+    return groups[canonical(split)]
+
+
+def _counted(sources: list[Source]) -> str:
+    files = "1 file" if len(sources) == 1 else f"{len(sources):,} files"
+    if len(sources) > LISTED or any(source.kind != "parquet" for source in sources):
+        return files
+    try:
+        return f"{files}, {sum(pq.read_metadata(source.path).num_rows for source in sources):,} records"
+    except (OSError, pa.ArrowException):
+        return files
+
+
+def read_records(sources: list[Source], bad: BadRecords, reading: Reading) -> Iterator[Record]:
     """Read all records of ``sources`` in order; one is in memory at a time.
 
     Raises:
         CorpusError: a file that is damaged; a record that cannot be used, unless these are skipped.
     """
     seen: dict[int, tuple[int, int]] = {}  # hash of the id -> file, line
+    last, part = "", 0
     for number, source in enumerate(sources):
         for line, row in rows(source):
             where = f"{source.path}:{line}"
             try:
                 if isinstance(row, str):
                     raise BadRowError(row)
-                record = _record(row, where, f"{source.name}:{line}")
-                file, first = seen.setdefault(content_hash(record.id.encode()), (number, line))
-                if (file, first) != (number, line):
-                    place = f"the first is at {sources[file].path}:{first}, give each document its own"
-                    raise BadRowError(f"a second document with the id {record.id!r}; {place}")
+                shape, own = shaped(row, reading), _id(row, f"{source.name}:{line}")
+                metadata = {name: jsonable(value) for name, value in row.items() if name not in (*shape.fields, "id")}
+                place = seen.setdefault(content_hash(own.encode()), (number, line))
+                first = place == (number, line)
+                if not first and (own != last or place[0] != number):
+                    raise BadRowError(
+                        f"a second document with the id {own!r}; the first is at {sources[place[0]].path}:{place[1]}, give "
+                        "each document its own, or the parts of one one after the other"
+                    )
             except BadRowError as reason:
                 bad.report(where, str(reason))
             except RecursionError:
                 bad.report(where, "its metadata is nested too deeply; leave it out")
             else:
-                yield record
+                last, part = own, 0 if first else part + 1
+                yield Record(own, part, shape.parts, metadata, where, shape.note, number, row)
 
 
-def _record(row: dict[str, Any], where: str, default_id: str) -> Record:
-    form = next((form for form in FORMS if all(row.get(name) is not None for name in form)), None)
-    if form is None:
-        lack = {"prompt": "completion", "completion": "prompt"}
-        missing = next((f"the field {lack[have]!r} is missing" for have in lack if row.get(have) is not None), None)
-        missing = missing or f"the field 'text' is missing: got the fields {', '.join(map(repr, row)) or 'none'}"
-        raise BadRowError(f"{missing}; a record has text, or prompt and completion, or messages")
-    parts = {name: row[name] for name in form}
-    if form == ("messages",):
-        parts["messages"] = _messages(row["messages"])
-        if row.get("tools"):
-            parts["tools"] = _tools(row["tools"])
-    else:
-        for name, value in parts.items():
-            if not isinstance(value, str):
-                raise BadRowError(f"the field {name!r} is not a text: got {value!r:.60}")
-            _check_unicode(name, value)
-        if not parts[form[-1]].strip():
-            raise BadRowError(f"the field {form[-1]!r} is empty: got {parts[form[-1]]!r:.60}")
+def _id(row: dict[str, Any], default: str) -> str:
     own = row.get("id")
     if own is None or own == "":
-        own = default_id
-    elif isinstance(own, bool) or not isinstance(own, str | int):
+        return default
+    if isinstance(own, bool) or not isinstance(own, str | int):
         raise BadRowError(f"the field 'id' is not a text or a whole number: got {own!r:.60}")
-    else:
-        _check_unicode("id", str(own))
-    metadata = {name: jsonable(value) for name, value in row.items() if name not in (*parts, "id")}
-    return Record(str(own), parts, metadata, where, row)
-
-
-def _messages(messages: Any) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise BadRowError(f"the field 'messages' is not a list of objects: got {messages!r:.60}")
-    for message in messages:
-        called = message.get("role") == "assistant" and message.get("tool_calls")
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str) and not (called and message.get(name) is None):
-                raise BadRowError(f"a message has no text as its {name!r}: got {message!r:.60}")
-            _check_unicode(name, message.get(name) or "")
-    answers = [
-        m for m in messages if m["role"] == "assistant" and ((m.get("content") or "").strip() or m.get("tool_calls"))
-    ]
-    if not answers:
-        raise BadRowError("no message of the role 'assistant' has a content; its answer is what is learned")
-    if not sum(taught(m) for m in answers):  # each is looked at
-        raise BadRowError("every answer of the assistant has the weight 0; leave the record out")
-    # a template may ask whether there is a content: it is there, and null, beside tool calls
-    return [{name: x for name, x in m.items() if x is not None or name == "content"} for m in messages]
-
-
-def taught(message: dict[str, Any]) -> bool:
-    """Whether an answer carries loss: not with ``weight: 0`` or ``train: false``."""
-    given = {name: message[name] for name in ("weight", "train") if message.get(name) is not None}
-    for name, value in given.items():
-        if value not in (0, 1):
-            raise BadRowError(f"the field {name!r} of a message is 0 or 1, or false or true: got {value!r:.60}")
-    return all(given.values())
-
-
-def _tools(tools: Any) -> list[Any]:
-    try:
-        found = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError:
-        found = None
-    if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
-        raise BadRowError(f"the field 'tools' is not a list of objects: got {tools!r:.60}")
-    return found
-
-
-def _check_unicode(name: str, value: str) -> None:
-    if fault := half_pair(name, value):
-        raise BadRowError(fault)
+    check_unicode("id", str(own))
+    return str(own)
 
 
 def jsonable(value: Any) -> Any:
@@ -161,19 +169,11 @@ def jsonable(value: Any) -> Any:
         return {str(name): jsonable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        return jsonable(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
-
-
-def half_pair(name: str, value: str) -> str | None:
-    """Say what is wrong with a field that holds half of a surrogate pair, which UTF-8 cannot hold."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = value[error.start]
-        return f"the field {name!r} holds half of a surrogate pair: got {half!r}; write both halves or neither"
-    return None
 
 
 def whole(text: str) -> str:

@@ -16,8 +16,9 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,16 @@ import pyarrow.parquet as pq
 
 from upriver.errors import CorpusError, InputError
 from upriver.runtime.artifact import digest, file_digest, new_digest
+from upriver.text.arrays import NotOneError, record_rows
+from upriver.text.folders import about_files, one_split
+from upriver.text.shards import UNTOLD, Shard, token_rows
 
 KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv",
-    ".txt": "text", ".text": "text", ".md": "text",
+    ".txt": "text", ".text": "text", ".md": "text", ".bin": "tokens", ".npy": "tokens",
 }  # fmt: skip
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
-KNOWN = "use .jsonl, .parquet, .csv or .txt (the text forms also as .gz, .xz, .bz2 or .zst), or a folder of such files"
+KNOWN = "use .jsonl, .json, .parquet, .csv or .txt (also as .gz, .xz, .bz2, .zst, but Parquet), .bin, .npy, or a folder of them"
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException)
 BOM = b"\xef\xbb\xbf"
 READ = 1 << 20  # bytes that are read at once
@@ -52,10 +56,12 @@ class Source:
 
     path: Path
     name: str  # as in the folder that was given; the default id of its documents
-    kind: str  # jsonl, parquet, csv, text, dataset
+    kind: str  # jsonl, parquet, csv, text, tokens, dataset
     compression: str = ""
     data: Any = None  # the data set
     read_bytes: int = 0  # of `size`, so far
+    shard: Shard = UNTOLD
+    split: str | None = None  # field of a JSON object that holds several lists of records
     read_digest: str = ""  # of the content of a file of lines, hashed as it was read to its end
 
     @property
@@ -109,19 +115,32 @@ class Source:
         return [picked, self.data.column_names, in_memory]
 
 
-def find_sources(path: Path, error: ErrorType = CorpusError, skip: Callable[[str, str], None] | None = None):
+def find_sources(
+    path: Path,
+    error: ErrorType = CorpusError,
+    skip: Callable[[str, str], None] | None = None,
+    split: str | None = None,
+    about: list[str] | None = None,
+) -> list[Source]:
     """Find the files at ``path``, in the order in which they are read (sorted by name); links are followed.
 
     ``skip(where, reason)`` is told of files in a folder that are of no known type; without it they are an error.
+    Files about the data, such as a README, are left out where a list for their names is given; ``split`` is of `datasets`.
 
     Raises:
         error: nothing that can be read, or something of which it cannot be known what it holds.
     """
     mode = _mode(path, error)
     if not mode or any(_mode(path / name, error) for name in ("dataset_info.json", "dataset_dict.json")):
-        return [_dataset(path, bool(mode), error)]
-    sources = []
-    for file in [path] if stat.S_ISREG(mode) else sorted(_files(path, error)):
+        return [_dataset(path, bool(mode), error, split)]
+    sources, files = [], [path] if stat.S_ISREG(mode) else sorted(_files(path, error))
+    if about is not None and files != [path]:
+        known = {file: (_kind(file) or ("",))[0] for file in files}
+        texts, records = ([f for f in files if known[f] and (known[f] == "text") == text] for text in (True, False))
+        left = about_files(path, files, texts, records)
+        files = [file for file in files if file not in left]
+        about += [file.relative_to(path).as_posix() for file in left]
+    for file in files:
         if (kind := _kind(file)) is not None:
             name = file.name if file == path else file.relative_to(path).as_posix()
             name = name.encode(errors="backslashreplace").decode()  # a name need not be UTF-8
@@ -179,10 +198,10 @@ def _kind(path: Path) -> tuple[str, str] | None:
     suffixes = [s.lower() for s in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     kind = KINDS.get(suffixes[-1]) if suffixes else None
-    return None if kind is None or (kind == "parquet" and compression) else (kind, compression)
+    return None if kind is None or (kind in ("parquet", "tokens") and compression) else (kind, compression)
 
 
-def _dataset(path: Path, saved: bool, error: ErrorType) -> Source:
+def _dataset(path: Path, saved: bool, error: ErrorType, split: str | None) -> Source:
     """Load the `datasets` data set that was saved in a folder, or that the hub has by that name."""
     missing = f"no such file or folder: got {path}"
     if not saved and (path.is_absolute() or _kind(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))):
@@ -194,13 +213,7 @@ def _dataset(path: Path, saved: bool, error: ErrorType) -> Source:
     except Exception as reason:
         what = f"cannot read the data set saved in {path}: {reason}; save it again with save_to_disk"
         raise error(what if saved else f"{missing}, nor can a data set of that name be loaded ({reason})") from reason
-    if isinstance(data, dict):
-        split = "train" if "train" in data else next(iter(data))
-        if split != "train" and len(data) > 1:
-            what = f"the data set has no split named 'train': got {sorted(data)} in {path}"
-            raise error(f"{what}; save one of them alone")
-        data = data[split]
-    return Source(path, path.name, "dataset", data=data)
+    return Source(path, path.name, "dataset", data=one_split(data, split, error))
 
 
 def rows(source: Source) -> Iterator[tuple[int, Row]]:
@@ -209,12 +222,27 @@ def rows(source: Source) -> Iterator[tuple[int, Row]]:
     Raises:
         CorpusError: the file is damaged or cut short.
     """
-    readers = {"jsonl": json_rows, "csv": _csv_rows, "text": _text_rows, "parquet": _parquet_rows}
+    readers = {
+        "jsonl": _json_rows,
+        "tokens": token_rows,
+        "csv": _csv_rows,
+        "text": _text_rows,
+        "parquet": _parquet_rows,
+    }
     if source.data is None:
         yield from readers[source.kind](source)
     for row, value in enumerate(source.data or (), 1):
         source.read_bytes = row
         yield row, value
+
+
+def _json_rows(source: Source) -> Iterator[tuple[int, Row]]:
+    """One object a line; a ``.json`` file may also be an array, or one object."""
+    if ".json" in [suffix.lower() for suffix in source.path.suffixes[-2:]]:
+        with suppress(NotOneError):
+            yield from record_rows(source.path, _chunks(source), source.split)
+            return
+    yield from json_rows(source)
 
 
 def json_rows(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int, Row]]:
@@ -232,7 +260,7 @@ def _json_row(content: bytes) -> Row:
         return _not_utf8(content[reason.start], f"byte {reason.start + 1} of the line")
     except (ValueError, RecursionError) as reason:
         if content.lstrip().startswith(b"["):
-            return "a JSON array that goes over several lines; write one JSON object a line"
+            return "a JSON array that goes over several lines; name the file .json, or write one JSON object a line"
         return f"broken JSON: {reason}; write one JSON object a line"
     if isinstance(row, dict):
         return row
@@ -321,6 +349,15 @@ def _parquet_rows(source: Source) -> Iterator[tuple[int, Row]]:
 
 
 def _lines(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int, bytes]]:
+    yield from enumerate(_read(source, error, iter), 1)
+
+
+def _chunks(source: Source) -> Iterator[bytes]:
+    """The content of a file, of which no line need end."""
+    return _read(source, CorpusError, lambda stream: iter(partial(stream.read1, READ), b""))
+
+
+def _read(source: Source, error: ErrorType, pieces: Callable[[Any], Iterator[bytes]]) -> Iterator[bytes]:
     line, openers = 0, {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
     try:
         with ExitStack() as opened:
@@ -330,8 +367,8 @@ def _lines(source: Source, error: ErrorType = CorpusError) -> Iterator[tuple[int
                 stream = opened.enter_context(io.BufferedReader(pa.input_stream(raw, compression="zstd")))  # pyright: ignore
             elif source.compression:
                 stream = opened.enter_context(openers[source.compression](raw, "rb"))
-            for line, content in enumerate(stream, 1):
-                yield line, content.removeprefix(BOM) if line == 1 else content
+            for line, content in enumerate(pieces(stream), 1):
+                yield content.removeprefix(BOM) if line == 1 else content
                 source.read_bytes = file.tell()
             while raw.read(READ):  # what stands behind the end of what is compressed
                 pass
