@@ -128,7 +128,6 @@ BAD = {
         {**PLAIN, "completion": "\ud800"}
     ],
     "1: a query has no such field: got 'completions'; did you mean 'completion'?": [{"id": "c", "completions": "we"}],
-    "1: a query has no such field: got 'zzz'; a query has id, prompt": [{**PLAIN, "zzz": 1}],
     "1: a query needs an id: got None": [{"prompt": "we", "completion": " the"}],
     "1: a query needs an id: got 1.5; give a text or a whole number": [{**PLAIN, "id": 1.5}],
     "1: a query needs an id: got True": [{**PLAIN, "id": True}],
@@ -163,7 +162,9 @@ def test_a_completion_without_a_token_of_its_own():
         ("q.jsonl", b'\n[1]\n', "q.jsonl:2: not a JSON object"),
         ("q.jsonl", b'{"id": "\xff"}', "q.jsonl:1: not UTF-8: got 0xff at byte 9"),
         ("q.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "cut short"),
-        ("q.csv", b"id\n1", "queries are JSON lines"),
+        ("q.csv", b"id\n1", "q.csv:2: query '1' has neither"),
+        ("q.txt", b"id\n1", "queries are no plain text or tokens"),
+        ("q.json", b'[{"id": 1}, 2', "q.json:2: not a JSON object"),
         ("q.doc", b"", "not a known type of file"),
     ],
 )  # fmt: skip

@@ -19,10 +19,10 @@ import upriver.flags as flags
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import UpriverError
 from upriver.given import (
+    answered,
     read_checkpoints,
     read_corpus,
     read_model,
-    read_queries,
     read_run_file,
 )
 from upriver.model.load import Place
@@ -105,6 +105,8 @@ def trace_command(
     corpus: flags.CorpusArg,
     queries: flags.QueriesArg,
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    samples: flags.Samples = None,
+    as_set: flags.AsSet = None,
     factors: flags.FactorsFolder = None,
     curvature: flags.Curvature = "ekfac",
     refine: flags.Refine = 0,
@@ -143,12 +145,12 @@ def trace_command(
     rates = read_checkpoints(checkpoints)
     refuse_inside(out)
     fitted = Factors(factors) if factors else None
-    Queries.read(queries, complete=complete)  # a mistake in them is known before a model is loaded
+    asked = Queries.read(queries, complete=complete, samples=samples, as_set=as_set)  # known before a model is loaded
     loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
     if fitted:
         fitted.check(loaded)
     read = read_corpus(corpus, loaded, seq_len, reading, fitted)
-    asked = read_queries(queries, loaded, complete)
+    asked = answered(asked, loaded, complete)
     given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
     result = trace(
         loaded, read, asked, fitted, out, checkpoints=rates, overwrite=overwrite, progress=bars, say=say, **given
@@ -227,12 +229,11 @@ def audit_command(
     options(AuditOptions, given)
     refuse_inside(out)
     fitted = Factors(factors) if factors else None
-    if queries:
-        Queries.read(queries)  # a mistake in them is known before a model is loaded
+    asked = Queries.read(queries, right=True) if queries else None  # a mistake is known before a model is loaded
     loaded = read_model(model, device, dtype or (fitted.options.dtype if fitted else None))
     reading |= {"pack": False, "on_bad_record": on_bad_record}
     read = read_corpus(data, loaded, seq_len, reading, fitted)
-    asked = read_queries(queries, loaded, None) if queries else None
+    asked = answered(asked, loaded, None) if asked else None
     given["batch_tokens"] = batch_tokens or (fitted.options.batch_tokens if fitted else None)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
     found = audit(loaded, read, out, queries=asked, factors=fitted, **common, **given)
@@ -267,11 +268,11 @@ def demo_command(
 
 def _run(opts: RunOptions, overwrite: bool) -> Path:
     folder = Path(opts.out)
-    Queries.read(opts.queries, complete=opts.complete)  # a mistake in them is known before a model is loaded
+    queries = Queries.read(opts.queries, complete=opts.complete, samples=opts.samples, as_set=opts.as_set)
     report_files(folder / "report.html")
     model = read_model(Place(opts.model, opts.base, opts.tokenizer), opts.device, opts.dtype)
     corpus = read_corpus(opts.corpus, model, opts.seq_len, Reading.of(opts.model_dump())._asdict())
-    queries = read_queries(opts.queries, model, opts.complete)
+    queries = answered(queries, model, opts.complete)
     common: dict[str, Any] = {"overwrite": overwrite, "progress": bars, "say": say}
     given = [{name: getattr(opts, name) for name in kind.model_fields} for kind in (FitOptions, TraceOptions)]
     factors = fit(model, corpus, folder / "factors", **common, **given[0])

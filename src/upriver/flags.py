@@ -19,8 +19,18 @@ CorpusArg = Annotated[
     typer.Argument(help="JSONL, Parquet, CSV, text file or folder, or a `datasets` folder or name.", metavar="CORPUS"),
 ]
 QueriesArg = Annotated[
-    str, typer.Argument(help="JSONL with id, prompt, completion and optionally contrast.", metavar="QUERIES")
+    str,
+    typer.Argument(
+        help="JSONL, JSON, CSV or Parquet with id, prompt, completion; or the log of an evaluation.", metavar="QUERIES"
+    ),
 ]
+Samples = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the log of an evaluation: failed, passed or all; failed:SCORE by another score. Default: failed."
+    ),
+]
+AsSet = Annotated[str | None, typer.Option(help="Ask all of QUERIES as one question of this name: their mean.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N; cuda is a process's own GPU under torchrun.")]
 Memory = Annotated[
     str | None,

@@ -129,8 +129,11 @@ def check_seq_len(model: Model, seq_len: int) -> None:
         raise ConfigError(f"bad value for --seq-len: got {seq_len}; {most}")
 
 
-def read_queries(path: str, model: Model, most: int | None) -> Queries:
-    queries = Queries.read(path, model.tokenizer, seq_len=model.longest, complete=most)
+def answered(queries: Queries, model: Model, most: int | None) -> Queries:
+    """The queries with their tokens, and with the model's own answers where they have none."""
+    for note in queries.notes:
+        say(f"queries: {note}")
+    queries = queries.bound(model.tokenizer, model.longest)
     return complete(model, queries, most) if most is not None and queries.needs_completion else queries
 
 

@@ -14,12 +14,12 @@ from upriver.influence.job import Checkpoint, Given, Job, exactly, jobs, loaded,
 from upriver.influence.judge import judge
 from upriver.influence.normed import query_energies
 from upriver.influence.passages import answers, manifest, ranked, top_rows
-from upriver.influence.queries import Measured
+from upriver.influence.queries import Measured, check_queries
 from upriver.influence.rescore import Pairs, rescore_top
 from upriver.influence.results import write_scores, write_top
 from upriver.influence.scan import Part, Scanned, scan, scan_units
 from upriver.influence.solve import solve
-from upriver.model.check import check_data, check_token
+from upriver.model.check import check_data
 from upriver.model.coverage import Coverage, coverage
 from upriver.model.fingerprint import measured_by
 from upriver.model.model import Model
@@ -85,8 +85,7 @@ def trace(
         factors.check(model)
     check_data(model, corpus)
     if isinstance(queries, Queries):
-        for row in queries.rows:
-            check_token(model, int(row.encoded.tokens_T.max()), f"query {queries.records[row.query].id!r}")
+        check_queries(model, queries)
     key = {
         "model": factors.manifest["key"]["model"] if factors else model.fingerprint,  # which has been checked
         "corpus": corpus.fingerprint,

@@ -33,7 +33,7 @@ from upriver.show.scores import Scores
 from upriver.show.terminal import bars, say, verified_summary
 from upriver.text.batch import Sequences
 from upriver.text.corpus import Corpus
-from upriver.text.queries import FIELDS, Queries
+from upriver.text.queries import Queries
 from upriver.text.reading import Reading
 
 AT_ONCE, ROOM, VECTORS = 4, 1 << 30, 16  # queries solved side by side, the bytes that they may take, vectors of each
@@ -198,9 +198,9 @@ def _asked(path: Path, manifest: Json, told: list[Json], given: tuple, device: s
         corpus = _again("corpus", corpus or info.get("path"), lambda name: Corpus.read(name, model.tokenizer, **how))
     _same(path, key, "corpus", corpus.fingerprint)
     if queries is None:
-        if any("completion" not in x for x in told):
+        if any("asked" not in x for x in told):
             raise ConfigError("the questions of this trace are no text: got none; give its queries from Python")
-        queries = Queries.of([{name: x[name] for name in FIELDS} for x in told])
+        queries = Queries.of([record for x in told for record in x["asked"]])
     if isinstance(queries, Queries):
         queries = queries.bound(model.tokenizer, model.longest)
     _same(path, key, "queries", queries.fingerprint)

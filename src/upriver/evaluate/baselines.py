@@ -18,7 +18,7 @@ from upriver.curvature.base import Damping
 from upriver.curvature.choose import blocks
 from upriver.errors import ConfigError
 from upriver.influence.normed import Lengths, Normed, unit_norm
-from upriver.influence.queries import Measured, gradients
+from upriver.influence.queries import Measured, batches, gradients
 from upriver.influence.score import Score, route
 from upriver.model.capture import frozen
 from upriver.model.check import tracked_layers
@@ -156,18 +156,20 @@ def _sequences(model: Model, corpus: Sequences) -> Tensor:
 
 
 def _mean(model: Model, queries: Measured, q: int, weight: float, whole: bool, without_H: Tensor) -> Tensor:
-    """The mean hidden state over a query's rows of a weight (1: completion, -1: contrast), ``[H]``.
+    """The mean hidden state over a query's rows of a weight of that sign (1: completion, -1: contrast), ``[H]``.
 
     Args:
         whole: over the prompt too, where there is one.
         without_H: what is given where there is no such row.
     """
-    batch = queries.batch([q]).to(model.device)
-    own_N = torch.ones(len(batch.rows_N)) if batch.weight_N is None else batch.weight_N.cpu()
-    if not (own_N == weight).any():
-        return without_H
-    where_NT = batch.real_NT if whole else batch.inputs.get("loss", batch.real_NT)
-    return _averaged(hidden(model, batch), where_NT).cpu()[own_N == weight].mean(0)
+    found = []
+    for batch in batches(queries, [q]):
+        own_N = torch.ones(len(batch.rows_N)) if batch.weight_N is None else batch.weight_N
+        batch = batch.to(model.device)
+        where_NT = batch.real_NT if whole else batch.inputs.get("loss", batch.real_NT)
+        if (own_N.sign() == weight).any():
+            found.append(_averaged(hidden(model, batch), where_NT).cpu()[own_N.sign() == weight])
+    return torch.cat(found).mean(0) if found else without_H
 
 
 def _averaged(h_NTH: Tensor, where_NT: Tensor | None) -> Tensor:

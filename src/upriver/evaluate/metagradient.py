@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from upriver.evaluate.training import State, Trainer, Whole
-from upriver.influence.queries import Measured, measurements, weighted_measurement
+from upriver.influence.queries import Measured, batches, measurements, weighted_measurement
 from upriver.model.model import Model
 
 
@@ -79,6 +79,7 @@ def _slopes(whole: Whole, theta_P: Tensor, queries: Measured) -> Tensor:
     for query in range(len(queries)):
         with torch.enable_grad():
             at_P = theta_P.detach().clone().requires_grad_()
-            f = weighted_measurement(whole.at(at_P), queries.batch([query]).to(at_P.device))
+            model = whole.at(at_P)
+            f = torch.stack([weighted_measurement(model, b.to(at_P.device)) for b in batches(queries, [query])]).sum()
             found.append(torch.autograd.grad(f, at_P)[0])
     return torch.stack(found)

@@ -28,7 +28,7 @@ from upriver.curvature.iterative import ConjugateGradient
 from upriver.curvature.products import Products, Space, Tracked
 from upriver.errors import NumericalError
 from upriver.influence.job import Given
-from upriver.influence.queries import gradients, weighted_measurement
+from upriver.influence.queries import batches, gradients, weighted_measurement
 from upriver.model.layers import Layer
 from upriver.model.model import Model
 from upriver.runtime.artifact import Tensors
@@ -91,10 +91,10 @@ def _proximal(trial: Trial, chunk: list[int]) -> Tensors:
     rise_Q, parts = (q_QP * v_QP).sum(1).tolist(), []
     with _precise(trial) as function:
         for at, query in enumerate(chunk):
-            batches = [_exact(asked.data.batch(np.array([row])), v_QP) for row in trial.wanted[query]]
+            passages = [_exact(asked.data.batch(np.array([row])), v_QP) for row in trial.wanted[query]]
 
-            def log_probs(theta_P: Tensor, batches=batches) -> Tensor:
-                return -torch.stack([function.loss(theta_P, batch) for batch in batches])
+            def log_probs(theta_P: Tensor, passages=passages) -> Tensor:
+                return -torch.stack([function.loss(theta_P, batch) for batch in passages])
 
             parts.append(_central(function, v_QP[at], rise_Q[at], log_probs))
     residual_Q = torch.tensor(solution.stats["residual"], dtype=torch.float64)
@@ -108,11 +108,11 @@ def _finetune(trial: Trial, chunk: list[int]) -> Tensors:
         q_QP = Space.of(layers).flatten(_gradients(trial, model, layers, chunk)).double()
     with _precise(trial) as function:
         for at, query in enumerate(chunk):
-            asking = _exact(asked.queries.batch([query]), q_QP)
+            asking = [_exact(batch, q_QP) for batch in batches(asked.queries, [query])]
 
             def measured(theta_P: Tensor, asking=asking) -> Tensor:
-                model = function.model
-                return weighted_measurement(Model(function.at(theta_P), task=model.task), asking)
+                model = Model(function.at(theta_P), task=function.model.task)
+                return torch.stack([weighted_measurement(model, batch) for batch in asking]).sum()
 
             for row in trial.wanted[query]:
                 g_P = function.gradient(function.theta_P, _exact(asked.data.batch(np.array([row])), q_QP))

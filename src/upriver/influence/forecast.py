@@ -10,7 +10,7 @@ from upriver.curvature.combined import TIMES
 from upriver.curvature.consumers import FIT_PROBES
 from upriver.errors import ConfigError
 from upriver.influence.job import Given, rank_within
-from upriver.influence.queries import Measured, weighted_measurement
+from upriver.influence.queries import Measured, parts, weighted_measurement
 from upriver.influence.score import Score, route
 from upriver.model.check import tracked_layers
 from upriver.model.layers import Layer
@@ -40,10 +40,13 @@ def divide(asked: Given, layers: list[Layer], folder: Path | None) -> Division:
         ConfigError: the memory is too small.
     """
     model, data, queries, opts, scan = asked.model, asked.data, asked.queries, asked.opts, str(asked.opts.dtype)
-    shape, longest = model_shape(model, layers, data, [scan]), int(np.argmax(queries.lengths))
-    if queries.lengths[longest] > np.max(data.lengths_N):  # which keeps more than any sequence
-        long = batch_shape(model, layers, queries.batch([longest]), lambda b: weighted_measurement(model, b))
-        shape = shape._replace(activation=max(shape.activation, long.activation))
+    shape = model_shape(model, layers, data, [scan])
+    for part in parts(queries, range(len(queries))):
+        longest = part.rows[np.argmax(part.lengths[part.rows])]
+        if part.lengths[longest] > np.max(data.lengths_N):  # which keeps more than any sequence
+            batch = part.batch(np.array([longest]))
+            long = batch_shape(model, layers, batch, lambda b: weighted_measurement(model, b))
+            shape = shape._replace(activation=max(shape.activation, long.activation))
     columns = len(queries) * len(opts.dampings)
     wanted = Asked(
         columns,

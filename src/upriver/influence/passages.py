@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from upriver.influence.job import Job
-from upriver.influence.queries import Measured, measurements
+from upriver.influence.queries import Measured, batches, measurements
 from upriver.influence.rescore import Pairs, Rescored, spurious
 from upriver.influence.results import Sides, TopRow, calibration, sides
 from upriver.influence.scan import Scanned
@@ -25,6 +26,8 @@ from upriver.text.corpus import Corpus
 from upriver.text.queries import Queries
 from upriver.text.records import whole
 from upriver.text.tokenise import tokenizer_fingerprint
+
+KEPT = 2048  # passages that stay in memory, as many questions show the same
 
 
 class Shown(NamedTuple):
@@ -67,11 +70,11 @@ def top_rows(
     job: Job, shown: list[list[Shown]], parts: list[Pairs], solutions: list[dict[str, Any]]
 ) -> Iterator[list[TopRow]]:
     """The rows of ``top.parquet``, a query at a time: its most positive and its most negative sequences."""
-    lexical = Lexical(job, shown)
+    lexical, passage = Lexical(job, shown), lru_cache(KEPT)(partial(Passage.of, job.data))
     for part in parts:
         found = part.read()
         for q in part.queries:
-            yield [_row(job, lexical, found, x, calibration(solutions[q])) for x in shown[q]]
+            yield [_row(job, lexical, passage(x.row), found, x, calibration(solutions[q])) for x in shown[q]]
 
 
 def _shown(job: Job, rows: np.ndarray, found: Rescored, scan_P: np.ndarray, q: int) -> list[Shown]:
@@ -103,8 +106,8 @@ class Passage(NamedTuple):
         return cls(*data.named(document), start, end, data.text(row), data.pieces(row), metadata)
 
 
-def _row(job: Job, lexical: "Lexical", found: Rescored, x: Shown, scale: float | None) -> TopRow:
-    passage, layers_L = Passage.of(job.data, x.row), found.layers_PL[x.pair]
+def _row(job: Job, lexical: "Lexical", passage: Passage, found: Rescored, x: Shown, scale: float | None) -> TopRow:
+    layers_L = found.layers_PL[x.pair]
     tokens_T = found.tokens_PT[x.pair, : len(passage.tokens)].numpy()
     score = float(layers_L.double().sum())
     nats = None if job.n_train is None else score / job.n_train
@@ -129,12 +132,13 @@ class Lexical:
                 pairs = zip(ranked.rank_R.tolist(), ranked.score_R.tolist(), strict=True)
                 self.tfidf |= {(q, row): pair for row, pair in zip(rows.tolist(), pairs, strict=True)}
             self.tokens = [set(job.queries.token_ids(q).tolist()) for q in range(len(job.queries))]
+            self.of_row = lru_cache(KEPT)(lambda row, data=job.data: set(data.token_ids(row).tolist()))
 
     def compare(self, q: int, row: int) -> dict[str, Any]:
         if not isinstance(self.data, Corpus) or not isinstance(self.queries, Queries):
             return {"tfidf_rank": None, "tfidf_score": None, "overlap": None}
         rank, score = self.tfidf[q, row]
-        shared = self.tokens[q] & set(self.data.token_ids(row).tolist())
+        shared = self.tokens[q] & self.of_row(row)
         return {"tfidf_rank": rank, "tfidf_score": score, "overlap": len(shared) / len(self.tokens[q])}
 
 
@@ -143,34 +147,63 @@ def answers(
 ) -> list[dict[str, Any]]:
     """``queries.json``: each query with the log-probability of every token of its answer."""
     f_Q = measurements(model, queries)
-    out = []
+    out: list[dict[str, Any]] = []
     for q, name in enumerate(queries.ids):
-        entry: dict[str, Any] = {"id": name, "measurement": float(f_Q[q]), "rank_correlation": rank_error[q]}
-        entry["solution"] = solutions[q]
-        if isinstance(queries, Queries):
-            entry |= _answer(model, queries, q)
+        entry = {"id": name, "measurement": float(f_Q[q]), "rank_correlation": rank_error[q], "solution": solutions[q]}
         out.append(entry)
+    if isinstance(queries, Queries):
+        likely = _likely(model, queries) if isinstance(model.task, LanguageModel) else {}
+        for q, (entry, members) in enumerate(zip(out, queries.members.values(), strict=True)):
+            own: dict[int, list[int]] = {i: [] for i in members}
+            for r in queries.rows_of_query[q]:
+                own[queries.rows[r].record].append(r)
+            told = [_answer(queries, i, rows, likely) for i, rows in own.items()]
+            entry |= told[0] if queries.records[members[0]].group is None else _set(told)
+            entry["asked"] = [queries.records[i].again() for i in members]
     return out
 
 
-def _answer(model: Model, queries: Queries, q: int) -> dict[str, Any]:
-    record = queries.records[q]
-    asked: dict[str, Any] = {
-        "prompt": record.prompt, "completion": record.completion, "contrast": record.contrast, "generated": record.generated,
-    }  # fmt: skip
-    if not isinstance(model.task, LanguageModel):  # whose measurement is another than the answer's probability
-        return asked | {"log_prob": None, "completion_tokens": None, "contrast_tokens": None}
-    batch = queries.batch([q]).to(model.device)
+def _likely(model: Model, queries: Queries) -> dict[int, list[float]]:
+    """The log-probability of each scored token of each row; of directions nothing, as they measure something else."""
+    assert isinstance(model.task, LanguageModel)
+    found: dict[int, list[float]] = {}
     with frozen(model.module), torch.no_grad():
-        log_probs_NT = model.task.log_probs(model.module, batch)
-    parts = [log_probs_NT[n][batch.inputs["loss"][n]].tolist() for n in range(len(log_probs_NT))]
-    tokens = [
-        [{"text": t, "log_prob": x} for t, x in zip(queries.completion_pieces(q, bool(n)), part, strict=True)]
-        for n, part in enumerate(parts)
-    ]
-    log_prob = sum(parts[0]) - sum(sum(p) for p in parts[1:])
-    contrast = tokens[1] if len(tokens) > 1 else None
-    return asked | {"log_prob": log_prob, "completion_tokens": tokens[0], "contrast_tokens": contrast}
+        for batch in batches(queries, range(len(queries))):
+            if "direction" not in batch.inputs:
+                batch = batch.to(model.device)
+                log_probs_NT, loss_NT = model.task.log_probs(model.module, batch).cpu(), batch.inputs["loss"].cpu()
+                pairs = zip(log_probs_NT, loss_NT, strict=True)
+                found |= {int(r): x_T[at_T].tolist() for r, (x_T, at_T) in zip(batch.rows_N, pairs, strict=True)}
+    return found
+
+
+def _answer(queries: Queries, i: int, rows: list[int], likely: dict[int, list[float]]) -> dict[str, Any]:
+    """What is told of one record; several contrasts are lists."""
+    record = queries.records[i]
+    asked: dict[str, Any] = {
+        "id": record.id, "prompt": record.prompt, "completion": record.completion, "contrast": _single(record.contrasts),
+        "generated": record.generated, "labels": record.labels,
+    }  # fmt: skip
+    if record.direction:
+        asked |= {"direction": record.direction.name, "layer": record.direction.layer}
+    if not all(r in likely for r in rows):  # whose measurement is another than the answer's probability
+        return asked | {"log_prob": None, "completion_tokens": None, "contrast_tokens": None}
+    tokens = [[{"text": t, "log_prob": x} for t, x in zip(queries.pieces(r), likely[r], strict=True)] for r in rows]
+    sums = [sum(likely[r]) for r in rows]
+    log_prob = sums[0] - (sum(sums[1:]) / len(sums[1:]) if sums[1:] else 0)
+    return asked | {"log_prob": log_prob, "completion_tokens": tokens[0], "contrast_tokens": _single(tokens[1:])}
+
+
+def _single(values: Sequence[Any]) -> Any:
+    return list(values) if len(values) > 1 else values[0] if values else None
+
+
+def _set(told: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is told of a set: its members, and the mean of what is measured of them."""
+    known = [x["log_prob"] for x in told if x["log_prob"] is not None]
+    nothing = dict.fromkeys(("prompt", "completion", "contrast", "completion_tokens", "contrast_tokens"))
+    mean = sum(known) / len(known) if len(known) == len(told) else None
+    return nothing | {"generated": False, "labels": {}, "log_prob": mean, "members": told}
 
 
 def _rank_correlation(found: Rescored, scan_P: np.ndarray, sample: np.ndarray, q: int) -> float | None:

@@ -29,6 +29,7 @@ from upriver.tensors import Scratch, product, sent
 from upriver.text.batch import Batch, Sequences
 
 SPURIOUS = 2 / 3
+PAIRS = 16  # tokens of pairs that are counted as one that goes through the model
 
 
 class Rescored(NamedTuple):
@@ -154,18 +155,19 @@ def rescore_top(job: Job, wanted: list[np.ndarray]) -> list[Pairs]:
 
 
 def _chunks(job: Job, wanted: list[np.ndarray]) -> list[list[int]]:
-    """Chunks of queries that fit in memory at full rank and whose sequences make about one unit of work."""
+    """Chunks of queries that fit in memory at full rank and whose work makes about one unit: a sequence goes through the model
+    once for all queries of a chunk, which takes as long as scoring it against several of them."""
     chunks: list[list[int]] = []
     largest = max(job.groups("rescore"), key=lambda group: sum(x.O * x.I for x in group))
     for whole in query_chunks(largest, job.queries, None, job.division.rescore_bytes):
-        tokens = job.opts.unit_tokens + 1
+        tokens, seen = float("inf"), np.empty(0, np.int64)
         for q in whole:
-            cost = int(job.data.lengths_N[wanted[q]].sum())
-            if tokens + cost > job.opts.unit_tokens:
+            new, scored = (int(job.data.lengths_N[r].sum()) for r in (np.setdiff1d(wanted[q], seen), wanted[q]))
+            if tokens + new + scored / PAIRS > job.opts.unit_tokens:
                 chunks.append([])
-                tokens = 0
+                tokens, seen, new = 0.0, np.empty(0, np.int64), scored
             chunks[-1].append(q)
-            tokens += cost
+            tokens, seen = tokens + new + scored / PAIRS, np.union1d(seen, wanted[q])
     return chunks
 
 

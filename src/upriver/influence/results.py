@@ -182,8 +182,16 @@ def sides(found: Rescored, query: int, keep: np.ndarray, top: int) -> Sides:
 
 def write_top(folder: Path, rows: Iterable[list[TopRow]]) -> None:
     """``top.parquet``, from the rows of one query after the other."""
-    with parquet(folder / "top.parquet", 1, TOP_SCHEMA) as add:
-        for some in rows:
-            frame = pd.DataFrame(some, columns=pd.Index(TopRow._fields))
-            frame["tfidf_rank"] = frame["tfidf_rank"].astype("Int64")
-            add(frame)
+    form = pd.DataFrame([], columns=pd.Index(TopRow._fields)).astype({"tfidf_rank": "Int64"})
+    schema = pa.Table.from_pandas(
+        form, schema=TOP_SCHEMA, preserve_index=False
+    ).schema  # with what pandas wants to know
+    with (
+        atomic(folder / "top.parquet") as temporary,
+        open(temporary, "wb") as sink,
+        pq.ParquetWriter(sink, schema) as file,
+    ):
+        for columns in (list(zip(*some, strict=True)) or [[]] * len(schema) for some in rows):
+            file.write_table(
+                pa.table([pa.array(x, f.type) for x, f in zip(columns, schema, strict=True)], schema=schema)
+            )

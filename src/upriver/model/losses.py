@@ -146,6 +146,8 @@ class LanguageModel(Task):
         return -self.log_probs(module, batch).sum(1)
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
+        if "direction" in batch.inputs:
+            return _along(module, batch)
         return self.log_probs(module, batch).sum(1)
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
@@ -170,6 +172,16 @@ class LanguageModel(Task):
             drawn_M = labels_M if u_M is None else sample(logits_MV.detach(), u_M)
             return F.cross_entropy(wide(logits_MV), drawn_M, reduction="none")
         return token_losses(_before(end.hidden(module, batch.inputs["tokens"]), batch), end, labels)
+
+
+def _along(module: nn.Module, batch: Batch) -> Tensor:
+    """The mean over a text's tokens of a direction times ``hidden_states[layer]``, as transformers numbers them: ``[N]``."""
+    inputs, layer = batch.inputs, int(batch.inputs["layer"][0])
+    there = module(input_ids=inputs["tokens"], use_cache=False, output_hidden_states=True).hidden_states
+    h_NTH, where_NT = wide(there[layer]), inputs["loss"].clone()
+    where_NT[:, 0] = inputs["first"]
+    along_NT = torch.einsum("nth,nh->nt", h_NTH, inputs["direction"].to(h_NTH.dtype))
+    return (along_NT * where_NT).sum(1) / where_NT.sum(1)
 
 
 def unit(k: int, like_NC: Tensor) -> Tensor:

@@ -232,6 +232,8 @@ class RunOptions(FitOptions, TraceOptions):
     split: str | None = None
     token_dtype: Literal["uint16", "uint32"] | None = None
     complete: int | None = Field(None, ge=1)
+    samples: str | None = None
+    as_set: str | None = None
     device: str = "auto"
 
 

@@ -122,7 +122,8 @@ def layers_by_depth(manifest: Json) -> list[Json]:
 def answer(folder: Folder, query: Json) -> Json:
     """Collect one question, its answer and its passages; the memory it takes does not depend on the number of sequences."""
     rows = folder.top.loc[folder.top["query"].astype(str) == str(query["id"])]
-    words = query_words(f"{query.get('prompt') or ''} {query.get('completion') or ''}")
+    texts = [f"{x.get('prompt') or ''} {x.get('completion') or ''}" for x in query.get("members") or [query]]
+    words = query_words(" ".join(texts))
     passages, found = [], _verified(folder, str(query["id"]))
     scale = calibration(query.get("solution")) if folder.n_train else None
     realised = {row: nats for _, nats, shown, row in found["pairs"] if shown} if found else {}
@@ -134,9 +135,11 @@ def answer(folder: Folder, query: Json) -> Json:
             passage["realised_nats"] = realised.get(passage["sequence"])
         passages += ranked
     keys = ("id", "prompt", "completion", "contrast", "generated", "log_prob", "measurement", "completion_tokens")
+    shared = {key: query[key] for key in ("labels", "members", "direction", "layer") if query.get(key)}
     return {
         **{key: query.get(key) for key in (*keys, "contrast_tokens", "rank_correlation", "solution")},
         "calibration": scale,
+        **shared,
         "words": sorted(words),
         "passages": passages,
         "verified": found and {key: found[key] for key in ("residual", "length", "shown", "random", "pairs")},

@@ -18,7 +18,7 @@ from upriver.show.data import answer, shown_nats, sign, unit
 from upriver.show.folder import Json, read_folder
 from upriver.show.trust import figure, held_out
 
-EXCERPT = 280  # characters
+EXCERPT, MEMBERS = 280, 5  # characters; members of a set that are shown
 RAISES, LOWERS = (67, 147, 195), (214, 96, 77)  # the RdBu scale, as on the page
 # Control characters and those that reorder text: corpus text must not steer the terminal.
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -112,18 +112,32 @@ def verified_summary(told: Json, console: Console) -> None:
 
 
 def _headline(query: Json) -> Text:
-    text = Text(_safe(query["prompt"] or ""), style="dim", end="\n")
-    text.append(_safe(query["completion"] or ""), style="bold not dim")
-    if query["contrast"]:
-        text.append(f"  rather than {_safe(query['contrast']).strip()!r}")
+    text, members = _asked(query), query.get("members") or []
+    for member in members[:MEMBERS]:
+        text.append("\n  ").append_text(_asked(member))
+    if members:
+        more = f", of which {MEMBERS} are shown" if len(members) > MEMBERS else ""
+        text.append(f"\n  {_safe(str(query['id']))}: mean over {len(members)} questions{more}", style="not dim")
+    if query.get("direction"):
+        name = _safe(Path(query["direction"]).name)
+        text.append(f"  along {name} in layer {query['layer']}: {figure(query['measurement'])}", style="not dim")
     if query["log_prob"] is not None:
         measured = "difference of log-probabilities" if query["contrast"] else "log-probability"
         text.append(f"   {measured} {query['log_prob']:.3f} nats", style="not dim")
-        if not query["contrast"]:
+        if not query["contrast"] and not members:
             text.append(f" (p = {math.exp(min(0.0, query['log_prob'])):.2g})")
     if energies := held_out(query["solution"]):
         energy, plain, scale = figure(energies[0]), figure(energies[1]), figure(energies[2], 2)
         text.append(f"\nheld-out energy {energy} (gradient {plain}), best scale {scale}", style="not dim")
+    return text
+
+
+def _asked(query: Json) -> Text:
+    text = Text(_safe(query["prompt"] or ""), style="dim", end="\n")
+    text.append(_safe(query["completion"] or ""), style="bold not dim")
+    contrasts = query["contrast"] if isinstance(query["contrast"], list) else [query["contrast"]]
+    if said := [repr(_safe(x).strip()) for x in contrasts if x]:
+        text.append(f"  rather than {' or '.join(said)}")
     return text
 
 

@@ -110,22 +110,28 @@ function answerTokens(tokens, text) {
   });
 }
 
+function askedLines(q) {
+  const several = Array.isArray(q.contrast), contrasts = (several ? q.contrast : [q.contrast]).filter(Boolean);
+  return [h("p", { class: "ask", dir: "auto" }, h("span", {}, q.prompt || ""), answerTokens(q.completion_tokens, q.completion || "")),
+    ...contrasts.map((text, i) => h("p", { class: "ask contrast", dir: "auto" },
+      h("span", { class: "label" }, i ? "or" : "rather than"), answerTokens(several ? q.contrast_tokens?.[i] : q.contrast_tokens, text)))];
+}
+
 function drawQuestion() {
-  const contrast = Q.contrast && h("p", { class: "ask contrast", dir: "auto" }, h("span", { class: "label" }, "rather than"), answerTokens(Q.contrast_tokens, Q.contrast));
   const S = Q.solution ?? {}, facts = [
     Q.log_prob !== null && [Q.contrast ? "difference of log-probabilities" : "log-probability of the answer", `${number(Q.log_prob, 4)} nats`],
-    Q.log_prob !== null && !Q.contrast && ["probability", number(Math.exp(Math.min(0, Q.log_prob)))],
+    Q.log_prob !== null && !Q.contrast && !Q.members && ["probability", number(Math.exp(Math.min(0, Q.log_prob)))],
     Q.generated && ["answer", "the model's own, greedy"],
     Q.log_prob === null && Q.measurement !== null && ["measurement", number(Q.measurement, 4)],
     Q.rank_correlation !== null && ["scan against full rank", `r = ${Q.rank_correlation.toFixed(3)}`],
     S.converged === false && ["solution", "not converged"],
     S.best_energy && ["held-out energy", `${number(S.best_energy)} (gradient ${number(S.gradient?.best_energy)})`],
     S.best_energy && ["best scale", number(S.best_scale, 2)],
+    ...Object.entries(Q.labels ?? {}).map(([name, x]) => [clip(name, 30), clip(typeof x === "string" ? x : JSON.stringify(x), 80)]),
   ].filter(Boolean);
   const words = h("div", { class: "words" },
     h("p", { class: "label" }, `Question ${state.query + 1} of ${D.queries.length} · ${clip(String(Q.id), 60)}`),
-    h("p", { class: "ask", dir: "auto" }, h("span", {}, Q.prompt || ""), answerTokens(Q.completion_tokens, Q.completion || "")),
-    contrast,
+    Q.members ? [h("p", { class: "label" }, `mean over ${plural(Q.members.length, "question")}`), ...Q.members.slice(0, 20).flatMap(askedLines)] : askedLines(Q),
     h("dl", { class: "facts" }, facts.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text)))),
     h("p", { class: "sign" }, h("b", {}, D.sign), " ", D.unit));
   $("question").replaceChildren(words, h("div", {}, Q.spread && spreadFigure(), Q.verified?.pairs.length && verifiedFigure()));
