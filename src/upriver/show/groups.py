@@ -132,7 +132,7 @@ def by_group(
         "seed": seed,
         "scores": manifest["files"]["documents.parquet"],
     }
-    _write(path / file_of(field), frame, told)
+    write_groups(path / file_of(field), frame, told)
     return frame
 
 
@@ -141,7 +141,12 @@ def file_of(field: str) -> str:
     return f"groups-{quote(whole(field), safe='')[:180]}.parquet"
 
 
-def _write(place: Path, frame: pd.DataFrame, told: Json) -> None:
+def write_groups(place: Path, frame: pd.DataFrame, told: Json) -> None:
+    """Write a table and what it is of.
+
+    Raises:
+        ConfigError: a file is there that is none.
+    """
     schema = SCHEMA.with_metadata({MARK: json.dumps(told).encode()})
     if place.exists() and not is_groups(place):
         raise ConfigError(

@@ -23,8 +23,8 @@ async function read(id) {
   const block = $(id);
   if (block.dataset.encoding !== "gzip") return JSON.parse(block.textContent);
   if (typeof DecompressionStream === "undefined") {
-    throw new Error("This browser cannot unpack the data in the page (DecompressionStream is missing). " +
-      "Use a browser from 2023 or later, or read the .json and .csv files beside this page.");
+    throw new Error("This browser cannot unpack the page (no DecompressionStream). " +
+      "Use one from 2023 or later, or read the .json and .csv files beside it.");
   }
   const bytes = Uint8Array.from(atob(block.textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -140,15 +140,15 @@ function drawQuestion() {
     h("p", { class: "ask", dir: "auto" }, h("span", {}, Q.prompt || ""), answerTokens(Q.completion_tokens, Q.completion || "")),
     contrast, Q.members?.length && membersOf(),
     h("dl", { class: "facts" }, facts.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text)))),
-    h("p", { class: "sign" }, h("b", {}, D.sign), " ", D.unit));
-  $("question").replaceChildren(words, h("div", {}, Q.spread && spreadFigure(), Q.verified?.pairs.length && verifiedFigure(), groupFigures()));
+    h("p", { class: "sign" }, h("b", {}, D.sign), " ", D.unit), h("div", { class: "bys" }, groupFigures()));
+  $("question").replaceChildren(words, h("div", {}, Q.spread && spreadFigure(), Q.verified?.pairs.length && verifiedFigure()));
 }
 
 function groupFigures() {
   return D.groups.flatMap((of, i) => Q.groups[i].map(({ minus, rows, of: total }, k) => {
     const own = unitFor(rows.flatMap((r) => [r.sum, r.low, r.high]), of.unit), numbers = rows.some((r) => r.from !== null);
     const shown = numbers ? rows : [...rows].sort((a, b) => b.sum - a.sum), place = `${i} ${k}`;
-    return h("details", { class: "groups", open: state.groups[place] ?? !i, ontoggle: (e) => { state.groups[place] = e.target.open; } },
+    return h("details", { class: "by", open: state.groups[place] ?? !i, ontoggle: (e) => { state.groups[place] = e.target.open; } },
       h("summary", {}, minus === null ? `By ${of.field}` : `By ${of.field}, minus ${clip(minus, 40)}`, h("small", {}, own.label)),
       h("figure", {}, groupBars(shown, own, of.level), h("figcaption", { class: "muted" },
         `Sums over documents${of.candidates ? " (their scored sequences)" : ""}${of.bin ? `, in bins of ${number(of.bin)}` : ""}; lines hold ` +
