@@ -15,7 +15,7 @@ import numpy as np
 from upriver.show.folder import Json
 
 SCRIPTS = ("charts.js", "detail.js", "viewer.js")
-COMPRESS_ABOVE = 100_000  # characters of JSON: above it a question is gzipped
+COMPRESS_ABOVE = 30_000  # characters of JSON: above it a question is gzipped
 OPERATORS = ("=>", "&&", "||", "??", "===", "!==")  # of our script
 DIGITS = 4  # of a token score in the page
 MARKS = ("|", "¦", "\ue000")  # between tokens on the page, the first that is in none of them
