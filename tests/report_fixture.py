@@ -298,8 +298,16 @@ class Parts(html.parser.HTMLParser):
 
 
 def payload(page: str) -> dict[str, Any]:
-    attrs, content = Parts(page).scripts[0]
-    return json.loads(gzip.decompress(base64.b64decode(content)) if attrs["data-encoding"] == "gzip" else content)
+    """What the page holds, with each question unpacked."""
+    blocks = {attrs["id"]: (attrs, content) for attrs, content in Parts(page).scripts if "id" in attrs}
+
+    def unpacked(name: str) -> dict[str, Any]:
+        attrs, content = blocks[name]
+        packed = attrs.get("data-encoding") == "gzip"
+        return json.loads(gzip.decompress(base64.b64decode(content)) if packed else content)
+
+    head = unpacked("data")
+    return head | {"queries": [unpacked(f"question-{i}") for i in range(len(head["queries"]))]}
 
 
 if __name__ == "__main__":

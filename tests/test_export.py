@@ -10,7 +10,7 @@ import pytest
 import upriver as up
 from cli_cases import assert_one_error, build, fit, trace, upriver
 from text_cases import write_jsonl
-from upriver.errors import InputError, MismatchError
+from upriver.errors import ConfigError, InputError, MismatchError
 
 RECORDS = [
     {
@@ -41,8 +41,24 @@ def scores(tiny, call):
     out = tiny.root / "scores"
     if not (out / "manifest.json").exists():
         assert call(*fit(tiny, tiny.root / "factors")).status == 0
-        assert call(*trace(tiny, out, factors=tiny.root / "factors")).status == 0
+        assert call(*trace(tiny, out, "--unit-norm", factors=tiny.root / "factors")).status == 0
     return out
+
+
+@pytest.fixture
+def audited(tiny, call):
+    out = tiny.root / "audit"
+    if not (out / "manifest.json").exists():
+        assert call("audit", tiny.model, tiny.corpus, "--out", out, "--seq-len", 16).status == 0
+    return out
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def named() -> dict[str, dict]:
+    return {record.get("id", f"corpus.jsonl:{i}"): record for i, record in enumerate(RECORDS, 1)}
 
 
 def expected(scores) -> dict[str, np.ndarray]:
@@ -194,3 +210,64 @@ def test_records_in_memory_are_exported_from_their_corpus(tiny, tmp_path):
     up.export(result.path, tmp_path / "out.jsonl", corpus=corpus)
     assert [json.loads(line)["n"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
     result.report(tmp_path / "page.html")
+
+
+def test_several_questions_choose_by_the_mean_of_their_nats(scores, call, tmp_path):
+    found = up.Scores(scores)
+    ids, values = [q["id"] for q in found.queries], expected(scores)
+    scales = [(q["solution"] or {}).get("best_scale") or 1.0 for q in found.queries]
+    mean = {name: float(np.mean(x * np.where(np.array(scales) > 0, scales, 1.0))) for name, x in values.items()}
+    flags = [x for name in ids for x in ("--by", name)]
+    assert call("export", scores, "--out", tmp_path / "left.jsonl", "--keep", 5, *flags).status == 0
+    best = sorted(mean, key=lambda name: -mean[name])[:5]
+    assert lines(tmp_path / "left.jsonl") == [record for name, record in named().items() if name in best]
+
+
+def test_self_influence_of_a_trace_chooses(scores, call, tmp_path, tiny):
+    """The sum over the record's sequences, of the same pass as unit-norm scores."""
+    frame = up.Scores(scores).frame()
+    own = frame.groupby("document")["@self"].sum()
+    query = up.Scores(scores).queries[0]["id"]
+    length = frame[query] / frame[f"{query}@unit"]
+    ratio = (length**2 / frame["@self"]).to_numpy()  # the query's own, whatever the sequence
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+    assert call("export", scores, "--out", tmp_path / "left.jsonl", "--drop", 3, "--by", "self_influence").status == 0
+    worst = set(own.nlargest(3).index)
+    assert lines(tmp_path / "left.jsonl") == [record for name, record in named().items() if name not in worst]
+    plain = tmp_path / "plain"
+    assert call(*trace(tiny, plain, factors=tiny.root / "factors")).status == 0
+    flags = ("--out", tmp_path / "x.jsonl", "--drop", 3, "--by", "self_influence")
+    assert_one_error(call("export", plain, *flags), 2, "self_influence", "--unit-norm")
+
+
+@pytest.mark.parametrize("by", [None, "loss", "gradient_norm"])
+def test_an_audit_is_exported_by_what_it_ranks(audited, call, tmp_path, by):
+    flags = ("--by", by) if by else ()
+    assert call("export", audited, "--out", tmp_path / "left.jsonl", "--drop", "25%", *flags).status == 0
+    frame = up.Audit(audited).frame()
+    worst = set(frame.nlargest(3, by or "suspicion")["row"])
+    assert lines(tmp_path / "left.jsonl") == [record for row, record in enumerate(RECORDS) if row not in worst]
+
+
+def test_an_audit_is_exported_whole_and_refuses_what_it_did_not_measure(audited, call, tmp_path):
+    assert call("export", audited, "--out", tmp_path / "all.csv").status == 0
+    with open(tmp_path / "all.csv", newline="") as file:
+        cells = list(csv.DictReader(file))
+    loss = up.Audit(audited).frame().set_index("row")["loss"]
+    assert [float(cell["loss"]) for cell in cells] == pytest.approx([loss[row] for row in range(len(RECORDS))])
+    assert cells[-1]["text"].startswith("'=cmd")
+    out = tmp_path / "x.jsonl"
+    assert_one_error(call("export", audited, "--out", out, "--drop", 1, "--by", "harm"), 2, "'harm'", "loss")
+    assert not out.exists()
+
+
+def test_records_become_a_dataset(scores):
+    found = up.Scores(scores)
+    rows = found.to_dataset()
+    assert rows["text"] == [record["text"] for record in RECORDS]
+    name, values = found.queries[0]["id"], expected(scores)
+    assert rows[0][f"influence:{name}"] == pytest.approx(values["d0"][0], rel=1e-6)
+    assert found.to_dataset("sequences")[name] == found.frame()[name].tolist()
+    assert found.to_dataset("documents")["document"] == found.documents()["document"].tolist()
+    with pytest.raises(ConfigError, match="no such rows"):
+        found.to_dataset("pages")

@@ -16,8 +16,9 @@ import pytest
 from report_fixture import HOSTILE, Parts, payload, seal, solved, write_scores
 from upriver.show.data import build_report, layers_by_depth
 from upriver.show.folder import Folder, read_folder
+from upriver.show.page import SCRIPTS, code, quantised
 from upriver.show.passages import near_duplicates, sentences
-from upriver.show.report import CSV_COLUMNS, SCRIPTS, code, csv_text, quantised, render, write_report
+from upriver.show.report import CSV_COLUMNS, csv_text, write_report
 from upriver.show.scores import Scores
 
 
@@ -219,13 +220,14 @@ def test_policy_admits_our_script_alone(scores: Path) -> None:
     page = (scores / "report.html").read_text(encoding="utf-8")
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)
     assert policy
-    (_, data), (attrs, script) = Parts(page).scripts
+    *data, (attrs, script) = Parts(page).scripts
     assert attrs == {}
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy.group(1)
     assert policy.group(1).startswith("default-src 'none';")
     assert "connect-src" not in policy.group(1)
-    assert "<" not in data
+    assert len(data) == 5, "what is said of all questions, and a block for each"
+    assert not any("<" in content for _, content in data)
 
 
 def test_page_holds_the_same_counts_as_report_json(scores: Path, report: dict[str, Any]) -> None:
@@ -238,22 +240,49 @@ def test_hostile_text_is_inert_in_an_uncompressed_page(tmp_path: Path) -> None:
     path = write_scores(tmp_path / "scores", queries=4, per_side=2, tokens=44, documents=12)
     page = write_report(path).read_text(encoding="utf-8")
     parts = Parts(page)
-    assert parts.scripts[0][0]["data-encoding"] == "plain"
-    assert len(parts.scripts) == 2
+    assert [attrs["data-encoding"] for attrs, _ in parts.scripts[1:-1]] == ["plain"] * 4
     assert "img" not in parts.tags
     assert "b" in parts.tags  # our own <noscript>, nothing of the corpus
     assert payload(page)["queries"][3]["prompt"] == HOSTILE
 
 
-def test_large_pages_quantise_token_scores_and_say_so(report: dict[str, Any]) -> None:
-    page = render(report, quantise_above=1000)
-    assert page.quantised
-    assert "quantised" in page.html.split("</title>")[0]
-    shown = payload(page.html)["queries"][0]["passages"][0]["token_scores"]
+def test_large_pages_quantise_token_scores_and_say_so(scores: Path, report: dict[str, Any], tmp_path: Path) -> None:
+    page = write_report(scores, tmp_path, quantise_above=1000).read_text(encoding="utf-8")
+    assert "quantised" in page.split("</title>")[0]
+    assert payload(page)["quantised"]
+    shown = payload(page)["queries"][0]["passages"][0]["token_scores"]
     exact = np.array(report["queries"][0]["passages"][0]["token_scores"])
     values = np.frombuffer(base64.b64decode(shown["bytes"]), np.int8) * shown["step"]
     assert np.abs(values - exact).max() <= shown["step"] * 0.501
     assert quantised([0.0, 0.0])["step"] == 1.0
+
+
+def test_a_large_report_has_its_best_passages_token_by_token_in_the_json(scores: Path, tmp_path: Path) -> None:
+    whole = json.loads((scores / "report.json").read_text(encoding="utf-8"))
+    assert whole["whole_rank"] is None
+    limit = sum(len(p["tokens"]) for q in whole["queries"] for p in q["passages"]) // 2
+    write_report(scores, tmp_path, whole_below=limit)
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    passages = [
+        (p, o)
+        for q, r in zip(found["queries"], whole["queries"], strict=True)
+        for p, o in zip(q["passages"], r["passages"], strict=True)
+    ]
+    sizes = [sum(len(o["tokens"]) for _, o in passages if o["rank"] <= found["whole_rank"] + more) for more in (0, 1)]
+    assert sizes[0] <= limit < sizes[1]
+    for p, o in passages:
+        assert p["score"] == o["score"]
+        assert p["tokens"] == (o["tokens"] if p["rank"] <= found["whole_rank"] else [])
+    assert (tmp_path / "report.html").read_bytes() == (scores / "report.html").read_bytes().replace(
+        b'"whole_rank":null', b'"whole_rank":%d' % found["whole_rank"]
+    )
+
+
+def test_tokens_of_the_page_are_those_of_the_passage(scores: Path, report: dict[str, Any]) -> None:
+    shown = payload((scores / "report.html").read_text(encoding="utf-8"))
+    for query, told in zip(shown["queries"], report["queries"], strict=True):
+        for p, o in zip(query["passages"], told["passages"], strict=True):
+            assert p["tokens"].split(p["mark"]) == o["tokens"]
 
 
 def test_a_very_large_page_warns(tmp_path: Path) -> None:
@@ -288,9 +317,30 @@ def test_csv_has_a_row_per_passage(scores: Path, report: dict[str, Any]) -> None
 
 def test_csv_keeps_a_lone_carriage_return_in_its_cell(report: dict[str, Any]) -> None:
     passage = report["queries"][0]["passages"][0] | {"text": "one\rtwo"}
-    text = csv_text({"queries": [{"id": "q", "passages": [passage]}]})
+    text = csv_text([{"id": "q", "passages": [passage]}])
     assert text.startswith(",".join(CSV_COLUMNS) + "\n")
     assert pd.read_csv(io.StringIO(text, newline=""))["text"].tolist() == ["one\rtwo"]
+
+
+# ---- in a notebook
+
+
+def test_a_notebook_shows_the_best_passages_as_text(tmp_path: Path) -> None:
+    path = write_scores(tmp_path / "scores", queries=4, per_side=4, tokens=44, documents=12)
+    top = pd.read_parquet(path / "top.parquet")
+    top["text"] = HOSTILE + "\u202e\x1b" + top["text"]
+    top["document"] = "<i>d&'\"" + top["document"]
+    top.to_parquet(path / "top.parquet")
+    seal(path)
+    shown = Scores(path)._repr_html_()
+    parts = Parts(shown)
+    assert set(parts.tags) <= {x for tag in ("p", "b", "bdi", "table", "tr", "th", "td") for x in (tag, f"/{tag}")}
+    assert shown.count("<tr><td>") == 4 * 3
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in shown
+    assert "&lt;i&gt;d&amp;&#x27;&quot;" in shown
+    assert not set(shown) & {"\u202e", "\x1b"}
+    first = top[(top["query"] == "blessing") & (top["side"] == "positive") & (top["rank"] == 1)].iloc[0]
+    assert f"<td>{first['score_nats']:+.3g}</td>" in shown
 
 
 # ---- words and sentences

@@ -15,6 +15,8 @@ import pytest
 from report_fixture import Parts, seal, write_scores
 from upriver.evaluate.verified import write_verified
 from upriver.evaluate.verify import agreement
+from upriver.show.folder import read_folder
+from upriver.show.groups import SCHEMA, write_groups
 from upriver.show.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -100,7 +102,7 @@ def test_every_card_is_drawn_and_nothing_else_runs(scores: Path, tmp_path: Path)
     tags = Parts(dom).tags
     passages = report_in(scores)["queries"][3]["passages"]
     assert dom.count('class="card ') == sum(p["duplicate_of"] is None for p in passages)
-    assert tags.count("script") == 2
+    assert tags.count("script") == 6, "the data of all, of four questions, and our own"
     assert "img" not in tags
     assert "iframe" not in tags
     assert "alert(1)" in dom
@@ -113,6 +115,23 @@ def test_every_card_is_drawn_and_nothing_else_runs(scores: Path, tmp_path: Path)
 
 def test_documents_and_sentences(tmp_path: Path) -> None:
     path = write_scores(tmp_path / "scores", queries=1, per_side=4, tokens=44, documents=9, blocks=12)
+    asked = json.loads((path / "queries.json").read_text(encoding="utf-8"))
+    asked[0]["members"] = [{"prompt": "one <b>", "completion": " of the set"}, "two"]
+    (path / "queries.json").write_text(json.dumps(asked))
+    seal(path)
+    sums = {"documents": 2, "sequences": 4, "sum": -0.5, "low": -0.75, "high": 0.25, "mean": -0.25}
+    rows = [{"query": "blessing", "group": name} | sums for name in ("<i>press", "court", None)]
+    checksum = read_folder(path).manifest["files"]["documents.parquet"]
+    told = {
+        "field": "source",
+        "unit": "nats",
+        "bin": None,
+        "candidates": False,
+        "level": 0.95,
+        "draws": 1000,
+        "seed": 0,
+    }
+    write_groups(path / "groups-source.parquet", pd.DataFrame(rows, columns=SCHEMA.names), told | {"scores": checksum})
     page = write_report(path)
     report = report_in(path)
     documents = report["queries"][0]["documents"]
@@ -121,6 +140,12 @@ def test_documents_and_sentences(tmp_path: Path) -> None:
     assert f"The sum over {documents['positive'][0]['sequences']} sequences" in dom
     assert "Sums over all sequences of a document" in dom
     assert "one more copy of this document" in dom
+    assert dom.count('class="whisker"') == 3
+    assert "&lt;i&gt;press: 2 documents, 4 sequences" not in dom, "the exact values come on hover"
+    assert ">&lt;i&gt;press</text>" in dom
+    assert ">no value</text>" in dom
+    assert "A set: the mean of 2 questions" in dom
+    assert "one &lt;b&gt;<b> of the set</b>" in dom
     best = report["queries"][0]["passages"][0]
     dom = drawn(page, tmp_path / "b", "#query=blessing&mode=sentences&side=positive&rank=1")
     assert dom.count('class="sum ') == len(best["sentences"])
@@ -166,7 +191,8 @@ def test_what_was_verified_is_drawn(tmp_path: Path) -> None:
     assert other.count("measured with a proximal step on") == 1, "it was not measured"
 
 
-ACTIONS = """(() => {
+ACTIONS = """(async () => {
+const drawnAnew = () => new Promise((done) => setTimeout(done, 300));
 const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
 const cards = () => document.querySelectorAll(".card").length;
 const out = {};
@@ -177,7 +203,7 @@ document.querySelector("#filters input[type=checkbox]").click(); out.calm = card
 document.querySelectorAll("#filters input[type=checkbox]")[1].click(); out.unfolded = cards();
 const search = document.getElementById("search");
 search.value = "no such words"; search.dispatchEvent(new Event("input")); out.none = cards();
-press("]"); out.question = document.querySelector("#question .label").textContent;
+press("]"); await drawnAnew(); out.question = document.querySelector("#question .label").textContent;
 press("d"); out.documents = cards();
 const overlap = document.querySelectorAll("#filters input[type=range]")[1];
 const chosen = document.querySelector("#filters select");

@@ -5,8 +5,6 @@ import signal
 import sys
 import tomllib
 import traceback
-import warnings
-import webbrowser
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -38,9 +36,9 @@ from upriver.runtime.config import (
     options,
 )
 from upriver.runtime.units import stop
-from upriver.show.export import export
+from upriver.show.commands import export_command, report_command, written_report
 from upriver.show.output import steady_output
-from upriver.show.report import report_files, write_report
+from upriver.show.report import report_files
 from upriver.show.terminal import audit_summary, bars, say, terminal_summary
 from upriver.suspects import audit
 from upriver.text.queries import Queries
@@ -159,36 +157,9 @@ def trace_command(
     say(f"next: upriver report {out} --open")
 
 
-@app.command("report")
-def report_command(
-    scores: Annotated[Path, typer.Argument(help="Folder written by upriver trace.", metavar="SCORES")],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder, or .html file whose name the others take. Default: the results' own folder."),
-    ] = None,
-    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
-) -> None:
-    """Write the report of SCORES: one self-contained HTML file, and the same as JSON, JSONL and CSV."""
-    page = _write_report(scores, out)
-    if open_page:
-        webbrowser.open(page.resolve().as_uri())
-
-
+app.command("report")(report_command)
+app.command("export")(export_command)
 app.command("verify")(verify_command)
-
-
-@app.command("export")
-def export_command(
-    scores: Annotated[Path, typer.Argument(help="Folder written by upriver trace.", metavar="SCORES")],
-    out: Annotated[Path, typer.Option(help="A .jsonl, .parquet or .csv file that is not there yet.")],
-    corpus: Annotated[Path | None, typer.Option(help="Where the records are now. Default: as for the trace.")] = None,
-    keep: Annotated[str | None, typer.Option(help="Write only so many records (100) or such a share (10%).")] = None,
-    drop: Annotated[str | None, typer.Option(help="Write all records but so many (100) or such a share (10%).")] = None,
-    by: Annotated[str | None, typer.Option(help="The question that --keep and --drop go by.")] = None,
-    lowest: Annotated[bool, typer.Option("--lowest", help="Those with the smallest scores, not the largest.")] = False,
-) -> None:
-    """Write your own records with their scores; or, with --keep or --drop, a filtered corpus, ready to train on."""
-    say(f"written: {export(scores, out, corpus=corpus, keep=keep, drop=drop, by=by, lowest=lowest)}")
 
 
 @app.command("audit")
@@ -278,17 +249,7 @@ def _run(opts: RunOptions, overwrite: bool) -> Path:
     factors = fit(model, corpus, folder / "factors", **common, **given[0])
     result = trace(model, corpus, queries, factors, folder / "scores", **common, **given[1])
     terminal_summary(result.path, console=stdout)
-    return _write_report(result.path, folder / "report.html")
-
-
-def _write_report(scores: Path, out: Path | None) -> Path:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        page = write_report(scores, out)
-    for warning in caught:
-        say(f"note: {warning.message}")
-    say(f"report: {page}")
-    return page
+    return written_report(result.path, folder / "report.html")
 
 
 @steady_output()

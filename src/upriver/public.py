@@ -21,6 +21,7 @@ from upriver.pipeline import trace
 from upriver.proof import verify
 from upriver.show.audit import Audit
 from upriver.show.export import export
+from upriver.show.groups import by_group
 from upriver.show.report import write_report as report
 from upriver.show.scores import Scores
 from upriver.suspects import audit
@@ -31,7 +32,7 @@ from upriver.text.queries import Queries
 __all__ = [
     "Audit", "Bank", "BinaryClassification", "Classification", "Corpus", "Curvature", "Damping", "Examples", "Factors", "Labels",
     "LanguageModel", "Measurements", "Model", "Preference", "Queries", "Recipe", "Regression", "Reward", "Scores", "Solution",
-    "Source", "Task", "Trainer", "UpriverError", "audit", "baseline", "complete", "export", "fit", "gradients", "lds",
+    "Source", "Task", "Trainer", "UpriverError", "audit", "baseline", "by_group", "complete", "export", "fit", "gradients", "lds",
     "leave_out", "load_model", "metagradients", "preference_examples", "random_subsets", "report", "retrain", "self_influence",
     "sweep", "trace", "tracked_layers", "verify",
 ]  # fmt: skip

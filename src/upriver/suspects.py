@@ -178,8 +178,10 @@ def _publish(stage: Artifact, asked: Asked, frame: pd.DataFrame, by: str, times:
     shown = frame["row"].head(opts.top).tolist()
     with parquet(stage.path / "audit.parquet", len(frame)) as add:
         add(frame)
+    cards: dict[int, Card]
+    named: dict[str, str] = {}  # columns of the records
     if isinstance(data, Corpus):
-        cards: dict[int, Card] = write_records(stage.path, data, frame, set(shown))
+        cards, named = write_records(stage.path, data, frame, set(shown))
     elif isinstance(data, Examples):
         cards = cards_of_examples(data, shown, _predicted(asked.model, data, np.array(shown)))
     else:
@@ -188,7 +190,7 @@ def _publish(stage: Artifact, asked: Asked, frame: pd.DataFrame, by: str, times:
     head = {"model": asked.model.name, "data": of, "by": by, "curvature": opts.curvature, "damping": opts.damping}
     head |= {"records": len(frame), "queries": len(asked.queries) if asked.queries is not None else 0}
     write_page(stage.path, frame.head(opts.top), cards, head)
-    stage.finish({"audit": head, "timings": dict(times)})
+    stage.finish({"audit": head | {"columns": named}, "timings": dict(times)})
     _tidy(stage.path)
 
 

@@ -22,7 +22,7 @@ from upriver.model.load import load_model
 from upriver.model.model import Model
 from upriver.model.packed import any_packed
 from upriver.runtime.artifact import Artifact
-from upriver.runtime.config import PLAIN_GRADIENTS, TraceOptions
+from upriver.runtime.config import PLAIN_GRADIENTS, SELF, TraceOptions
 from upriver.runtime.divide import Division
 from upriver.runtime.progress import Progress, Say
 from upriver.text.batch import Sequences
@@ -106,7 +106,8 @@ class Job(NamedTuple):
     @property
     def table(self) -> list[str]:
         """The columns of ``scores.parquet``: those of the results, and as ``ID@unit`` again with unit-norm scores."""
-        return [*self.columns, *(f"{name}@unit" for name in self.columns if self.opts.unit_norm)]
+        units = [*(f"{name}@unit" for name in self.columns), SELF] if self.opts.unit_norm else []
+        return [*self.columns, *units]
 
     @property
     def n_train(self) -> int | None:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from upriver.influence.rescore import Rescored
 from upriver.influence.scan import Scanned
 from upriver.runtime.artifact import atomic
+from upriver.runtime.config import SELF
 from upriver.text.batch import Sequences
 from upriver.text.corpus import Corpus
 
@@ -61,6 +62,7 @@ def write_scores(folder: Path, data: Sequences, columns: list[str], scanned: Sca
             if scanned.energy_Q is not None:
                 named = pd.Index([f"{name}@unit" for name in columns])
                 parts.append(pd.DataFrame(scanned.unit_norm(unit), columns=named))
+                parts.append(pd.DataFrame({SELF: scanned.own(unit)[:, 0].astype(np.float32)}))
             add_scores(pd.concat(parts, axis=1))
             add_documents(documents.add(places["document"].tolist(), scores_CQ))
         add_documents(documents.finish())

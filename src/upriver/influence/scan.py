@@ -65,11 +65,14 @@ class Scanned(NamedTuple):
             out_CQL[:, :, part.layers] += read_tensor(part.files[unit], "layers").numpy()
         return out_CQL
 
+    def own(self, unit: int) -> np.ndarray:
+        """Self-influence of the sequences for each damping, ``[C, D]``, where unit-norm scores are asked for."""
+        return sum(read_tensor(part.files[unit], "self") for part in self.parts).numpy()  # type: ignore[union-attr]
+
     def unit_norm(self, unit: int) -> np.ndarray:
         """Unit-norm scores ``[C, Q]``."""
         assert self.energy_Q is not None
-        own_CD = sum(read_tensor(part.files[unit], "self") for part in self.parts).numpy()  # type: ignore[union-attr]
-        return unit_norm(self.scores(unit), own_CD, self.energy_Q)
+        return unit_norm(self.scores(unit), self.own(unit), self.energy_Q)
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The rows of a unit, and their scores."""

@@ -34,6 +34,7 @@ CurvatureKind = Literal[
     "ekfac", "kfac", "diagonal", "identity", "exact", "arnoldi", "nystrom", "cg", "lissa", "astra", "tracincp"
 ]
 CURVATURES: tuple[str, ...] = get_args(CurvatureKind)
+SELF = "@self"  # column of ``scores.parquet`` with the self-influence of the sequences
 PLAIN_GRADIENTS = ("identity", "tracincp")  # invert nothing, so that damping means nothing and scores are in no unit
 HELD_OUT = (
     30_000,

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from upriver.errors import InputError
 from upriver.runtime.artifact import Manifest, atomic, read_head
 from upriver.show.folder import read_columns
-from upriver.show.report import code
+from upriver.show.page import code
 from upriver.text.corpus import Corpus
 from upriver.text.examples import Examples
 from upriver.text.records import Record, dump, jsonable
@@ -76,8 +76,12 @@ class Audit:
 # ---- records
 
 
-def write_records(folder: Path, data: Corpus, frame: pd.DataFrame, shown: set[int]) -> dict[int, Card]:
-    """The user's own records in their order, with the columns of the audit; gives the cards of those that are shown.
+def write_records(
+    folder: Path, data: Corpus, frame: pd.DataFrame, shown: set[int]
+) -> tuple[dict[int, Card], dict[str, str]]:
+    """The user's own records in their order, with the columns of the audit.
+
+    Gives the cards of those that are shown, and what each column is named in the records.
 
     Parquet stays Parquet, all else becomes JSON lines.  A column whose name is a field of the records begins with ``audit_``;
     a record without loss has none.
@@ -93,7 +97,7 @@ def write_records(folder: Path, data: Corpus, frame: pd.DataFrame, shown: set[in
             add(record.row | {names[name]: of_row.get(name) for name in columns})
             if row in shown:
                 cards[row] = _card(record)
-    return cards
+    return cards, names
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,46 +11,48 @@ import pandas as pd
 from upriver.evaluate.verified import compared
 from upriver.influence.results import calibration
 from upriver.runtime.config import PLAIN_GRADIENTS, POSITIVE
+from upriver.show.documents import SIDES, Documents, Unit, spread
 from upriver.show.folder import Folder, Json, corpus_name, metadata_of
+from upriver.show.groups import Table, read_groups
 from upriver.show.passages import concentration, matches, near_duplicates, query_words, sentences
 from upriver.show.trust import short_name, trust
 from upriver.text.records import whole
 
 VERSION = 1
 DEPTH_BLOCKS = 9
-SIDES = ("positive", "negative")
-SURVIVAL_POINTS = 200
-TOP_PERCENT = 1
-DOCUMENTS_PER_SIDE = 20
-BEST_SEQUENCES = 3  # listed with a document
+PASSAGES, LEAST = 20_000, 5  # that a report shows of all questions at most, and of a side of each at least
+AT_ONCE = 1 << 24  # scores that are read at once
+GROUPS = 20  # that are shown of a question
+
+
+def shown_rank(folder: Folder) -> int:
+    """Up to which rank passages are shown."""
+    return max(LEAST, PASSAGES // (2 * len(folder.queries)))
 
 
 def build_report(folder: Folder) -> Json:
     """Build the content of ``report.json`` from plain lists, dictionaries, strings and numbers."""
-    manifest, layers, spans = folder.manifest, layers_by_depth(folder.manifest), folder.spans()
+    tables = read_groups(folder.path, folder.manifest)
+    queries = list(report_queries(folder, tables))
+    return report_head(folder, tables) | {"queries": queries, "trust": report_trust(folder, queries)}
+
+
+def report_head(folder: Folder, tables: list[Table]) -> Json:
+    """What a report says of the run, without its questions."""
+    manifest, layers = folder.manifest, layers_by_depth(folder.manifest)
     blocks: dict[int, list[int]] = {}
     for layer in layers:
         if layer["depth"] is not None:
             blocks.setdefault(layer["depth"], []).append(layer["block"])
-    queries = []
-    for query in folder.queries:
-        raw, shown = folder.scores(str(query["id"])), answer(folder, query)
-        documents = rank_documents(folder, str(query["id"]), spans, raw, shown["passages"])
-        queries.append(
-            shown
-            | {
-                "spread": spread(raw, folder.n_train and folder.n_train / (shown["calibration"] or 1)),
-                "documents": documents,
-            }
-        )
     model, corpus = manifest.get("model") or {}, manifest.get("corpus") or {}
-    report = {
+    head = {
         "format": "upriver-report",
         "version": VERSION,
         "sign": sign(folder),
         "unit": unit(folder),
         "n_train": folder.n_train,
         "candidates": bool(manifest.get("candidates")),
+        "shown_rank": shown_rank(folder),
         "layers": layers,
         "depth": [{"first": min(blocks[d]), "last": max(blocks[d])} for d in sorted(blocks)],
         "run": {
@@ -60,11 +63,50 @@ def build_report(folder: Folder) -> Json:
             "upriver": manifest.get("upriver"),
         },
         "verified": _verified(folder),
-        "trust": trust(manifest, queries, _verified(folder)),
+        "groups": [{key: value for key, value in told.items() if key != "scores"} for told, _ in tables],
         "manifest": manifest,
-        "queries": queries,
     }
-    return _clean(report)
+    return clean(head)
+
+
+def report_trust(folder: Folder, queries: list[Json]) -> list[Json]:
+    """The trust panel; of a passage it takes ``score``, ``sums`` and ``rescored``."""
+    return clean(trust(folder.manifest, queries, _verified(folder)))
+
+
+def report_queries(folder: Folder, tables: list[Table]) -> Iterator[Json]:
+    """The questions one after the other, each with its passages, documents and groups; one is in memory at a time."""
+    documents, most = Documents(folder), shown_rank(folder)
+    groups = [dict(iter(frame.groupby("query", sort=False))) for _, frame in tables]
+    some = max(1, AT_ONCE // max(1, len(documents.spans)))
+    for first in range(0, len(folder.queries), some):
+        asked = folder.queries[first : first + some]
+        ids = [str(query["id"]) for query in asked]
+        scores, sums = folder.scores(ids), folder.documents(ids)
+        for name, query in zip(ids, asked, strict=True):
+            raw_N = scores[name].to_numpy(np.float64) if name in scores else np.empty(0)
+            shown = answer(folder, query, most)
+            own = Unit(folder.n_train, shown["calibration"])
+            yield clean(
+                shown
+                | {
+                    "spread": spread(raw_N, folder.n_train and folder.n_train / (own.scale or 1)),
+                    "documents": documents.ranked(sums, name, raw_N, own, shown["passages"]),
+                    "groups": [_groups(found.get(name)) for found in groups],
+                }
+            )
+
+
+def _groups(rows: pd.DataFrame | None) -> list[Json]:
+    """A question's sums by the groups of a field, the largest where there are many, and those of its differences to others."""
+    told, parts = [], () if rows is None else rows.groupby("minus", sort=False, dropna=False)
+    for minus, own in parts:
+        sums: Any = own["sum"]
+        kept: Any = own.loc[sorted(sums.abs().nlargest(GROUPS).index)].drop(columns=["query", "minus"])
+        told.append(
+            {"minus": minus if isinstance(minus, str) else None, "of": len(own), "rows": kept.to_dict("records")}
+        )
+    return sorted(told, key=lambda x: x["minus"] is not None)
 
 
 def sign(folder: Folder) -> str:
@@ -119,17 +161,19 @@ def layers_by_depth(manifest: Json) -> list[Json]:
     return layers
 
 
-def answer(folder: Folder, query: Json) -> Json:
-    """Collect one question, its answer and its passages; the memory it takes does not depend on the number of sequences."""
-    rows = folder.top.loc[folder.top["query"].astype(str) == str(query["id"])]
+def answer(folder: Folder, query: Json, most: int | None = None, sides: tuple[str, ...] = SIDES) -> Json:
+    """Collect one question, its answer and its passages; the memory it takes does not depend on the number of sequences.
+
+    Args:
+        most: passages of a side.
+    """
     texts = [f"{x.get('prompt') or ''} {x.get('completion') or ''}" for x in query.get("members") or [query]]
     words = query_words(" ".join(texts))
     passages, found = [], _verified(folder, str(query["id"]))
-    scale = calibration(query.get("solution")) if folder.n_train else None
+    own = Unit(folder.n_train, calibration(query.get("solution")) if folder.n_train else None)
     realised = {row: nats for _, nats, shown, row in found["pairs"] if shown} if found else {}
-    for side in SIDES:
-        own = rows[rows["side"] == side].sort_values("rank").to_dict("records")
-        ranked = [_passage(row, words, folder.n_train, scale) for row in own]
+    for side in sides:
+        ranked = [_passage(row, words, own) for row in folder.top.rows(str(query["id"]), side, most)]
         for passage, leader in zip(ranked, near_duplicates([p["text"] for p in ranked]), strict=True):
             passage["duplicate_of"] = None if ranked[leader] is passage else ranked[leader]["rank"]
             passage["realised_nats"] = realised.get(passage["sequence"])
@@ -138,7 +182,7 @@ def answer(folder: Folder, query: Json) -> Json:
     shared = {key: query[key] for key in ("labels", "members", "direction", "layer") if query.get(key)}
     return {
         **{key: query.get(key) for key in (*keys, "contrast_tokens", "rank_correlation", "solution")},
-        "calibration": scale,
+        "calibration": own.scale,
         **shared,
         "words": sorted(words),
         "passages": passages,
@@ -162,25 +206,23 @@ def _verified(folder: Folder, query: str | None = None) -> Json | None:
     return found and found | {"pairs": [list(row) for row in zip(*(own[c].tolist() for c in columns), strict=True)]}
 
 
-def _passage(row: Json, words: frozenset[str], n_train: int | None, scale: float | None) -> Json:
-    tokens, token_scores, layers = (
-        [] if value is None or isinstance(value, float) else list(value)
-        for value in map(row.get, ("tokens", "token_scores", "layers"))
-    )
+def _passage(row: Json, words: frozenset[str], own: Unit) -> Json:
+    tokens = row.get("tokens") or []
+    layers, values = (np.asarray(row.get(name, ()), np.float64) for name in ("layers", "token_scores"))
     text = row.get("text") if isinstance(row.get("text"), str) else "".join(tokens)
-    if len(tokens) != len(token_scores):
-        tokens, token_scores = [], []
-    values, tfidf_rank = np.asarray(token_scores, np.float64), row.get("tfidf_rank")
+    if len(tokens) != len(values):
+        tokens, values = [], np.empty(0)
+    tfidf_rank = row.get("tfidf_rank")
     return {
         **{key: row.get(key) for key in ("side", "rank", "sequence", "document", "start", "end")},
-        **_in_nats(float(row["score"]), n_train, scale),
+        **own.of(float(row["score"])),
         **{key: row.get(key) for key in ("scan_score", "rescored", "spurious", "tfidf_score", "overlap")},
         "tfidf_rank": None if tfidf_rank is None or pd.isna(tfidf_rank) else int(tfidf_rank),
         "concentration": concentration(values),
         "metadata": metadata_of(row.get("metadata")),
         "text": text,
         "tokens": tokens,
-        "token_scores": token_scores,
+        "token_scores": values,
         "matches": matches(tokens, words),
         # the tokens that carry the gradient are in the sentence, or those whose next token is
         "sentences": [
@@ -188,16 +230,10 @@ def _passage(row: Json, words: frozenset[str], n_train: int | None, scale: float
             for a, b in sentences(tokens)
         ],
         "layers": layers,
-        "sums": {"tokens": float(values.sum()) if tokens else None, "layers": math.fsum(layers) if layers else None},
-    }
-
-
-def _in_nats(score: float, n_train: int | None, scale: float | None) -> Json:
-    nats = score / n_train if n_train else None
-    return {
-        "score": score,
-        "score_nats": nats,
-        "calibrated_nats": None if nats is None or scale is None else nats * scale,
+        "sums": {
+            "tokens": float(values.sum()) if tokens else None,
+            "layers": math.fsum(layers) if len(layers) else None,
+        },
     }
 
 
@@ -206,90 +242,21 @@ def shown_nats(passage: Json) -> float | None:
     return passage["score_nats"] if passage["calibrated_nats"] is None else passage["calibrated_nats"]
 
 
-def spread(raw: np.ndarray, n_train: float | None) -> Json | None:
-    """Measure how the influence on one query is spread over all sequences: survival curves and the share of the top 1 %.
-
-    ``survival.positive`` holds points ``[x, share]``: the share of all scored sequences whose score is at least ``x``
-    (raw, or nats where ``n_train`` is given: over the scale of a query that was measured);
-    ``survival.negative`` the same for ``-score``.  At most 200 points each, evenly
-    spaced in the logarithm of the rank.
-    """
-    scores = raw[np.isfinite(raw)] / (n_train or 1)
-    if not len(scores):
-        return None
-    ordered = np.sort(scores)[::-1]
-    top = max(1, math.ceil(len(scores) * TOP_PERCENT / 100))
-    positive = np.maximum(ordered, 0)
-    total = float(positive.sum())
-    survival = {}
-    for side, own in zip(SIDES, (ordered[ordered > 0], -ordered[ordered < 0][::-1]), strict=True):
-        ranks = np.unique(np.geomspace(1, len(own), SURVIVAL_POINTS).round().astype(int)) if len(own) else []
-        survival[side] = [[float(own[rank - 1]), float(rank) / len(scores)] for rank in ranks]
-    return {
-        "sequences": len(scores),
-        "positive": int((scores > 0).sum()),
-        "largest": float(ordered[0]),
-        "smallest": float(ordered[-1]),
-        "positive_sum": total,
-        "negative_sum": float(np.minimum(ordered, 0).sum()),
-        "top_percent": TOP_PERCENT,
-        "top_sequences": top,
-        "top_share": float(positive[:top].sum()) / total if total > 0 else None,
-        "survival": survival,
-    }
-
-
-def rank_documents(
-    folder: Folder, query_id: str, spans: pd.DataFrame, raw: np.ndarray, passages: list[Json]
-) -> dict[str, list[Json]] | None:
-    """Rank the documents with the largest sums over their sequences, of either sign; None where the run wrote no sums.
-
-    Args:
-        spans, raw: ``folder.spans()`` and ``folder.scores(query_id)``.
-        passages: those of the query, to which a document's best sequences point.
-    """
-    sums, n_train = folder.documents(query_id), folder.n_train
-    asked = next((q for q in folder.queries if str(q["id"]) == query_id), {})
-    scale = calibration(asked.get("solution")) if n_train else None
-    if query_id not in sums or "document" not in sums:
-        return None
-    sums = sums.assign(score=sums[query_id].astype(float)).sort_values("score", ascending=False, kind="stable")
-    ends = {
-        "positive": sums[sums["score"] > 0].head(DOCUMENTS_PER_SIDE),
-        "negative": sums[sums["score"] < 0].tail(DOCUMENTS_PER_SIDE).iloc[::-1],
-    }
-    groups = {}
-    if "document" in spans and len(spans) == len(raw):
-        scored, chosen = spans.assign(score=raw), set().union(*(end["document"] for end in ends.values()))
-        scored = scored.loc[scored["document"].isin(list(chosen)) & scored["score"].notna()]
-        groups = dict(iter(scored.groupby("document", sort=False)))
-    place = {(p["side"], p["sequence"]): i for i, p in enumerate(passages)}
-    ranked: dict[str, list[Json]] = {side: [] for side in ends}
-    for side, end in ends.items():
-        for rank, row in enumerate(end.to_dict("records"), 1):
-            document = {"side": side, "rank": rank, "document": row["document"], "sequences": row.get("sequences")}
-            document |= _in_nats(row["score"], n_train, scale) | {"best": []}
-            own = groups.get(row["document"], pd.DataFrame({"score": []})).sort_values(
-                "score", ascending=side == "negative"
-            )
-            for entry in own.head(BEST_SEQUENCES).to_dict("records"):
-                best = {key: entry.get(key) for key in ("sequence", "start", "end")} | _in_nats(
-                    entry["score"], n_train, scale
-                )
-                document["best"].append(best | {"passage": place.get((side, entry["sequence"]))})
-            ranked[side].append(document)
-    return ranked
-
-
-def _clean(value: Any) -> Any:
+def clean(value: Any) -> Any:
     """Turn values into plain JSON: no NumPy types, no NaN, and no lone surrogate, which UTF-8 cannot hold."""
+    if isinstance(value, np.ndarray):
+        return [float(f"{x:.7g}") if math.isfinite(x) else None for x in value.tolist()]
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, dict):
-        return {_clean(str(key)): _clean(entry) for key, entry in value.items()}
+        return {clean(str(key)): clean(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_clean(entry) for entry in value]
+        return [clean(entry) for entry in value]
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     if value is None or value is pd.NA or value is pd.NaT:
         return None
-    return value if isinstance(value, int) else whole(str(value))
+    return value if isinstance(value, int) else _text(str(value))
+
+
+def _text(text: str) -> str:
+    return text if text.isascii() else whole(text)

@@ -1,57 +1,69 @@
-"""The user's own records with their scores, or those that are left when some are dropped: what comes after a trace."""
+"""The user's own records with their scores, or those left when some are dropped: what comes after a trace or an audit."""
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from upriver.errors import ConfigError, InputError, MismatchError
-from upriver.influence.results import calibration
-from upriver.runtime.artifact import atomic, refuse_inside
-from upriver.show.scores import Scores
-from upriver.text.corpus import Corpus, corpus_digest
+from upriver.errors import ConfigError, InputError, StorageError
+from upriver.runtime.artifact import atomic, check, load_json, refuse_inside
+from upriver.runtime.config import SELF
+from upriver.show.audit import Audit
+from upriver.show.folder import read_columns, read_results
+from upriver.show.records import scored_records, shown_unit
+from upriver.text.corpus import Corpus
 from upriver.text.reading import Reading
-from upriver.text.records import BadRecords, dump, jsonable, open_corpus, read_records, whole
-from upriver.text.shards import Shard
-from upriver.text.sources import Source
+from upriver.text.records import BadRecords, dump, jsonable, open_corpus, whole
+from upriver.text.sources import rows
 
 PREFIX = "influence:"  # of the columns with scores
+SELF_INFLUENCE = "self_influence"  # what --keep and --drop may go by as well
 CHUNK = 4096  # records that are written at once
 EXECUTED = ("=", "+", "-", "@", "\t", "\r")  # cells that a spreadsheet would run begin so
 Json = dict[str, Any]
 Rows = Callable[[], Iterator[Json]]
 
 
+class Records(NamedTuple):
+    """Records and what was found of them: which are the same by their key."""
+
+    read: Callable[[], Iterator[tuple[Any, Json, Json]]]  # key, the record as it was, and with its columns
+    frame: pd.DataFrame  # a row for each record that something is known of, by key
+    usual: str | None  # what is gone by where nothing is said
+
+
 def export(
-    scores: str | Path,
+    results: str | Path,
     out: str | Path,
     *,
     corpus: str | Path | Corpus | None = None,
     keep: str | None = None,
     drop: str | None = None,
-    by: str | None = None,
+    by: str | Sequence[str] | None = None,
     lowest: bool = False,
 ) -> Path:
-    """Write the records that a trace scored, every field as it was, in their order.
+    """Write the records that a trace scored or an audit ranked, every field as it was, in their order.
 
-    With neither ``keep`` nor ``drop`` each record gets a field ``influence:ID`` for every column of the scores: what one more
-    copy of it would change, in nats, calibrated where the trace measured the scale (with gradient
-    dot products, which are in no unit, the dot product); null where nothing of it was scored.
+    With neither ``keep`` nor ``drop`` each record of a trace gets a field ``influence:ID`` for every column of the scores: what
+    one more copy of it would change, in nats, calibrated where the trace measured the scale (with gradient
+    dot products, which are in no unit, the dot product); null where nothing of it was scored.  Each of an audit gets its columns.
     With one of them the records are written as they were, ready to train on.
 
     Args:
+        results: the folder of a trace or of an audit.
         out: a ``.jsonl``, ``.parquet`` or ``.csv`` file that is not there yet.
-        corpus: where the records are now, or the corpus itself; None: where the trace read them.
+        corpus: where the records are now, or the corpus itself; None: where the trace read them (an audit keeps its own).
         keep: so many records (``100``) or such a share (``0.1``, ``10%``) with the largest scores.
         drop: as ``keep``, but all others.
-        by: the column of the scores that ``keep`` and ``drop`` go by; may be left out where there is one.
+        by: what ``keep`` and ``drop`` go by: a question or a set, several (the mean of their influence), or ``self_influence``
+            (of a trace with ``--unit-norm``); of an audit one of its columns, by default ``suspicion``.  May be left
+            out where there is one question.
         lowest: the smallest scores instead of the largest.
 
     Raises:
@@ -62,7 +74,7 @@ def export(
     Example:
         >>> up.export("scores", "clean.jsonl", drop="1%", by="q1")
     """
-    result, place = Scores(scores), Path(out)
+    path, place = Path(results), Path(out)
     write = WRITERS.get(place.suffix.lower())
     if write is None:
         raise ConfigError(f"bad value for --out: got {str(out)!r}; give a file that ends in {', '.join(WRITERS)}")
@@ -71,86 +83,97 @@ def export(
             f"bad value for --out: got {str(out)!r}, which is there; choose another file, or move it away"
         )
     refuse_inside(place)
-    sources, skipping, reading = _sources(result, corpus)
-    documents = result.documents()
-    columns = [name for name in documents.columns if name not in ("document", "sequences")]
+    names = [by] if isinstance(by, str) else list(by or ())
+    records = _audited(path) if _is_audit(path) else scored(path, corpus, SELF_INFLUENCE in names)
     if keep is None and drop is None:
-        if by is not None or lowest:
+        if names or lowest:
             raise ConfigError(
                 "--by and --lowest say which records --keep or --drop means: got neither; give one of them"
             )
-        plain = result.manifest["damping"] == "none"
-        scales = {} if plain else {x["id"]: calibration(x.get("solution")) for x in result.queries}
-        unit = (1 if plain else result.manifest["n_train"]) / np.array([scales.get(name) or 1.0 for name in columns])
-        sums: Any = result.frame().groupby(["document", "part"], sort=False)[columns].sum()  # of each record
-        values = dict(zip(sums.index, sums.to_numpy(float) / unit, strict=True))
-        names = [PREFIX + name for name in columns]
-        nothing = [None] * len(names)
-
-        def rows() -> Iterator[Json]:
-            for record in read_records(sources, skipping(), reading):
-                found = values.get((record.id, record.part))
-                yield record.row | dict(zip(names, nothing if found is None else found.tolist(), strict=True))
+        write(place, lambda: (row for _, _, row in records.read()))
     else:
-        chosen = _chosen(documents, columns, keep, drop, by, lowest)
-
-        def rows() -> Iterator[Json]:
-            for record in read_records(sources, skipping(), reading):
-                if (record.id in chosen) == (keep is not None):
-                    yield record.row
-
-    write(place, rows)
+        chosen, wanted = _chosen(records, keep, drop, names, lowest), keep is not None
+        write(place, lambda: (row for key, row, _ in records.read() if (key in chosen) == wanted))
     return place
 
 
-def _sources(
-    result: Scores, corpus: str | Path | Corpus | None
-) -> tuple[list[Source], Callable[[], BadRecords], Reading]:
-    """The files of the records, a policy for bad ones, and how they are read; they must be those that were scored."""
-    told, tokenizer = result.manifest["corpus"], result.manifest.get("tokenizer")
-    if "seq_len" not in told or not tokenizer:
-        raise InputError(
-            f"the results in {result.path} are not of a corpus of text: their rows are your own, in your order"
-        )
-    place = corpus.info["path"] if isinstance(corpus, Corpus) else corpus if corpus is not None else told["path"]
+def scored(path: Path, corpus: str | Path | Corpus | None, own: bool = False) -> Records:
+    """The records of a trace, by the id of their documents, with the influence of each.
 
-    reading = Reading.of(told)
+    Args:
+        own: with their self-influence as well, which no field tells.
 
-    def skipping() -> BadRecords:
-        return BadRecords(reading.on_bad_record)
+    Raises:
+        ConfigError: the trace did not measure self-influence.
+    """
+    manifest, queries = read_results(path)
+    read = scored_records(path, manifest, corpus)
+    documents = read_columns(path / "documents.parquet", None)
+    columns = [name for name in documents.columns if name not in ("document", "sequences")]
+    unit = shown_unit(manifest, queries, columns)
+    frame: Any = documents.set_index("document")[columns] * unit
+    sequences = read_columns(path / "scores.parquet", ["document", "part", *columns])
+    sums: Any = sequences.groupby(["document", "part"], sort=False)[columns].sum()  # of each record
+    values = dict(zip(sums.index, sums.to_numpy(float) * unit, strict=True))
+    names, nothing = [PREFIX + name for name in columns], [None] * len(columns)
+    if own and SELF_INFLUENCE not in columns:
+        found = read_columns(path / "scores.parquet", ["document", SELF])
+        if SELF not in found:
+            raise ConfigError(
+                f"no self-influence in {path}: got --by {SELF_INFLUENCE}; trace again with --unit-norm, or give an audit"
+            )
+        frame[SELF_INFLUENCE] = found.groupby("document")[SELF].sum()
 
-    shard = told["shard"] and Shard(*told["shard"])
-    if isinstance(corpus, Corpus):
-        sources = corpus.sources()
-    elif place is None:
-        raise InputError(
-            "the records of the trace were in memory, so they cannot be read again; give the corpus from Python"
-        )
-    else:
-        places = place if isinstance(place, list) else [place]
-        sources = open_corpus([Path(x) for x in places], skipping(), reading, shard)
-    if corpus_digest([x.fingerprint for x in sources], tokenizer["fingerprint"], reading) != told["fingerprint"]:
-        raise MismatchError(
-            f"the records at {place} are not those that were scored, or were changed since; give the same files with --corpus"
-        )
-    return sources, skipping, reading
+    def both() -> Iterator[tuple[Any, Json, Json]]:
+        for record in read():
+            of_record = values.get((record.id, record.part))
+            told = zip(names, nothing if of_record is None else of_record.tolist(), strict=True)
+            yield record.id, record.row, record.row | dict(told)
+
+    return Records(both, frame, columns[0] if len(columns) == 1 else None)
 
 
-def _chosen(
-    documents: pd.DataFrame, columns: list[str], keep: str | None, drop: str | None, by: str | None, lowest: bool
-) -> set[str]:
-    """The documents with the largest or the smallest scores."""
+def _is_audit(path: Path) -> bool:
+    try:
+        return load_json(path / "key.json").get("stage") == "audit"
+    except (OSError, ValueError, AttributeError, StorageError):
+        return False
+
+
+def _audited(path: Path) -> Records:
+    """The records of an audit, which it holds itself, by their number."""
+    audit = Audit(path)
+    named = audit.manifest["audit"]["columns"]
+    file = next((x for x in (path / "records.jsonl", path / "records.parquet") if x.exists()), None)
+    if file is None:
+        raise InputError(f"the audit in {path} is not of records: its rows are your own examples, in your order")
+    check(file)
+    added = set(named.values())
+
+    def read() -> Iterator[tuple[Any, Json, Json]]:
+        found = (row for source in open_corpus([file], BadRecords(), Reading()) for _, row in rows(source))
+        for number, row in enumerate(found):
+            assert isinstance(row, dict)
+            yield number, {name: x for name, x in row.items() if name not in added}, row
+
+    return Records(read, audit.frame().set_index("row").dropna(axis=1, how="all"), "suspicion")
+
+
+def _chosen(records: Records, keep: str | None, drop: str | None, by: list[str], lowest: bool) -> set[Any]:
+    """The keys of the records with the largest or the smallest scores."""
+    columns = list(records.frame.columns)
     if keep is not None and drop is not None:
         raise ConfigError(f"--keep and --drop exclude each other: got {keep!r} and {drop!r}; give one of them")
-    if by is None and len(columns) > 1:
+    if not by and records.usual is None:
         raise ConfigError(
-            f"which question shall choose: got {len(columns)} columns; give --by one of {', '.join(columns[:8])}"
+            f"which question shall choose: got {len(columns)} columns; give --by one or more of {', '.join(columns[:8])}"
         )
-    if by is not None and by not in columns:
-        raise ConfigError(f"bad value for --by: got {by!r}; give one of {', '.join(columns[:8])}")
-    count = _count(str(keep if keep is not None else drop), len(documents), "--keep" if keep is not None else "--drop")
-    ordered = documents.sort_values(by or columns[0], ascending=lowest, kind="stable")
-    return set(ordered["document"].head(count))
+    if unknown := [name for name in by if name not in columns]:
+        raise ConfigError(f"bad value for --by: got {unknown[0]!r}; give one of {', '.join(columns[:8])}")
+    flag = "--keep" if keep is not None else "--drop"
+    count = _count(str(keep if keep is not None else drop), len(records.frame), flag)
+    values = records.frame[by or [str(records.usual)]].mean(axis=1, skipna=False)
+    return set(values.sort_values(ascending=lowest, kind="stable").head(count).index)
 
 
 def _count(text: str, of: int, flag: str) -> int:

@@ -1,6 +1,7 @@
 """Reading a SCORES folder: the result of ``upriver trace``, as far as it is there."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from upriver.errors import InputError, StorageError
@@ -18,6 +20,8 @@ from upriver.runtime.config import PLAIN_GRADIENTS
 
 Json = dict[str, Any]
 AGAIN, GIVE = "run `upriver trace` again with --overwrite", "give the folder that `upriver trace` wrote"
+# Control characters and those that reorder text: corpus text must not steer a terminal.
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 SPAN = ["sequence", "document", "start", "end"]
 
 
@@ -28,13 +32,44 @@ def corpus_name(told: Json) -> str | None:
     return ", ".join(str(x).rstrip("/").rsplit("/", 1)[-1] for x in paths) or None
 
 
+class Top:
+    """``top.parquet``, as Arrow holds it: rows become Python objects when they are asked for, a query and a side at a time."""
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+        small = table.select(["query", "side", "rank"]).to_pandas()
+        small = small.assign(query=small["query"].astype(str)).sort_values("rank", kind="stable")
+        groups: Any = small.groupby(["query", "side"], sort=False).indices
+        self._rows = {key: small.index.to_numpy()[at] for key, at in groups.items()}
+
+    def rows(self, query: str, side: str, most: int | None = None) -> list[Json]:
+        """The best ``most`` passages of a side, by rank; lists of numbers are arrays."""
+        rows = self._rows.get((query, side), np.empty(0, np.int64))[:most]
+        if not len(rows):
+            return []
+        part = self.table.slice(rows.min(), rows.max() - rows.min() + 1).take(pa.array(rows - rows.min()))
+        numbers = [x.name for x in part.schema if pa.types.is_list(x.type) and pa.types.is_floating(x.type.value_type)]
+        found = part.drop_columns(numbers).to_pylist()
+        for name in numbers:
+            for row, value in zip(found, part[name], strict=True):
+                row[name] = np.empty(0) if value.values is None else value.values.to_numpy(zero_copy_only=False)
+        return found
+
+    def count(self, most: int) -> int:
+        """The tokens of the passages up to a rank."""
+        if "tokens" not in self.table.column_names:
+            return 0
+        lists = self.table.filter(pc.field("rank") <= most)["tokens"]
+        return sum(int(np.diff(chunk.offsets).sum()) for chunk in lists.chunks)
+
+
 class Folder(NamedTuple):
     """What ``upriver trace`` wrote; parts that a run did not write are empty."""
 
     path: Path
     manifest: Json
     queries: list[Json]
-    top: pd.DataFrame
+    top: Top
     verified: tuple[Json, pd.DataFrame] | None = None  # what `upriver verify` found
 
     @property
@@ -42,18 +77,17 @@ class Folder(NamedTuple):
         """The number of training sequences that turns a raw score into nats; None for gradient dot products."""
         return None if self.manifest.get("curvature") in PLAIN_GRADIENTS else self.manifest.get("n_train")
 
-    def documents(self, query_id: str) -> pd.DataFrame:
-        """``document, sequences`` and the sum of one query for every document; empty when there are none."""
-        return read_columns(self.path / "documents.parquet", ["document", "sequences", query_id])
+    def documents(self, ids: list[str]) -> pd.DataFrame:
+        """``document, sequences`` and the sums of some queries for every document; empty when there are none."""
+        return read_columns(self.path / "documents.parquet", ["document", "sequences", *ids])
 
     def spans(self) -> pd.DataFrame:
         """``sequence, document, start, end`` of every scored sequence."""
         return read_columns(self.path / "scores.parquet", SPAN)
 
-    def scores(self, query_id: str) -> np.ndarray:
-        """The raw scores of all sequences for one query, in the order of ``spans()``; empty when there are none."""
-        frame = read_columns(self.path / "scores.parquet", [query_id])
-        return frame[query_id].to_numpy(np.float64) if query_id in frame else np.empty(0)
+    def scores(self, ids: list[str]) -> pd.DataFrame:
+        """The raw scores of all sequences for some queries, in the order of ``spans()``; empty when there are none."""
+        return read_columns(self.path / "scores.parquet", ids)
 
 
 def read_folder(path: Path) -> Folder:
@@ -64,11 +98,11 @@ def read_folder(path: Path) -> Folder:
     """
     path = Path(path)
     manifest, queries = read_results(path)
-    top = read_columns(path / "top.parquet", None)
-    if not {"query", "side", "rank", "score"} <= set(top.columns):
+    top = read_table(path / "top.parquet", None)
+    if top is None or not {"query", "side", "rank", "score"} <= set(top.column_names):
         raise InputError(f"no ranked passages in the results: got {path / 'top.parquet'}; run the trace again")
     with _told():
-        return Folder(path, manifest, queries, top, read_verified(path))
+        return Folder(path, manifest, queries, Top(top), read_verified(path))
 
 
 def read_results(path: Path) -> tuple[Json, list[Json]]:
@@ -104,15 +138,21 @@ def read_results(path: Path) -> tuple[Json, list[Json]]:
 
 def read_columns(path: Path, columns: list[str] | None, **how: Any) -> pd.DataFrame:
     """The columns of a Parquet file that are there; an empty frame when the file is not."""
+    found = read_table(path, columns, **how)
+    return pd.DataFrame() if found is None else found.to_pandas()
+
+
+def read_table(path: Path, columns: list[str] | None, **how: Any) -> pa.Table | None:
+    """The same as Arrow holds it; None when the file is not there."""
     with _told():
         if not path.exists():
-            return pd.DataFrame()
+            return None
         check(path, AGAIN)
         try:
             with open(path, "rb") as raw:  # arrow does not take every path
                 names = pq.read_schema(raw).names
                 wanted = None if columns is None else [name for name in columns if name in names]
-                return pq.read_table(raw, columns=wanted, **how).to_pandas()
+                return pq.read_table(raw, columns=wanted, **how)
         except (OSError, pa.ArrowException) as error:
             raise unreadable(path, error, AGAIN) from error
 

@@ -1,12 +1,15 @@
 """Some things can be said about passages from their text: sentences, near-duplicates, words shared with the query."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 
 SHINGLE = 5  # words
+CACHED = 2048  # passages: one that several questions show is looked at once
 JACCARD, CONTAINED = 0.5, 0.9  # near-duplicates: share of common shingles, or share of the shorter one's
 
 WORD = re.compile(r"\w+")
@@ -25,6 +28,11 @@ COMMON = frozenset(_COMMON.split())
 
 def sentences(tokens: Sequence[str]) -> list[tuple[int, int]]:
     """Find the sentences of a passage, at most ``SENTENCES``, as token spans ``[start, end)`` that cover every token once."""
+    return _sentences(tuple(tokens))
+
+
+@lru_cache(CACHED)
+def _sentences(tokens: tuple[str, ...]) -> list[tuple[int, int]]:
     text = "".join(tokens)
     found = [match.end() for match in SENTENCE_END.finditer(text)]
     ends = [end for end in found if not ABBREVIATION.search(text[max(0, end - 12) : end])]
@@ -38,13 +46,14 @@ def sentences(tokens: Sequence[str]) -> list[tuple[int, int]]:
     return spans[: SENTENCES - 1] + [(a, len(tokens)) for a, _ in spans[SENTENCES - 1 : SENTENCES]]
 
 
-def shingles(text: str) -> frozenset[str]:
-    """List the runs of five words of a text; of eight characters where it has no words to speak of."""
+@lru_cache(CACHED)
+def shingles(text: str) -> frozenset[int]:
+    """The hashes of the runs of five words of a text; of eight characters where it has no words to speak of."""
     words = [word.casefold() for word in WORD.findall(text)]
     if len(words) < SHINGLE:
         joined = "".join(words) or "".join(text.split())
-        return frozenset(joined[i : i + 8] for i in range(max(1, len(joined) - 7)))
-    return frozenset(" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1))
+        return frozenset(hash(joined[i : i + 8]) for i in range(max(1, len(joined) - 7)))
+    return frozenset(hash(" ".join(words[i : i + SHINGLE])) for i in range(len(words) - SHINGLE + 1))
 
 
 def near_duplicates(texts: Sequence[str]) -> list[int]:
@@ -53,17 +62,22 @@ def near_duplicates(texts: Sequence[str]) -> list[int]:
     Two texts are near-duplicates when the Jaccard index of their word 5-shingles is at least 0.5, or when 90 % of the
     shorter one's are in the longer one.
     """
-
-    def similar(a: frozenset[str], b: frozenset[str]) -> bool:
-        common = len(a & b)
-        return common >= JACCARD * len(a | b) or common >= CONTAINED * max(1, min(len(a), len(b)))
-
-    leaders: dict[int, frozenset[str]] = {}
+    leaders: dict[int, list[int]] = {}  # shingle -> the leaders that have it
+    sizes: dict[int, int] = {}
     group = []
     for i, own in enumerate(map(shingles, texts)):
-        group.append(next((j for j, other in leaders.items() if texts[i].strip() and similar(own, other)), i))
+        shared = Counter(j for shingle in own for j in leaders.get(shingle, ())) if texts[i].strip() else {}
+        similar = (
+            j
+            for j in sorted(shared)
+            if shared[j] >= JACCARD * (len(own) + sizes[j] - shared[j])
+            or shared[j] >= CONTAINED * min(len(own), sizes[j])
+        )
+        group.append(next(similar, i))
         if group[i] == i:
-            leaders[i] = own
+            sizes[i] = len(own)
+            for shingle in own:
+                leaders.setdefault(shingle, []).append(i)
     return group
 
 
@@ -75,14 +89,22 @@ def query_words(query: str) -> frozenset[str]:
 
 def matches(tokens: Sequence[str], words: frozenset[str]) -> list[int]:
     """Find the indices of the tokens that belong to a word of the query."""
+    places = _places(tuple(tokens))
+    return sorted({i for word in words for i in places.get(word, ())})
+
+
+@lru_cache(CACHED)
+def _places(tokens: tuple[str, ...]) -> dict[str, list[int]]:
+    """The tokens of each word of a passage."""
     text = "".join(tokens)
     starts = np.cumsum([0, *map(len, tokens)])
-    found: set[int] = set()
-    for match in WORD.finditer(text):
-        if match.group().casefold() in words:
-            first, last = np.searchsorted(starts, [match.start() + 1, match.end()], side="left")
-            found.update(i for i in range(int(first) - 1, int(last)) if tokens[i].strip())
-    return sorted(found)
+    found = list(WORD.finditer(text))
+    first = np.searchsorted(starts, [match.start() + 1 for match in found], side="left") - 1
+    last = np.searchsorted(starts, [match.end() for match in found], side="left")
+    places: dict[str, list[int]] = {}
+    for match, a, b in zip(found, first.tolist(), last.tolist(), strict=True):
+        places.setdefault(match.group().casefold(), []).extend(i for i in range(a, b) if tokens[i].strip())
+    return places
 
 
 def concentration(token_scores: np.ndarray) -> float | None:

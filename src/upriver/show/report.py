@@ -1,31 +1,26 @@
 """The report of a trace is one page that opens from disk and loads nothing, and its content as JSON, JSONL and CSV."""
 
-import base64
 import csv
-import gzip
-import hashlib
 import io
 import json
-import math
 import re
 import warnings
-from importlib import resources
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jinja2
-import numpy as np
+from typing import NamedTuple, TextIO
 
 from upriver.errors import ConfigError
 from upriver.runtime.artifact import atomic, plain
-from upriver.show.data import build_report, shown_nats
-from upriver.show.folder import Json, read_folder
+from upriver.show.data import report_head, report_queries, report_trust, shown_nats
+from upriver.show.folder import Folder, Json, read_folder
+from upriver.show.groups import by_group, is_groups, read_groups
+from upriver.show.page import block, listed, render
 
-SCRIPTS = ("charts.js", "detail.js", "viewer.js")
-COMPRESS_ABOVE = 300_000  # characters of JSON: above it the data is gzipped
-QUANTISE_ABOVE = 3_000_000  # bytes of the page: above it token scores are stored in 8 bits
+QUANTISE_ABOVE = 200_000  # tokens of the passages: above it their scores are stored in 8 bits
+WHOLE_BELOW = 400_000  # tokens that report.json holds
+EXCERPT = 200  # characters of a passage that it does not hold token by token
 WARN_ABOVE = 5_000_000  # bytes of the page
-DIGITS = 4  # of a token score in the page
 HEAD = 65_536  # bytes that are looked at of a file that would be replaced
 CSV_COLUMNS = (
     "query", "side", "rank", "sequence", "document", "start", "end", "score", "score_nats", "calibrated_nats",
@@ -44,27 +39,42 @@ OURS = {  # how the files of a report begin
 }
 
 
-class Page(NamedTuple):
-    html: str
-    quantised: bool  # token scores are in 8 bits
+class Content(NamedTuple):
+    """What the four files of a report hold, made a question at a time."""
 
-    @property
-    def size(self) -> int:
-        return len(self.html.encode())
+    page: list[str]  # the blocks of the page's questions
+    listed: list[Json]  # what the page's list says of them
+    facts: list[Json]  # what the trust panel goes by
 
 
-def write_report(scores: Path, out: Path | None = None, *, warn_above: int = WARN_ABOVE) -> Path:
+def write_report(
+    scores: Path,
+    out: Path | None = None,
+    *,
+    by: Sequence[str] = (),
+    contrast: tuple[str, str] | None = None,
+    corpus: str | Path | None = None,
+    warn_above: int = WARN_ABOVE,
+    quantise_above: int = QUANTISE_ABOVE,
+    whole_below: int = WHOLE_BELOW,
+) -> Path:
     """Write the report of the folder that ``upriver trace`` made and return the path of its page.
 
     Args:
         scores: the folder of results.
         out: the folder for ``report.html``, ``report.json``, ``report.jsonl`` and ``top.csv``, or the path of the page
             itself (``X.html``; beside it ``X.json``, ``X.jsonl`` and ``X.top.csv``); the folder of results by default.
+        by: fields of the records: the sums over their groups are written into ``scores`` (`by_group`) and shown, as are those
+            that are there already.
+        contrast: two questions, of which ``by`` sums the difference too.
+        corpus: where the records are now, for ``by``; None: where the trace read them.
         warn_above: bytes of the page, above which its size is warned of.
+        quantise_above: tokens of the passages shown, above which their scores are stored in 8 bits on the page.
+        whole_below: tokens of the passages that ``report.json`` has token by token, the best ones first.
 
     Raises:
         InputError: ``scores`` is not such a folder, or the trace is not finished.
-        ConfigError: the output cannot be written, or would replace a file that no report wrote.
+        ConfigError: the output cannot be written, or would replace a file that no report wrote; a field that makes no groups.
 
     Example:
         >>> write_report(Path("scores"))
@@ -72,21 +82,78 @@ def write_report(scores: Path, out: Path | None = None, *, warn_above: int = WAR
     """
     folder = read_folder(Path(scores))
     files = report_files(Path(out or scores))
-    html = files[0]
-    report = build_report(folder)
-    page = render(report, title=" · ".join(filter(None, ["Upriver", report["run"]["model"], report["run"]["corpus"]])))
+    if contrast and not by:
+        raise ConfigError(f"a contrast is of groups: got --contrast {' '.join(contrast)} and no --by; give it a field")
+    for field in by:
+        by_group(folder.path, field, contrasts=[contrast] if contrast else [], corpus=corpus)
     try:
-        html.parent.mkdir(parents=True, exist_ok=True)
+        files[0].parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(html.parent, error) from error
-    plain = json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n"
-    for path, text in zip(files, (page.html, plain, jsonl_text(report), csv_text(report)), strict=True):
-        with atomic(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-    if page.size > warn_above:
-        what = f"the report is large: {html} has {page.size / 1e6:.1f} MB"
+        raise _unwritable(files[0].parent, error) from error
+    tables = read_groups(folder.path, folder.manifest)
+    head = report_head(folder, tables)
+    quantise, whole_rank = _limits(folder, head["shown_rank"], quantise_above, whole_below)
+    head |= {"whole_rank": whole_rank}
+    with ExitStack() as written:
+        html, *sinks = (written.enter_context(_text_file(path)) for path in files)
+        content = _content(report_queries(folder, tables), head, sinks, quantise)
+        told = {"trust": report_trust(folder, content.facts)}
+        sinks[0].write(json.dumps(told, ensure_ascii=False, allow_nan=False)[1:] + "\n")
+        title = " · ".join(filter(None, ["Upriver", head["run"]["model"], head["run"]["corpus"]]))
+        page = render(head | told, content.listed, content.page, title, quantise)
+        html.write(page)
+    if (size := len(page.encode())) > warn_above:
+        what = f"the report is large: {files[0]} has {size / 1e6:.1f} MB"
         warnings.warn(f"{what}; trace with a smaller --top for a lighter page", stacklevel=2)
-    return html
+    return files[0]
+
+
+@contextmanager
+def _text_file(path: Path) -> Iterator[TextIO]:
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as sink:
+        yield sink
+
+
+def _limits(folder: Folder, shown: int, quantise_above: int, whole_below: int) -> tuple[bool, int | None]:
+    """Whether the page stores token scores in 8 bits; up to which rank ``report.json`` has passages token by token, None: all."""
+    if folder.top.count(shown) <= whole_below:
+        return folder.top.count(shown) > quantise_above, None
+    low, high = 0, shown  # the whole ranks up to the first fit, those up to the second do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if folder.top.count(middle) <= whole_below else (low, middle)
+    return folder.top.count(shown) > quantise_above, low
+
+
+def _content(queries: Iterator[Json], head: Json, sinks: list[TextIO], quantise: bool) -> Content:
+    """Write the JSON up to the questions' end, the JSONL and the CSV, and keep what the page needs."""
+    plain, lines, table = sinks
+    content = Content([], [], [])
+    plain.write(json.dumps(head, ensure_ascii=False, allow_nan=False)[:-1] + ', "queries": [')
+    table.write(csv_text([]))
+    for number, query in enumerate(queries):
+        kept = query | {"passages": [_bounded(p, head["whole_rank"]) for p in query["passages"]]}
+        plain.write((", " if number else "") + json.dumps(kept, ensure_ascii=False, allow_nan=False))
+        lines.write(jsonl_text([query]))
+        table.write(csv_text([query]).partition("\n")[2])
+        content.page.append(block(query, number, quantise))
+        content.listed.append(listed(query))
+        facts = [{key: p[key] for key in ("score", "sums", "rescored")} for p in query["passages"]]
+        content.facts.append({"solution": query["solution"], "passages": facts})
+    plain.write("], ")
+    return content
+
+
+def _bounded(passage: Json, whole_rank: int | None) -> Json:
+    """A passage without its lists where there are too many; ``top.parquet`` has them."""
+    if whole_rank is None or passage["rank"] <= whole_rank:
+        return passage
+    lists = ("tokens", "token_scores", "matches", "sentences", "layers")
+    return passage | {key: [] for key in lists} | {"text": _cut(passage["text"])}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= EXCERPT else text[:EXCERPT] + "…"
 
 
 def report_files(out: Path) -> list[Path]:
@@ -113,7 +180,9 @@ def report_files(out: Path) -> list[Path]:
 
 
 def is_report(file: Path) -> bool:
-    """Whether a report wrote a file, as its beginning tells."""
+    """Whether a report wrote a file, as its beginning tells, or it is a table of groups."""
+    if file.suffix == ".parquet":
+        return file.name.startswith("groups-") and is_groups(file)
     try:
         with open(plain(file), "rb") as there:
             return file.suffix in OURS and bool(OURS[file.suffix].match(there.read(HEAD)))
@@ -125,71 +194,13 @@ def _unwritable(place: Path, error: OSError) -> ConfigError:
     return ConfigError(f"cannot write the report: got {place} ({error}); choose a folder that you may write to")
 
 
-def render(report: Json, title: str = "Upriver", quantise_above: int = QUANTISE_ABOVE) -> Page:
-    """Make the page of ``report`` (the content of ``report.json``); one of more bytes has its token scores in 8 bits.
-
-    Corpus text reaches the browser only as JSON in a data block, where ``<`` is written ``\\u003c``; the script puts it
-    on the page as text.  The content-security policy admits this one script, by its hash, and no network.
-    """
-    page = _page(report, title, quantise=False)
-    if page.size > quantise_above:
-        page = _page(report, f"{title} (token scores quantised to 8 bits)", quantise=True)
-    return page
-
-
-def _page(report: Json, title: str, quantise: bool) -> Page:
-    queries = [{**q, "passages": [_passage(p, quantise) for p in q["passages"]]} for q in report["queries"]]
-    shown = {key: value for key, value in report.items() if key != "manifest"}
-    data = json.dumps(
-        shown | {"queries": queries, "quantised": quantise}, ensure_ascii=False, separators=(",", ":"), allow_nan=False
-    )
-    for character in "<\u2028\u2029":  # inert inside HTML
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    packed, script = len(data) > COMPRESS_ABOVE, code(*SCRIPTS)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    html = environment.from_string(code("page.html.j2")).render(
-        title=title,
-        style=code("viewer.css"),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        encoding="gzip" if packed else "plain",
-        data=base64.b64encode(gzip.compress(data.encode(), 6, mtime=0)).decode() if packed else data,
-    )
-    return Page(html, quantise)
-
-
-def code(*names: str) -> str:
-    """Read our own files of the page, one after the other, without indentation and comments; no text in them goes over a line."""
-    folder = resources.files("upriver.show") / "viewer"
-    lines = "\n".join((folder / name).read_text(encoding="utf-8") for name in names).splitlines()
-    return "\n".join(line for line in map(str.strip, lines) if line and not line.startswith("// "))
-
-
-def _passage(passage: Json, quantise: bool) -> Json:
-    """Shorten a passage for the page: a text that its tokens repeat is left out, its token scores are rounded."""
-    repeated = passage["text"] == "".join(passage["tokens"])
-    kept = {key: value for key, value in passage.items() if key != "text" or not repeated}
-    if quantise and passage["token_scores"]:
-        return kept | {"token_scores": quantised(passage["token_scores"])}
-    rounded = [float(f"{score or 0:.{DIGITS}g}") for score in passage["token_scores"]]
-    return kept | {"token_scores": [score or 0 for score in rounded]}
-
-
-def quantised(scores: list[float]) -> dict[str, Any]:
-    """Store scores as signed bytes, in base64, and the value of one step; they are off by half a step at most."""
-    values = np.nan_to_num(np.asarray(scores, np.float64))
-    step = float(np.abs(values).max()) / 127 or 1.0
-    codes = np.round(values / step).astype(np.int8)
-    return {"step": step if math.isfinite(step) else 1.0, "bytes": base64.b64encode(codes.tobytes()).decode()}
-
-
-def jsonl_text(report: Json) -> str:
+def jsonl_text(queries: list[Json]) -> str:
     """Write a line per query in the schema of ``pretraining-tda``, the public viewer of the TrackStar paper (PAIR).
 
     Scores are in nats where they are known.
     """
     lines = []
-    for query in report["queries"]:
+    for query in queries:
         line = {
             "example_id": str(query["id"]),
             "query_set": "upriver",
@@ -205,13 +216,13 @@ def jsonl_text(report: Json) -> str:
     return "".join(lines)
 
 
-def csv_text(report: Json) -> str:
+def csv_text(queries: list[Json]) -> str:
     """Write a row per passage and query, without the lists of tokens and layers."""
     sink = io.StringIO()
     csv.writer(sink, lineterminator="\n").writerow(CSV_COLUMNS)
     # quoted, as some versions of Python leave a lone \r bare otherwise
     writer = csv.writer(sink, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    for query in report["queries"]:
+    for query in queries:
         for passage in query["passages"]:
             metadata = json.dumps(passage["metadata"], ensure_ascii=False)
             row = {**passage, "query": query["id"], "metadata": metadata}

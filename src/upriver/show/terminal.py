@@ -1,7 +1,6 @@
 """A run prints lines and progress bars on standard error, and at its end the best passages of each query."""
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +14,12 @@ from rich.text import Text
 
 from upriver.show.audit import Audit
 from upriver.show.data import answer, shown_nats, sign, unit
-from upriver.show.folder import Json, read_folder
+from upriver.show.folder import UNSAFE, Json, read_folder
 from upriver.show.trust import figure, held_out
 
 EXCERPT, MEMBERS = 280, 5  # characters; members of a set that are shown
+QUESTIONS = 50  # that are printed
 RAISES, LOWERS = (67, 147, 195), (214, 96, 77)  # the RdBu scale, as on the page
-# Control characters and those that reorder text: corpus text must not steer the terminal.
-UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -75,15 +73,17 @@ def terminal_summary(scores: Path, console: Console, best: int = 3) -> None:
     def show(*lines: Text) -> None:
         console.print(Padding(Group(*lines), (0, 0, 1, 2), expand=False), soft_wrap=False)
 
-    for query in (answer(folder, query) for query in folder.queries):
+    for query in (answer(folder, query, sides=("positive",)) for query in folder.queries[:QUESTIONS]):
         console.print(_headline(query), soft_wrap=False)
-        raising = [p for p in query["passages"] if p["side"] == "positive"]
+        raising = query["passages"]
         passages = [p for p in raising if p["duplicate_of"] is None][:best]
         for passage in passages:
             copies = sum(p["duplicate_of"] == passage["rank"] for p in raising)
             show(_line(passage, copies), _excerpt(passage))
         if not passages:
             show(Text("no passage raises this answer", style="dim"))
+    if (more := len(folder.queries) - QUESTIONS) > 0:
+        console.print(Text(f"and {more:,} more questions, in {folder.path}", style="bold"), soft_wrap=False)
     console.print(Text(f"{sign(folder)} {unit(folder)}", style="dim"), soft_wrap=False)
 
 

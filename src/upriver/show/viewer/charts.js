@@ -114,6 +114,26 @@ function verifiedPlot(pairs, unit, sequence) {
   return svg;
 }
 
+// Sums of groups as bars from zero, each with the line of its interval.
+function groupBars(rows, unit, level) {
+  const W = 360, L = 104, R = 58, tall = 17, H = rows.length * tall + 8;
+  const ends = rows.flatMap((r) => [r.sum, r.low, r.high, 0]), low = Math.min(...ends), high = Math.max(...ends);
+  const x = (v) => L + ((W - L - R) * (v - low)) / (high - low || 1);
+  const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, class: "plot", role: "img", "aria-label": "Sums by group" });
+  rows.forEach((r, i) => {
+    const y = 4 + i * tall, middle = y + tall / 2 - 1;
+    svg.append(
+      s("text", { x: L - 7, y: middle + 3.5, "text-anchor": "end", class: r.group === null ? "" : "value" }, clip(r.group ?? "no value", 16)),
+      s("rect", { class: `bar ${side(r.sum)}`, x: Math.min(x(0), x(r.sum)), y: y + 2, width: Math.max(1, Math.abs(x(r.sum) - x(0))), height: tall - 6, rx: 1.5 }),
+      s("path", { class: "whisker", d: `M${x(r.low)} ${middle - 3}v6m0-3H${x(r.high)}m0-3v6` }),
+      s("text", { x: W, y: middle + 3.5, "text-anchor": "end" }, unit.short(r.sum)),
+      s("rect", { class: "hit", x: 0, y, width: W, height: tall, tip: () => `${r.group ?? "no value"}: ${plural(r.documents, "document")}, ${plural(r.sequences, "sequence")}\n` +
+        `sum ${unit.exact(r.sum)}\n${percent(level)}: ${unit.short(r.low)} to ${unit.short(r.high)}\nper document ${unit.exact(r.mean)}` }));
+  });
+  svg.append(s("line", { class: "zero", x1: x(0), x2: x(0), y1: 2, y2: H - 2 }));
+  return svg;
+}
+
 // Bars up and down from zero, one per depth group.
 function depthStrip(depth, sums, unit) {
   const high = Math.max(0, ...sums), low = Math.min(0, ...sums), span = high - low || 1;

@@ -40,9 +40,9 @@ function meaning(item) {
   if (Q.log_prob === null) return h("p", { class: "muted" }, `${copy} change the measurement by ${signed(value(item))}.`);
   const changed = Q.contrast ? "the odds of the answer against the contrast" : "the probability of the answer";
   const factor = Math.exp(value(item));
-  if (!Q.contrast && Q.log_prob + value(item) > 0) {
-    return h("p", { class: "muted" }, `${copy} raise the log-probability by ${number(value(item))} nats, past a probability of 1: ` +
-      "too large for a first-order estimate, so read it as a rank rather than a size.");
+  if (Q.contrast ? Math.abs(value(item)) > 5 : Q.log_prob + value(item) > 0) {
+    return h("p", { class: "muted" }, `${copy} change the log-${Q.contrast ? "odds" : "probability"} by ` +
+      `${signed(value(item))} nats: too large for a first-order estimate, so read it as a rank.`);
   }
   const change = Math.abs(value(item)) < 0.05 ? `change ${changed} by ${signed(100 * (factor - 1))} %` : `multiply ${changed} by ${number(factor)}`;
   return h("p", { class: "muted" }, `${copy} ${change}.`);

@@ -3,7 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const state = {
   query: 0, by: "passages", side: "all", open: null, mode: "tokens", align: "carried", scale: "passage", whole: false,
-  text: "", least: 0, document: "", overlap: 100, spurious: false, fold: true, filters: false, spread: true,
+  text: "", least: 0, document: "", overlap: 100, spurious: false, fold: true, filters: false, spread: true, groups: {},
 };
 const narrow = matchMedia("(max-width: 900px)");
 let D, Q, unit;
@@ -18,35 +18,43 @@ const clip = (text, length) => (text.length > length ? text.slice(0, length) + "
 
 // ---- start
 
-async function read() {
-  const block = $("data");
-  if (block.dataset.encoding === "plain") return JSON.parse(block.textContent);
+// Text of a data block; the packed ones are unpacked when they are asked for.
+async function read(id) {
+  const block = $(id);
+  if (block.dataset.encoding !== "gzip") return JSON.parse(block.textContent);
   if (typeof DecompressionStream === "undefined") {
-    throw new Error("This browser cannot unpack the data in the page (DecompressionStream is missing). " +
-      "Use a browser from 2023 or later, or read the .json and .csv files beside this page.");
+    throw new Error("This browser cannot unpack the page (no DecompressionStream). " +
+      "Use one from 2023 or later, or read the .json and .csv files beside it.");
   }
   const bytes = Uint8Array.from(atob(block.textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return JSON.parse(await new Response(stream).text());
 }
 
-function unpack(data) {
-  for (const query of data.queries) {
-    for (const p of query.passages) {
-      const packed = p.token_scores;
-      if (!Array.isArray(packed)) {
-        const bytes = Uint8Array.from(atob(packed.bytes), (c) => c.charCodeAt(0));
-        p.token_scores = Array.from(new Int8Array(bytes.buffer), (b) => b * packed.step);
-      }
-      p.text ??= p.tokens.join("");
-      p.copies = query.passages.filter((o) => o.side === p.side && o.duplicate_of === p.rank);
-    }
-  }
-  return data;
+const KEPT = new Map();
+
+async function question(index) {
+  if (!KEPT.has(index)) KEPT.set(index, unpack(await read(`question-${index}`)));
+  if (KEPT.size > 8) KEPT.delete(KEPT.keys().next().value);
+  return KEPT.get(index);
 }
 
-function start(data) {
-  D = unpack(data);
+function unpack(query) {
+  for (const p of query.passages) {
+    const packed = p.token_scores;
+    if (!Array.isArray(packed)) {
+      const bytes = Uint8Array.from(atob(packed.bytes), (c) => c.charCodeAt(0));
+      p.token_scores = Array.from(new Int8Array(bytes.buffer), (b) => b * packed.step);
+    }
+    if (p.mark) p.tokens = p.tokens.split(p.mark);
+    p.text ??= p.tokens.join("");
+    p.copies = query.passages.filter((o) => o.side === p.side && o.duplicate_of === p.rank);
+  }
+  return query;
+}
+
+async function start(data) {
+  D = data;
   state.spread = !narrow.matches;
   $("message").remove();
   const run = D.run;
@@ -60,34 +68,39 @@ function start(data) {
   if (wanted.get("by") === "documents") state.by = "documents";
   if (wanted.get("mode") === "sentences") state.mode = "sentences";
   const at = D.queries.findIndex((q) => String(q.id) === wanted.get("query"));
-  ask(Math.max(0, at), wanted.get("rank"), wanted.get("side"));
+  drawQueries();
+  await ask(Math.max(0, at), wanted.get("rank"), wanted.get("side"));
 }
 
-function ask(index, rank, wantedSide) {
-  state.query = (index + D.queries.length) % D.queries.length;
-  Q = D.queries[state.query];
+async function ask(index, rank, wantedSide) {
+  const at = state.query = (index + D.queries.length) % D.queries.length;
+  const found = await question(at);
+  if (state.query !== at) return; // another one was asked for meanwhile
+  Q = found;
   unit = unitFor(Q.passages.map(value), unitName());
   Object.assign(state, { open: null, least: 0, document: "", text: "" });
   if (!Q.documents) state.by = "passages";
-  drawQueries();
+  const nav = $("queries").lastChild, named = nav.children[at];
+  for (const button of nav.querySelectorAll("[aria-current]")) button.removeAttribute("aria-current");
+  named.firstChild.setAttribute("aria-current", "true");
+  nav.scrollLeft = named.offsetLeft - 40;
   drawTools();
   drawList();
   const items = visible();
-  const found = items.find((item) => String(item.rank) === rank && item.side === wantedSide) ?? (narrow.matches ? null : items[0]);
-  open(found ?? null, false);
-  if (rank && found && found !== items[0]) cardOf(found).scrollIntoView({ block: "center" });
+  const shown = items.find((item) => String(item.rank) === rank && item.side === wantedSide) ?? (narrow.matches ? null : items[0]);
+  open(shown ?? null, false);
+  if (rank && shown && shown !== items[0]) cardOf(shown).scrollIntoView({ block: "center" });
 }
 
 // ---- left: the questions
 
 function drawQueries() {
   const items = D.queries.map((q, i) =>
-    h("li", {}, h("button", { type: "button", "aria-current": i === state.query ? "true" : null, onclick: () => { ask(i); scrollTo(0, 0); } },
+    h("li", {}, h("button", { type: "button", onclick: () => { ask(i); scrollTo(0, 0); } },
       h("span", { class: "prompt", dir: "auto" }, tail(q.prompt || "", 70)),
       h("b", { dir: "auto" }, clip(q.completion || (q.prompt ? "" : String(q.id)), 60)),
-      h("small", {}, q.log_prob === null ? `measurement ${number(q.measurement)}` : `${q.contrast ? "Δ log p" : "log p"} ${number(q.log_prob)}`))));
+      h("small", {}, q.members ? `${count(q.members)} members · ` : "", q.log_prob === null ? `measurement ${number(q.measurement)}` : `${q.contrast ? "Δ log p" : "log p"} ${number(q.log_prob)}`))));
   $("queries").replaceChildren(h("h2", {}, plural(D.queries.length, "question")), h("ol", {}, items));
-  $("queries").lastChild.scrollLeft = items[state.query].offsetLeft - 40;
 }
 // White space before a word stays outside its colour.
 const lead = (text) => (text.trim() ? text.match(/^\s*/)[0] : "");
@@ -131,11 +144,26 @@ function drawQuestion() {
   ].filter(Boolean);
   const words = h("div", { class: "words" },
     h("p", { class: "label" }, `Question ${state.query + 1} of ${D.queries.length} · ${clip(String(Q.id), 60)}`),
-    Q.members ? [h("p", { class: "label" }, `mean over ${plural(Q.members.length, "question")}`), ...Q.members.slice(0, 20).flatMap(askedLines)] : askedLines(Q),
+    Q.members ? membersOf() : askedLines(Q),
     h("dl", { class: "facts" }, facts.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text)))),
-    h("p", { class: "sign" }, h("b", {}, D.sign), " ", D.unit));
+    h("p", { class: "sign" }, h("b", {}, D.sign), " ", D.unit), h("div", { class: "bys" }, groupFigures()));
   $("question").replaceChildren(words, h("div", {}, Q.spread && spreadFigure(), Q.verified?.pairs.length && verifiedFigure()));
 }
+
+function groupFigures() {
+  return D.groups.flatMap((of, i) => Q.groups[i].map(({ minus, rows, of: total }, k) => {
+    const own = unitFor(rows.flatMap((r) => [r.sum, r.low, r.high]), of.unit), numbers = rows.some((r) => r.from !== null);
+    const shown = numbers ? rows : [...rows].sort((a, b) => b.sum - a.sum), place = `${i} ${k}`;
+    return h("details", { class: "by", open: state.groups[place] ?? !i, ontoggle: (e) => { state.groups[place] = e.target.open; } },
+      h("summary", {}, minus === null ? `By ${of.field}` : `By ${of.field}, minus ${clip(minus, 40)}`, h("small", {}, own.label)),
+      h("figure", {}, groupBars(shown, own, of.level), h("figcaption", { class: "muted" },
+        `Sums over documents${of.candidates ? " (their scored sequences)" : ""}${of.bin ? `, in bins of ${number(of.bin)}` : ""}; lines hold ` +
+        `${percent(of.level)} of ${count(of.draws)} bootstraps.${total > rows.length ? ` The largest ${rows.length} of ${count(total)} groups.` : ""}`)));
+  }));
+}
+
+const member = (m) => h("li", { dir: "auto" }, typeof m === "object" ? [tail(m.prompt ?? "", 160), h("b", {}, clip(m.completion ?? "", 160))] : String(m));
+const membersOf = () => h("details", { class: "members" }, h("summary", {}, `A set: the mean of ${plural(Q.members.length, "question")}`), h("ol", {}, Q.members.map(member)));
 
 function verifiedFigure() {
   const { shown, random, pairs, residual } = Q.verified, proximal = D.verified.how === "proximal";
@@ -371,7 +399,7 @@ document.addEventListener("keydown", (event) => {
   if (SHORTCUTS[event.key] && D) { event.preventDefault(); SHORTCUTS[event.key](); }
 });
 
-read().then(start).catch((error) => {
+read("data").then(start).catch((error) => {
   ($("message") ?? $("question")).className = "notice";
   ($("message") ?? $("question")).textContent = error.message;
 }).finally(() => { document.documentElement.dataset.ready = ""; });
