@@ -30,8 +30,9 @@ from cli_cases import (
     upriver,
 )
 from text_cases import write_jsonl
-from upriver import cli, given
+from upriver import cli
 from upriver.curvature.fit import Factors
+from upriver.model import load
 from upriver.runtime import artifact
 from upriver.runtime.artifact import locked
 from upriver.show.scores import Scores
@@ -93,8 +94,8 @@ def test_factors_of_another_model_name_both_fingerprints(tiny, tmp_path, call):
 
 
 def test_factors_of_another_attention_kernel(tiny, tmp_path, call, monkeypatch):
-    plain = given.load_model
-    monkeypatch.setattr(given, "load_model", lambda *args, **kwargs: plain(*args, attention="eager", **kwargs))
+    plain = load.load_model
+    monkeypatch.setattr(load, "load_model", lambda *args, **kwargs: plain(*args, attention="eager", **kwargs))
     ran = call(*trace(tiny, tmp_path / "out"))
     assert_one_error(ran, 2, "another kernel", "got 'eager' now, 'sdpa' then")
 

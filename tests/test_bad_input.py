@@ -105,7 +105,7 @@ BAD_MODELS = {
     "broken tokenizer": (broken_file("tokenizer.json", lambda c: b"{}"), ["no tokenizer could be loaded"]),
     "slow tokenizer": (slow_tokenizer, ["no character offsets", "fast tokenizer"]),
     "encoder": (encoder, ["not a causal language model", "loaded as"]),
-    "encoder and decoder": (encoder_decoder, ["no causal language model", "T5"]),
+    "encoder and decoder": (encoder_decoder, ["not a causal language model", "T5"]),
     "rubbish GGUF": (gguf_rubbish, ["m.gguf"]),
 }
 
@@ -129,7 +129,7 @@ BAD_CORPORA = {
     "empty text": ("c.jsonl", GOOD + b'{"text": ""}', ["c.jsonl:2: the field 'text' is empty"]),
     "neither text nor prompt": ("c.jsonl", b'{"body": "we"}', ["c.jsonl:1: the field 'text' is missing", "'body'"]),
     "prompt without completion": ("c.jsonl", b'{"prompt": "we"}', ["c.jsonl:1: the field 'completion' is missing"]),
-    "duplicate ids": ("c.jsonl", GOOD + GOOD, ["c.jsonl:2: a second document with the id 'union'", "c.jsonl:1"]),
+    "duplicate ids": ("c.jsonl", GOOD + b'{"text": "we"}\n' + GOOD, ["c.jsonl:3: a second document with the id 'union'", "c.jsonl:1"]),
     "one token in all": ("c.jsonl", b'{"text": "x"}', ["no sequence has a token to predict"]),
     "corrupt gz": ("c.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-9], ["c.jsonl.gz:", "damaged or cut short"]),
     "corrupt xz": ("c.jsonl.xz", lzma.compress(b'{"text": "we"}\n' * 999)[:-40], ["c.jsonl.xz:", "damaged or cut short"]),

@@ -170,13 +170,13 @@ def test_the_house_is_no_larger_than_it_was_counted(tmp_path):
     lines = sum(path.read_text().count("\n") for path in FILES)
     counted = {
         "files of the main path (6)": (len(MAIN_PATH), 7),
-        "lines of the main path (1,300)": (main, 1_390),
-        "files run in a fit (17)": (len(fit_files), 42),
-        "functions run in a fit (156)": (len(fit_functions), 375),
-        "files run in a trace (23)": (len(trace_files), 60),
-        "functions run in a trace (200)": (len(trace_functions), 520),
-        "own imports of a module, tenths (32)": (10 * sum(len(own_imports(p)) for p in FILES) // len(FILES), 80),
-        "lines of Python (9,500)": (lines, 22_000),
+        "lines of the main path (1,300)": (main, 1_405),
+        "files run in a fit (17)": (len(fit_files), 41),
+        "functions run in a fit (156)": (len(fit_functions), 370),
+        "files run in a trace (23)": (len(trace_files), 58),
+        "functions run in a trace (200)": (len(trace_functions), 510),
+        "own imports of a module, tenths (32)": (10 * sum(len(own_imports(p)) for p in FILES) // len(FILES), 68),
+        "lines of Python (9,500)": (lines, 23_050),
     }
     for name, (found, bound) in counted.items():
         print(f"{name:40} {found:7,}   at most {bound:,}")

@@ -2,8 +2,8 @@
 
 Axes: N examples, T positions, L = N T of them in all, M of these with loss, C outputs, K numbers of an example.
 
-``inputs`` hold the labels as ``y``, ``labels`` or ``label``.  All else goes into the module: ``x`` alone as ``module(x)``,
-anything else by its name, as ``module(input_ids=.., attention_mask=..)``.  What comes out is a tensor or has ``logits``.
+``inputs`` hold the labels as ``y``, ``labels`` or ``label``.  What goes into the module is ``x``, as ``module(x)``; or
+without an ``x`` all else by its name, as ``module(input_ids=.., attention_mask=..)``.  What comes out is a tensor or has ``logits``.
 """
 
 import inspect
@@ -238,7 +238,7 @@ def logits(module: nn.Module, inputs: dict[str, Tensor], batch: Batch) -> Tensor
     """
     own = next((p.dtype for p in floating(module)), torch.float32)
     given = {name: x.to(own) if x.is_floating_point() else x for name, x in inputs.items()}
-    if given.keys() == {"x"}:
+    if "x" in given:  # what stands beside it is a task's own
         found = module(given["x"])
     else:
         given = {name: x.long() if x.dtype == torch.int32 else x for name, x in given.items()}

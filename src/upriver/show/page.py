@@ -67,7 +67,7 @@ def listed(query: Json) -> Json:
     return (
         {key: query[key] for key in kept}
         | short
-        | {"contrast": bool(query["contrast"]), "members": len(query["members"] or [])}
+        | {"contrast": bool(query["contrast"]), "members": len(query.get("members") or [])}
     )
 
 

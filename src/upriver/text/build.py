@@ -230,6 +230,10 @@ class _Counted:
 
     def told(self, sources: list[Source]) -> dict[str, Any]:
         notes = [f"{_records(count)}: {note}" for note, count in self.notes.most_common()]
+        if self.records > self.documents:
+            notes.append(
+                f"{_records(self.records)} make {self.documents:,} documents: those of one id that follow each other are parts of one"
+            )
         if self.doubled:
             notes.append(
                 f"{_records(self.doubled)} with two start tokens: their text has one, and the tokenizer adds its own; "

@@ -72,8 +72,8 @@ class Examples(Sequences):
 
 
 def sequences(data: Any) -> Sequences:
-    """What passes go over: a corpus or examples as they are, and all else that :class:`Examples` takes as these."""
-    return data if isinstance(data, Sequences) else Examples(data)
+    """What passes go over: a corpus or what offers the same as it is, and all else that :class:`Examples` takes as these."""
+    return data if isinstance(data, Sequences) or hasattr(data, "lengths_N") else Examples(data)
 
 
 def _columns(data: Any) -> dict[str, Any]:
