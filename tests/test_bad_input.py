@@ -129,7 +129,11 @@ BAD_CORPORA = {
     "empty text": ("c.jsonl", GOOD + b'{"text": ""}', ["c.jsonl:2: the field 'text' is empty"]),
     "neither text nor prompt": ("c.jsonl", b'{"body": "we"}', ["c.jsonl:1: the field 'text' is missing", "'body'"]),
     "prompt without completion": ("c.jsonl", b'{"prompt": "we"}', ["c.jsonl:1: the field 'completion' is missing"]),
-    "duplicate ids": ("c.jsonl", GOOD + b'{"text": "we"}\n' + GOOD, ["c.jsonl:3: a second document with the id 'union'", "c.jsonl:1"]),
+    "duplicate ids": (
+        "c.jsonl",
+        GOOD + b'{"text": "we"}\n' + GOOD,
+        ["c.jsonl:3: a second document with the id 'union'", "c.jsonl:1"],
+    ),
     "one token in all": ("c.jsonl", b'{"text": "x"}', ["no sequence has a token to predict"]),
     "corrupt gz": ("c.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-9], ["c.jsonl.gz:", "damaged or cut short"]),
     "corrupt xz": ("c.jsonl.xz", lzma.compress(b'{"text": "we"}\n' * 999)[:-40], ["c.jsonl.xz:", "damaged or cut short"]),

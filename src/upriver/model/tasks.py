@@ -3,7 +3,7 @@
 Axes: N examples, T positions, L = N T of them in all, M of these with loss, C outputs, K numbers of an example.
 
 ``inputs`` hold the labels as ``y``, ``labels`` or ``label``.  What goes into the module is ``x``, as ``module(x)``; or
-without an ``x`` all else by its name, as ``module(input_ids=.., attention_mask=..)``.  What comes out is a tensor or has ``logits``.
+without an ``x`` all else by its name, as ``module(input_ids=.., attention_mask=..)``.  Out comes a tensor, or ``logits``.
 """
 
 import inspect

@@ -232,7 +232,7 @@ class _Counted:
         notes = [f"{_records(count)}: {note}" for note, count in self.notes.most_common()]
         if self.records > self.documents:
             notes.append(
-                f"{_records(self.records)} make {self.documents:,} documents: those of one id that follow each other are parts of one"
+                f"{_records(self.records)} make {self.documents:,} documents: parts of one have one id and follow each other"
             )
         if self.doubled:
             notes.append(
