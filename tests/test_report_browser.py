@@ -116,7 +116,7 @@ def test_every_card_is_drawn_and_nothing_else_runs(scores: Path, tmp_path: Path)
 def test_documents_and_sentences(tmp_path: Path) -> None:
     path = write_scores(tmp_path / "scores", queries=1, per_side=4, tokens=44, documents=9, blocks=12)
     asked = json.loads((path / "queries.json").read_text(encoding="utf-8"))
-    asked[0]["members"] = [{"prompt": "one <b>", "completion": " of the set"}, "two"]
+    asked[0]["members"] = [{"prompt": "one <b>", "completion": " of the set"}, {"prompt": "two"}]
     (path / "queries.json").write_text(json.dumps(asked))
     seal(path)
     sums = {"documents": 2, "sequences": 4, "sum": -0.5, "low": -0.75, "high": 0.25, "mean": -0.25}

@@ -162,7 +162,7 @@ function groupFigures() {
   }));
 }
 
-const member = (m) => h("li", { dir: "auto" }, typeof m === "object" ? [tail(m.prompt ?? "", 160), h("b", {}, clip(m.completion ?? "", 160))] : String(m));
+const member = (m) => h("li", { dir: "auto" }, tail(m.prompt ?? "", 160), h("b", {}, clip(m.completion ?? "", 160)));
 const membersOf = () => h("details", { class: "members" }, h("summary", {}, `A set: the mean of ${plural(Q.members.length, "question")}`), h("ol", {}, Q.members.map(member)));
 
 function verifiedFigure() {
