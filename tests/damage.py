@@ -130,6 +130,7 @@ def killed(work: Callable[[], object], commits: int) -> None:
     """Do ``work`` in a process that is killed when it has committed so many files."""
     child = os.fork()
     if child == 0:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of the tokenizers are not in a child
         rename, left = os.replace, [commits]
 
         def counted(*given: Any) -> None:
