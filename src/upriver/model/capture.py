@@ -132,7 +132,8 @@ class Run:
         with torch.enable_grad():
             loss = forward()
         if not loss.requires_grad:
-            raise ModelError("the loss does not depend on any tracked layer; choose other layers with --layers")
+            none = ModelError("the loss does not depend on any tracked layer; choose other layers with --layers")
+            raise next(iter((self._left or {}).values()), none)
         self._losses = loss.detach() if self._losses is None else self._losses + loss.detach()
         if on_cpu(loss):
             self.check()
