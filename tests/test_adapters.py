@@ -20,7 +20,8 @@ from architectures import build
 from cli_cases import upriver
 from text_cases import byte_tokenizer
 from upriver.errors import ConfigError, ModelError
-from upriver.model.layers import coverage, find_layers
+from upriver.model.coverage import coverage
+from upriver.model.layers import find_layers
 
 TEXTS = [
     "the river runs past the mill",

@@ -19,6 +19,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -82,7 +83,7 @@ class Rows:
         return len(self.rows)
 
     def batch(self, indices: Any) -> Batch:
-        return self.data.batch(self.rows[np.asarray(indices)])
+        return replace(self.data.batch(self.rows[np.asarray(indices)]), query_N=np.asarray(indices))
 
 
 # ---- tasks
