@@ -14,7 +14,7 @@ import torch
 import cli_cases
 import upriver as up
 from cli_cases import tiny_llama
-from test_chat import CALL, CHATML, FAMILIES, LLAMA, TALK, THOUGHTS, TOOL, tokenizer
+from test_chat import CALL, CHATML, ENDLESS, FAMILIES, LLAMA, TALK, THOUGHTS, TOOL, tokenizer
 from text_cases import byte_tokenizer, write_jsonl
 from upriver.curvature.blocks import BlockCurvature
 from upriver.errors import QueryError
@@ -24,6 +24,7 @@ from upriver.model.layers import find_layers
 from upriver.model.model import Model
 from upriver.show.report import write_report
 from upriver.text.queries import Queries
+from upriver.text.watch import bounded
 
 BYTE = byte_tokenizer()
 PLAIN = {"id": "a", "prompt": "we the", "completion": " people"}
@@ -126,6 +127,13 @@ def test_chats_that_cannot_be_asked_about(message):
 def test_a_chat_needs_a_template():
     with pytest.raises(QueryError, match="has no chat template to render it; give prompt and completion"):
         Queries.of([{"messages": TALK}], BYTE)
+
+
+def test_a_template_that_loops_for_ever_is_stopped_before_an_answer_too(monkeypatch):
+    made = tokenizer(ENDLESS)
+    monkeypatch.setattr("upriver.text.chat.bounded", lambda: bounded(0.2))
+    with pytest.raises(QueryError, match=r"query 1: the chat template did not end within .* mend the loop in it"):
+        Queries.of([{"messages": TALK[:1]}], made, complete=4)
 
 
 # ---- files, labels, contrasts

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from upriver.errors import CorpusError
+from upriver.text.lines import LARGEST
 from upriver.text.shapes import is_record
 
 Row = dict[str, Any] | str
-READ, LARGEST = 1 << 16, 16 << 20  # characters that are taken at once at least, and of one record
+READ = 1 << 16  # characters that are taken at once at least
 SPACE = " \t\r\n"
 
 

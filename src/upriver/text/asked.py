@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from upriver.errors import QueryError
-from upriver.text.chat import renderings
+from upriver.text.chat import prompted, renderings
 from upriver.text.records import jsonable
 from upriver.text.shapes import BadRowError, half_pair
 
@@ -287,7 +287,7 @@ def rendered(query: Query, tokenizer: PreTrainedTokenizerBase) -> Query:
         raise QueryError(f"{what}; give prompt and completion as texts, or a tokenizer with a chat template")
     try:
         if chat.answer is None:
-            prompt = _template(chat.turns, tokenizer, chat.tools, reply=True)
+            prompt = prompted(chat.turns, tokenizer, chat.tools)
             return dataclasses.replace(query, prompt=prompt)
         (prompt, answer), *others = [_turn(chat, x, tokenizer) for x in (chat.answer, *chat.contrasts)]
     except BadRowError as reason:
@@ -308,10 +308,3 @@ def _turn(chat: Chat, answer: dict[str, Any], tokenizer: PreTrainedTokenizerBase
         raise BadRowError(f"the chat template does not show the answer as it is: {answer!r:.60}")
     start, end = spans[-1]
     return text[:start], text[start:end]
-
-
-def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Any, reply: bool = False) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=reply))
-    except Exception as error:  # a template is a program of its own and may raise anything
-        raise BadRowError(f"the chat template refuses the messages: {error}") from error

@@ -59,6 +59,15 @@ def renderings(
     return [*found, (text, kept)] if kept else found
 
 
+def prompted(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> str:
+    """Render what stands before an answer that is still to be given, up to where the assistant begins.
+
+    Raises:
+        BadRowError: the chat template refuses the messages.
+    """
+    return _template(Conversation(messages, tokenizer, tools), reply=True)
+
+
 def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> tuple[str, Spans]:
     """Render a conversation as one text, and find the characters of each of the assistant's turns that carries loss.
 
