@@ -1,6 +1,6 @@
 """What refining EK-FAC by conjugate gradients brings on the demo, judged on sequences that played no part, and what it costs.
 
-    python benchmarks/refine.py [--questions 4] [--tokens 30000] [--held-out 240] [--steps 0 1 3 10] [--combine 4096]
+    python benchmarks/refine.py [--questions 4] [--tokens 30000] [--held-out 240] [--steps 0 1 3 10 auto] [--combine 4096]
                                  [--factors FOLDER]
 
 Factors of the demo (100,000 tokens), its first questions, refined over some 30,000 tokens of the sample that the factors were
@@ -30,6 +30,10 @@ from upriver.runtime.system import settle_memory
 
 DEMO = Path(up.__file__).parent / "demo"
 BATCH_TOKENS, DAMPING = 1024, Damping(0.1)
+
+
+def steps(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def spent(run: Callable[[], object]) -> float:
@@ -82,7 +86,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=30_000, help="to refine on")
     parser.add_argument("--held-out", type=int, default=240, help="sequences to judge on")
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 1, 3, 10])
+    parser.add_argument("--steps", type=steps, nargs="+", default=[0, 1, 3, 10, "auto"])
+    parser.add_argument("--stop", type=int, default=120, help="further sequences that tell auto when to stop")
     parser.add_argument("--combine", type=int, nargs="*", default=[4096], help="tokens to combine three dampings on")
     parser.add_argument("--factors", type=Path, help="where they are, or go; default: a folder that is removed again")
     args = parser.parse_args()
@@ -101,15 +106,18 @@ def main() -> None:
         plain = min(spent(lambda: step(model, corpus, rows)) for _ in range(3))
         q = query_gradients(model, layers, queries, asked)
         solutions, told, lambdas = [], [], {}
-        for steps in args.steps:
-            curvature = solver("ekfac", model, layers, corpus, rows, factors, refine=steps, batch_tokens=BATCH_TOKENS)
+        stops = np.sort(others[args.held_out :][: args.stop])
+        for count in args.steps:
+            curvature = solver(
+                "ekfac", model, layers, corpus, rows, factors, refine=count, stops=stops, batch_tokens=BATCH_TOKENS
+            )
             started = time.process_time()
             solution = curvature.solve(q, DAMPING)
             seconds = time.process_time() - started
             lambdas = curvature.lambdas(DAMPING)
             solutions.append(solution.value)
             told.append((solution.stats, seconds))
-            print(f"{steps} steps: {seconds:.0f} s, {solution.stats}", flush=True)
+            print(f"{count} steps: {seconds:.0f} s, {solution.stats}", flush=True)
         for tokens in args.combine:
             few = corpus.sample(tokens, factors.options.seed + 1)  # of the whole corpus, but not those that judge
             few = np.setdiff1d(few, others[: args.held_out])

@@ -5,6 +5,7 @@ Axes: N sequences, Q queries, P tracked parameters.
 
 import json
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,8 +15,13 @@ from torch import Tensor
 import upriver as up
 from cases import case, gradients, measured
 from upriver.curvature.base import Damping
-from upriver.curvature.choose import SOLVERS, needs_factors
+from upriver.curvature.choose import SOLVERS, needs_factors, solver
+from upriver.curvature.energy import held_out, judge
+from upriver.curvature.iterative import GAIN
 from upriver.curvature.products import Products, Space
+from upriver.influence.job import Given
+from upriver.runtime.config import TraceOptions
+from upriver.runtime.progress import silent
 from upriver.show.report import write_report
 
 DAMPINGS = ("0.1x", "1x", "0.05")
@@ -112,6 +118,29 @@ def test_refinement_goes_from_ekfac_to_the_exact_solution(fitted, tmp_path):
         assert scores.manifest["solver"]["refine"] == steps
     assert off[0] > off[2] > off[3], off
     assert off[3] < 1e-3
+
+
+def test_refinement_stops_where_the_energy_on_other_sequences_no_longer_rises(fitted, tmp_path):
+    """Every query keeps the best of its steps, on sequences that the solver does not go over."""
+    c, factors, damping = case("llama"), fitted("llama"), Damping()
+    options = TraceOptions(refine="auto", refine_tokens=60)
+    given = Given(c.model, c.data, c.queries, factors, options, (), silent, print)
+    assert not np.intersect1d(given.sample, given.stops).size
+    _, scores = traced("llama", "ekfac", tmp_path / "auto", factors, refine="auto", refine_tokens=60)
+    solutions = [q["solution"] for q in scores.queries]
+    q = Space.of(c.layers).unflatten(flat("llama")[1])
+    energies = []
+    for steps in range(max(s["steps"] for s in solutions) + 1):
+        curvature = solver("ekfac", c.model, c.layers, c.data, given.sample, factors, refine=steps)
+        v = curvature.solve(q, damping).value
+        (vGv_Q,) = held_out(c.model, c.layers, c.data, given.stops, [v])
+        energies.append(judge(q, v, vGv_Q, curvature.lambdas(damping)).best_energy_Q.tolist())
+    for said, *of_one in zip(solutions, *energies, strict=True):
+        taken = of_one[: said["steps"]]
+        assert all(b > a * (1 + GAIN) for a, b in pairwise(taken)), "each step but the last brought much"
+        assert of_one[said["steps"]] <= taken[-1] * (1 + GAIN), "and the last did not"
+    assert scores.manifest["solver"]["refine"] == "auto"
+    assert "until the held-out energy" in write_report(tmp_path / "auto", tmp_path / "report.html").read_text()
 
 
 def test_a_solver_that_did_not_converge_says_so_in_the_results_and_on_the_page(fitted, tmp_path):

@@ -107,7 +107,7 @@ def trace_command(
     as_set: flags.AsSet = None,
     factors: flags.FactorsFolder = None,
     curvature: flags.Curvature = "ekfac",
-    refine: flags.Refine = 0,
+    refine: flags.Refine = "0",
     refine_tokens: flags.RefineTokens = None,
     combine: flags.Combine = 0,
     solver_rank: flags.SolverRank = None,

@@ -69,8 +69,10 @@ FactorsFolder = Annotated[
 ]
 Curvature = Annotated[str, typer.Option(help=f"One of {', '.join(CURVATURES)}.")]
 Refine = Annotated[
-    int,
-    typer.Option(help="Steps of conjugate gradients from that solution, on the exact Gauss-Newton matrix.", min=0),
+    str,
+    typer.Option(
+        help="Steps of conjugate gradients from that solution, on the exact Gauss-Newton matrix, or auto: as many as help."
+    ),
 ]
 RefineTokens = Annotated[
     int | None, typer.Option(help="Tokens that a matrix-free solver goes over. Default: the fit's sample.", min=1)

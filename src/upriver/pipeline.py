@@ -155,7 +155,7 @@ def _run(stage: Artifact, asked: Given) -> None:
             with times("rescore"):
                 looked.append(rescore_top(looking, wanted))
             with times("judging"):
-                judged = [{"converged": True}] * len(ends) if asked.checkpoints else judge(looking, asked.sample, say)
+                judged = [{"converged": True}] * len(ends) if asked.checkpoints else judge(looking, asked.seen, say)
     pairs = [Pairs(some[0].queries, [part for p in some for part in p.parts]) for some in zip(*looked, strict=True)]
 
     def publish() -> None:

@@ -17,6 +17,7 @@ from upriver.model.model import Model
 from upriver.text.batch import Sequences
 
 BLOCKS = ("ekfac", "kfac", "diagonal", "identity")
+AUTO, EXPECTED = 50, 15  # steps of a refinement that stops by itself: at most, and as a plan counts them
 SOLVERS: tuple[str, ...] = (*BLOCKS, "exact", "arnoldi", "nystrom", "cg", "lissa", "astra")
 
 
@@ -33,7 +34,8 @@ def solver(
     rows: np.ndarray,
     factors: Factors | None = None,
     *,
-    refine: int = 0,
+    refine: int | Literal["auto"] = 0,
+    stops: np.ndarray | None = None,
     rank: int = 100,
     steps: int | None = None,
     sequences: int | None = None,
@@ -50,7 +52,8 @@ def solver(
 
     Args:
         rows: the sequences of ``data`` whose mean Gauss-Newton matrix the matrix-free solvers multiply with.
-        refine: so many steps of conjugate gradients on that matrix from the solution of a block curvature, preconditioned by it.
+        refine: so many steps of conjugate gradients on that matrix from the solution of a block curvature, preconditioned by it;
+            auto: until the held-out energy on the sequences ``stops`` no longer rises, at most ``AUTO`` of them.
         rank: of Arnoldi and Nystrom.
         steps: at most so many, of conjugate gradients, LiSSA and ASTRA; None: 1,000.
         sequences: drawn in each step of LiSSA and ASTRA; None: all of ``rows``.
@@ -86,7 +89,13 @@ def solver(
         "cg": lambda: ConjugateGradient(product, start, tolerance or 1e-5, drawn["steps"]),
     }
     # the identity is not in the units of the matrix: refining it is starting from nothing
-    return table[kind]() if kind in table else ConjugateGradient(product, start, tolerance or 1e-5, refine)
+    if kind in table:
+        return table[kind]()
+    if refine != "auto":
+        return ConjugateGradient(product, start, tolerance or 1e-5, refine)
+    if stops is None or not len(stops):
+        raise ConfigError("refine='auto' stops by the energy on held-out sequences: got none; give some as stops")
+    return ConjugateGradient(product, start, tolerance or 1e-5, AUTO, stops)
 
 
 def blocks(kind: str, layers: list[Layer], factors: Factors | None) -> BlockCurvature:

@@ -6,6 +6,7 @@ Axes: Q systems solved side by side, P tracked parameters.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from upriver.curvature.base import Curvature, Damping, Grads, Solution
 from upriver.curvature.blocks import BlockCurvature
+from upriver.curvature.energy import energy, held_out
 from upriver.curvature.products import Products
 
 Map = Callable[[Tensor], Tensor]  # v_QP -> v_QP
+GAIN = 0.01  # of the held-out energy: a step that brings less is the last
 DIVERGED = 1e3  # times the right-hand side: a residual that has grown so far does not come back
 
 
@@ -24,7 +27,7 @@ class Outcome(NamedTuple):
     """What a solver of flat systems ends with; ``why`` is empty when it converged."""
 
     v_QP: Tensor
-    steps: int
+    steps: int | list[int]  # of all, or of each
     before_Q: Tensor  # ||q - A v|| / ||q|| of the vectors that it started from
     residual_Q: Tensor  # and at the end
     why: str
@@ -94,6 +97,11 @@ class ConjugateGradient(Iterative):
     From EK-FAC's solution the first iterations gain the most.  Where there are far fewer sequences than weights, ``G`` has few
     eigenvalues apart from zero, and plain conjugate gradients need fewer iterations to a *tight* tolerance.
 
+    Args:
+        stops: sequences apart from those of ``product``: a query ends with the step after which its energy on them, at the best
+            scale (:mod:`upriver.curvature.energy`), rises by less than a hundredth, and keeps the best of its solutions.  The
+            residual on few sequences goes on to fall where the solution no longer gets better.
+
     Example:
         >>> ConjugateGradient(product, factors.curvature()).solve(q, Damping())  # EK-FAC, refined
     """
@@ -104,20 +112,42 @@ class ConjugateGradient(Iterative):
         preconditioner: BlockCurvature | None = None,
         tolerance: float = 1e-5,
         max_iterations: int = 1000,
+        stops: np.ndarray | None = None,
     ):
         super().__init__(product, preconditioner)
-        self.tolerance, self.max_iterations = tolerance, max_iterations
+        self.tolerance, self.max_iterations, self.stops = tolerance, max_iterations, stops
 
     def solve(self, q: Grads, damping: Damping) -> Solution:
         how = self.tolerance, self.max_iterations
-        return self._solved(q, damping, lambda s, q_QP: conjugate_gradient(s.A, q_QP, s.precondition, *how))
+
+        def run(system: System, q_QP: Tensor) -> Outcome:
+            judged = None if self.stops is None else partial(self._energy, system, q_QP, self.stops)
+            return conjugate_gradient(system.A, q_QP, system.precondition, *how, judged)
+
+        return self._solved(q, damping, run)
+
+    def _energy(self, system: System, q_QP: Tensor, rows: np.ndarray, v_QP: Tensor, on: Tensor) -> Tensor:
+        """The held-out energy of solutions of the queries ``on``, at their best scales."""
+        p, v = self.product, self.space.unflatten(v_QP)
+        model, layers = p.function.model, p.function.layers
+        (vGv_Q,) = held_out(model, layers, p.data, rows, [v], p.batch_tokens, memory_bytes=p.memory_bytes)
+        q_dot_v_Q, damped_Q = (q_QP[on] * v_QP).double().sum(1), (system.lambda_P * v_QP.double().square()).sum(1)
+        return energy(q_dot_v_Q.cpu(), vGv_Q, damped_Q.cpu()).best_energy_Q.to(q_QP.device)
 
 
-def conjugate_gradient(A: Map, q_QP: Tensor, precondition: Map | None, tolerance: float, most: int) -> Outcome:
+def conjugate_gradient(
+    A: Map,
+    q_QP: Tensor,
+    precondition: Map | None,
+    tolerance: float,
+    most: int,
+    judged: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Outcome:
     """Preconditioned conjugate gradients from the preconditioner's own solution (from zero without one).
 
     The recursion goes on to half the tolerance.  Where it says that it has converged the residual is measured once more, as
-    rounding parts the two; else its own is given.
+    rounding parts the two; else its own is given.  ``judged`` gives the worth of solutions ``v_QP`` of some of the queries:
+    each ends with its best.
     """
     M = precondition or torch.clone
     v_QP = M(q_QP) if precondition else torch.zeros_like(q_QP)
@@ -127,17 +157,26 @@ def conjugate_gradient(A: Map, q_QP: Tensor, precondition: Map | None, tolerance
     scale_Q = q_QP.norm(dim=1).clamp(min=torch.finfo(q_QP.dtype).tiny)
     before_Q = r_QP.norm(dim=1) / scale_Q
     bent_Q = torch.zeros(len(q_QP), dtype=torch.bool, device=q_QP.device)
+    ended_Q, steps_Q, everyone = bent_Q.clone(), torch.zeros_like(bent_Q, dtype=torch.long), torch.arange(len(q_QP))
+    best_Q = judged(v_QP, everyone) if judged else None
     steps = 0
     while steps < most:
-        on = ((r_QP.norm(dim=1) > tolerance / 2 * scale_Q) & ~bent_Q).nonzero()[:, 0]
+        on = ((r_QP.norm(dim=1) > tolerance / 2 * scale_Q) & ~bent_Q & ~ended_Q).nonzero()[:, 0]
         if not len(on):
             break
         p, Ap = p_QP[on], A(p_QP[on])
         curve = (p * Ap).sum(1)
         bent_Q[on] = ~(curve > 0)
         step = torch.where(curve > 0, rz_Q[on] / curve, 0.0)[:, None]
-        v_QP[on] += step * p
+        moved = v_QP[on] + step * p
+        if judged and best_Q is not None:
+            worth, before = judged(moved, on), best_Q[on]
+            ended_Q[on] = worth <= before + GAIN * before.abs()
+            best_Q[on], kept = torch.maximum(worth, before), (worth > before)[:, None]
+            moved, step = torch.where(kept, moved, v_QP[on]), torch.where(kept, step, 0.0)
+        v_QP[on] = moved
         r_QP[on] -= step * Ap
+        steps_Q[on] += 1
         z = M(r_QP[on])
         rz = (r_QP[on] * z).sum(1)
         p_QP[on] = z + (rz / rz_Q[on])[:, None] * p
@@ -146,7 +185,9 @@ def conjugate_gradient(A: Map, q_QP: Tensor, precondition: Map | None, tolerance
     if steps and bool((r_QP.norm(dim=1) <= tolerance * scale_Q).any()):
         r_QP = q_QP - A(v_QP)
     residual_Q = r_QP.norm(dim=1) / scale_Q
-    return Outcome(v_QP, steps, before_Q, residual_Q, _why_not(residual_Q, bent_Q, tolerance, steps, most))
+    unfinished = residual_Q[~ended_Q]
+    why = _why_not(unfinished, bent_Q, tolerance, steps, most) if len(unfinished) else ""
+    return Outcome(v_QP, steps_Q.tolist() if judged else steps, before_Q, residual_Q, why)
 
 
 def _why_not(residual_Q: Tensor, bent_Q: Tensor, tolerance: float, steps: int, most: int) -> str:

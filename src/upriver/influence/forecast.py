@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from upriver.curvature.choose import BLOCKS
+from upriver.curvature.choose import BLOCKS, EXPECTED
 from upriver.curvature.combined import TIMES
 from upriver.curvature.consumers import FIT_PROBES
 from upriver.errors import ConfigError
@@ -81,7 +81,8 @@ def request(
     return request_for(
         np.asarray(data.lengths_N)[rows], fit=False, queries=len(queries), columns=len(queries) * len(opts.dampings),
         rank=rank_within(layers, opts), top=opts.top, fit_tokens=fitted, scan_dtype=str(opts.dtype),
-        refine=opts.refine or len(TIMES) * bool(opts.combine), refine_tokens=opts.combine or opts.refine_tokens or 0,
+        refine=EXPECTED if opts.refine == "auto" else opts.refine or len(TIMES) * bool(opts.combine),
+        refine_tokens=opts.combine or opts.refine_tokens or 0,
         held_out=held_out, layer_scores=opts.layer_scores,
         norms=len(opts.dampings) * opts.unit_norm,
         query_tokens=max(1, round(float(np.mean(queries.lengths)))), batch_tokens=opts.batch_tokens,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,12 @@ from upriver.model.packed import any_packed
 from upriver.runtime.artifact import Artifact
 from upriver.runtime.config import PLAIN_GRADIENTS, SELF, TraceOptions
 from upriver.runtime.divide import Division
+from upriver.runtime.plan import held_out_tokens
 from upriver.runtime.progress import Progress, Say
 from upriver.text.batch import Sequences
 
 PRODUCT_TOKENS, MOST_ROOM = 1024, 1 << 30  # of a batch in which products are fastest; bytes that its vectors take
+STOP, FEW = 0x85EBCA6B, 8  # a seed of its own; sequences below which an energy tells nothing
 Checkpoint = tuple[str | Path | Model, float]  # a model as it was in training, and its learning rate there
 
 
@@ -61,9 +64,33 @@ class Given:
             blocks, names = self.factors.options.blocks, {x.name for x in self.factors.layers}
         return tracked_layers(model, self.data, str(self.opts.layers), blocks, names)
 
-    @property
+    @cached_property
     def sample(self) -> np.ndarray:
         """The sequences that a matrix-free solver goes over: those of the fit, or some of as many tokens as are asked for."""
+        return np.setdiff1d(self._drawn, self.stops)
+
+    @cached_property
+    def stops(self) -> np.ndarray:
+        """The sequences that tell ``--refine auto`` when to stop: some that neither the solver nor the fit goes over, at most
+        half of these, or, where there are none, an eighth of the sample."""
+        if self.opts.refine != "auto":
+            return np.empty(0, np.int64)
+        rest, seed = unseen_rows(self.data, self.factors, self._drawn), self.opts.seed or 0
+        total = int(np.asarray(self.data.lengths_N)[rest].sum(dtype=np.int64))
+        some = of_tokens(self.data, rest, min(held_out_tokens(None, len(self.queries)), total) // 2, [STOP, seed])
+        if len(some) < FEW and len(self._drawn) < FEW:
+            raise ConfigError(
+                f"--refine auto stops by held-out sequences: got {len(self.data)} sequences; give steps with --refine N"
+            )
+        return some if len(some) >= FEW else self._drawn[:: max(2, len(self._drawn) // FEW)]
+
+    @property
+    def seen(self) -> np.ndarray:
+        """What had a part in making the solutions, beside what the factors were fitted on."""
+        return np.union1d(self.sample, self.stops)
+
+    @property
+    def _drawn(self) -> np.ndarray:
         fitted = (
             self.factors.manifest["fit"]["tokens"] if self.factors else int(self.data.lengths_N.sum(dtype=np.int64))
         )
@@ -145,6 +172,20 @@ def rank_within(layers: list[Layer], opts: TraceOptions) -> int | None:
     return None if opts.rank == "full" else min(opts.rank, max(min(x.O, x.I) for x in layers))
 
 
+def unseen_rows(data: Sequences, factors: Factors | None, seen: np.ndarray) -> np.ndarray:
+    """The sequences that are not among ``seen``, and that the factors were not fitted on."""
+    if factors and factors.manifest["key"]["corpus"] == data.fingerprint:
+        seen = np.concatenate([seen, data.sample(factors.manifest["fit"]["tokens"], factors.options.seed)])
+    return np.setdiff1d(np.arange(len(data)), seen)
+
+
+def of_tokens(data: Sequences, rows: np.ndarray, tokens: int, seed: list[int]) -> np.ndarray:
+    """Random ones of ``rows``, of at most so many tokens together."""
+    drawn = np.random.default_rng(seed).permutation(rows)
+    total = np.cumsum(np.asarray(data.lengths_N)[drawn], dtype=np.int64)
+    return np.sort(drawn[: np.searchsorted(total, tokens, side="right")])
+
+
 def settled_options(
     opts: TraceOptions, model: Model, factors: Factors | None, checkpoints: Sequence[Checkpoint]
 ) -> TraceOptions:
@@ -208,7 +249,7 @@ def chosen_solver(model: Model, layers: list[Layer], asked: Given, division: Div
     if opts.combine:
         start = blocks(kind, layers, asked.factors)
         return Combined(model, layers, asked.data, asked.sample, start, memory_bytes=given["memory_bytes"])
-    return solver(kind, model, layers, asked.data, asked.sample, asked.factors, **given)
+    return solver(kind, model, layers, asked.data, asked.sample, asked.factors, stops=asked.stops, **given)
 
 
 def jobs(first: Job, asked: Given) -> Iterator[Job]:

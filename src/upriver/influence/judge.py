@@ -11,7 +11,7 @@ from torch import Tensor
 
 from upriver.curvature import energy
 from upriver.errors import ModelError, ResourceError
-from upriver.influence.job import Job
+from upriver.influence.job import Job, of_tokens, unseen_rows
 from upriver.influence.queries import gradients, in_turn
 from upriver.influence.solve import full, told
 from upriver.runtime.artifact import Tensors, read_tensors
@@ -91,10 +91,6 @@ def _numbers(judged_3: Tensor) -> dict[str, float]:
 
 def held_out_rows(job: Job, seen: np.ndarray) -> np.ndarray:
     """Random sequences that neither the solver nor the fit went over, of as many tokens as judge the solutions."""
-    used = [seen] if job.opts.curvature != "identity" else []
-    if job.factors and job.factors.manifest["key"]["corpus"] == job.data.fingerprint:
-        used.append(job.data.sample(job.factors.manifest["fit"]["tokens"], job.factors.options.seed))
-    rest = np.setdiff1d(np.arange(len(job.data)), np.concatenate(used)) if used else np.arange(len(job.data))
-    drawn = np.random.default_rng([SALT, job.opts.seed or 0]).permutation(rest)
-    total = np.cumsum(np.asarray(job.data.lengths_N)[drawn], dtype=np.int64)
-    return np.sort(drawn[: np.searchsorted(total, held_out_tokens(job.opts.held_out, len(job.queries)), side="right")])
+    rest = unseen_rows(job.data, job.factors, seen if job.opts.curvature != "identity" else seen[:0])
+    tokens = held_out_tokens(job.opts.held_out, len(job.queries))
+    return of_tokens(job.data, rest, tokens, [SALT, job.opts.seed or 0])

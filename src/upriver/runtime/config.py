@@ -134,7 +134,7 @@ class TraceOptions(Options):
     """What :func:`upriver.trace` may be told."""
 
     curvature: CurvatureKind = "ekfac"
-    refine: int = Field(0, ge=0)  # steps of conjugate gradients from the solution of the curvature
+    refine: int | Literal["auto"] = 0  # steps of conjugate gradients from the solution of the curvature
     refine_tokens: int | None = Field(None, ge=1)  # that a matrix-free solver goes over; None: the fit's sample
     combine: int = Field(0, ge=0)  # tokens on which solutions at several dampings are combined; 0: one damping
     solver_rank: int | None = Field(None, ge=1)  # of arnoldi and nystrom
@@ -169,6 +169,13 @@ class TraceOptions(Options):
         if not str(value).isdecimal() or int(value) < 1:
             raise ValueError("a whole number from 1, or full")
         return int(value)
+
+    @field_validator("refine", mode="before")
+    @classmethod
+    def _refine(cls, value: Any) -> Any:
+        if value != "auto" and not str(value).isdecimal():
+            raise ValueError("a whole number from 0, or auto")
+        return value if value == "auto" else int(value)
 
     @field_validator("damping", mode="before")
     @classmethod

@@ -139,6 +139,8 @@ def held_out(solution: Json | None) -> tuple[float, float, float] | None:
 def solver_name(name: Any, refine: Any = None) -> str:
     """Name the solver in words, such as ``EK-FAC + 3 CG steps``."""
     words = SOLVERS.get(str(name), str(name))
+    if refine == "auto":
+        return f"{words} + CG steps until the held-out energy no longer rises"
     return f"{words} + {refine} CG step{'s' if refine != 1 else ''}" if refine else words
 
 
