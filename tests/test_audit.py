@@ -1,7 +1,6 @@
 """Self-influence against the definition written out; what is planted is found; what an audit writes, and what it refuses."""
 
 import html
-import importlib.util
 import json
 import re
 from contextlib import contextmanager
@@ -30,16 +29,6 @@ from upriver.runtime.divide import Budget, divide_pass
 STUDY = Path(__file__).parent.parent / "studies" / "audit" / "study.py"
 DIGITS_EPOCHS, RECORDS_EPOCHS = 30, 40
 KINDS = ("ekfac", "kfac", "diagonal", "identity")
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study_audit", STUDY)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def expected(name: str, kind: str) -> torch.Tensor:
