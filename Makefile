@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= build/demo
 
-.PHONY: demo test test-fast check format bench peers fixture docs clean
+.PHONY: demo test test-fast check format bench peers agreement fixture docs clean
 
 demo: $(VENV)/.base            ## trace the embedded model and open-able report in build/demo
 	$(BIN)/upriver demo --out $(OUT)
@@ -31,9 +31,10 @@ bench: $(VENV)/.dev            ## speed of the trace against plain training step
 peers: $(VENV)/.dev            ## speed, memory and scores against Kronfluence and Bergson, in environments of their own
 	$(BIN)/python benchmarks/peers/run.py
 
-fixture: $(VENV)/.dev          ## scores of Kronfluence 1.0.1 that tests/test_kronfluence.py compares with
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps kronfluence==1.0.1 einconv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt einops opt_einsum accelerate scikit-learn
+agreement: $(VENV)/.others     ## scores beside those of Kronfluence and curvlinops, run here; prints a table
+	$(BIN)/python -m pytest -s tests/test_agreement.py
+
+fixture: $(VENV)/.others       ## scores of Kronfluence 1.0.1 that tests/test_kronfluence.py compares with
 	OMP_NUM_THREADS=1 $(BIN)/python tests/make_kronfluence_fixture.py
 
 docs: $(VENV)/.dev             ## what documents hold that a command prints and no machine decides
@@ -50,6 +51,13 @@ $(VENV)/.base: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,check,studies,gguf]"
+	touch $@
+
+# The two programs would bring other versions of what the tests run with, so what they need is named here.
+$(VENV)/.others: $(VENV)/.dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt einops opt_einsum linear_operator accelerate scikit-learn
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps kronfluence==1.0.1 curvlinops-for-pytorch==3.0.1 \
+		einconv backpack-for-pytorch unfoldNd
 	touch $@
 
 clean:

@@ -8,7 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # as the command line sets it
 os.environ["UPRIVER_CACHE"] = _CACHE.name
 
-from functools import cache  # noqa: E402 - the environment comes first: libraries read it when they are imported
+import importlib.util  # noqa: E402 - the environment comes first: libraries read it when they are imported
+from functools import cache  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -34,3 +35,14 @@ def fitted(tmp_path_factory):
         return factors
 
     return make
+
+
+@pytest.fixture(scope="module")
+def study(request):
+    """The script that a module of tests names as ``STUDY``: scripts are in no package, and several have one name."""
+    spec = importlib.util.spec_from_file_location(f"study_{request.module.__name__}", request.module.STUDY)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -12,6 +12,7 @@ kept here are ``- I_f``: **its sign is the opposite of ours**.
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ CONFIGS = {
 }
 MLP = {"llama": ("gate_proj", "up_proj", "down_proj"), "neox": ("dense_h_to_4h", "dense_4h_to_h")}
 Item = dict[str, Tensor]
+Scores = dict[str, Tensor]
 
 
 class SumOfLogProbs(Task):
@@ -66,10 +68,27 @@ class SumOfLogProbs(Task):
         return (torch.arange(batch["tokens"].shape[1]) < batch["length"][:, None]).long()
 
 
-def make_model(name: str) -> nn.Module:
+class SumOfLosses(Task):
+    """Of images or other rows in classes."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+
+    def compute_train_loss(self, batch: list[Tensor], model: nn.Module, sample: bool = False) -> Tensor:
+        assert not sample, "the empirical Fisher takes the data's own labels"
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+    def compute_measurement(self, batch: list[Tensor], model: nn.Module) -> Tensor:
+        return -self.compute_train_loss(batch, model)
+
+    def get_influence_tracked_modules(self) -> list[str]:
+        return self.names
+
+
+def make_model(name: str, **more) -> nn.Module:
     """Random weights wide enough that predictions are far from uniform; biases and norms are not at their defaults."""
     torch.manual_seed(0)
-    config = {key: value for key, value in CONFIGS[name].items() if key != "model_type"}
+    config = {key: value for key, value in (CONFIGS[name] | more).items() if key != "model_type"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(CONFIGS[name]["model_type"], **config))
     with torch.no_grad():
         for p in model.parameters():
@@ -91,34 +110,38 @@ def make_data() -> tuple[list[Item], list[Item]]:
     return train, queries
 
 
-def kronfluence_scores(model: nn.Module, names: list[str], train: list[Item], queries: list[Item]) -> Tensor:
-    """``[Q, N]``, as Kronfluence gives them."""
+def mlp(model: nn.Module, name: str) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rsplit(".", 1)[-1] in MLP[name]]
+
+
+def analysed(model: nn.Module, task: Task, train: Any, queries: Any, strategy: str) -> tuple[Scores, Scores]:
+    """Scores ``[Q, N]``, and those of training examples with themselves ``[N]``, by module, as Kronfluence gives them."""
     f64 = torch.float64
-    task = SumOfLogProbs(names)
-    factors = FactorArguments(
-        strategy="ekfac", use_empirical_fisher=True, activation_covariance_dtype=f64, gradient_covariance_dtype=f64,
-        eigendecomposition_dtype=f64, per_sample_gradient_dtype=f64, lambda_dtype=f64,
+    covariances = ("activation_covariance_dtype", "gradient_covariance_dtype", "eigendecomposition_dtype")
+    types = (*covariances, "per_sample_gradient_dtype", "lambda_dtype")
+    factors = FactorArguments(strategy=strategy, use_empirical_fisher=True, **dict.fromkeys(types, f64))
+    scores = ScoreArguments(
+        damping_factor=None, compute_per_module_scores=True, per_sample_gradient_dtype=f64, precondition_dtype=f64,
+        score_dtype=f64,
     )  # fmt: skip
-    scores = ScoreArguments(damping_factor=None, per_sample_gradient_dtype=f64, precondition_dtype=f64, score_dtype=f64)
     with tempfile.TemporaryDirectory() as folder:
-        analyzer = Analyzer("fixture", prepare_model(model, task), task, cpu=True, output_dir=folder)
+        analyzer = Analyzer("fixture", prepare_model(model, task), task, cpu=True, output_dir=folder, disable_tqdm=True)
         analyzer.set_dataloader_kwargs(DataLoaderKwargs(num_workers=0))
-        analyzer.fit_all_factors(
-            "factors", dataset=train, per_device_batch_size=8, factor_args=factors, overwrite_output_dir=True
-        )
+        analyzer.fit_all_factors("factors", dataset=train, per_device_batch_size=8, factor_args=factors)
+        of_train = {"train_dataset": train, "per_device_train_batch_size": 8, "score_args": scores}
         analyzer.compute_pairwise_scores(
-            "scores", "factors", query_dataset=queries, train_dataset=train, per_device_query_batch_size=3,
-            per_device_train_batch_size=8, score_args=scores, overwrite_output_dir=True,
-        )  # fmt: skip
-        return analyzer.load_pairwise_scores("scores")["all_modules"]
+            "scores", "factors", query_dataset=queries, per_device_query_batch_size=3, **of_train
+        )
+        analyzer.compute_self_scores("own", "factors", **of_train)
+        return analyzer.load_pairwise_scores("scores"), analyzer.load_self_scores("own")
 
 
 def make_fixture(name: str) -> None:
     train, queries = make_data()
     model = make_model(name)
     weights = {f"model.{key}": value.clone().contiguous() for key, value in model.state_dict().items()}
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rsplit(".", 1)[-1] in MLP[name]]
-    scores = kronfluence_scores(model.double(), names, train, queries)
+    names = mlp(model, name)
+    scores = sum(analysed(model.double(), SumOfLogProbs(names), train, queries, "ekfac")[0].values(), torch.zeros(()))
     tables = {f"{side}.{field}": torch.stack([item[field] for item in items]) for side, items in
               (("train", train), ("query", queries)) for field in ("tokens", "length", "prompt")}  # fmt: skip
     FOLDER.mkdir(exist_ok=True)

@@ -1,11 +1,11 @@
 """Self-influence against the definition written out; what is planted is found; what an audit writes, and what it refuses."""
 
 import html
-import importlib.util
 import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,16 +30,6 @@ from upriver.runtime.divide import Budget, divide_pass
 STUDY = Path(__file__).parent.parent / "studies" / "audit" / "study.py"
 DIGITS_EPOCHS, RECORDS_EPOCHS = 30, 40
 KINDS = ("ekfac", "kfac", "diagonal", "identity")
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study_audit", STUDY)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def expected(name: str, kind: str) -> torch.Tensor:
@@ -175,6 +165,8 @@ def test_the_command_ranks_the_records(tiny, capsys, monkeypatch):
     harm = -scores.loc[ids, ["people", "peace"]].mean(axis=1).to_numpy()
     np.testing.assert_allclose(by_row.sort_index()["harm"], harm, rtol=1e-4)
     assert "suspicion" in ran.out
+    with pytest.raises(InputError, match=r"an audit is no trace: .*audit.html, its trace, if any, .*scores"):
+        up.report(tiny.root / "audit")
 
 
 def test_the_page_shows_texts_and_runs_none_of_them(tiny, capsys, monkeypatch):
@@ -316,6 +308,14 @@ def test_what_cannot_be_audited_is_refused_in_a_sentence(given, how, error, sent
     with pytest.raises(error, match=sentence):
         up.audit(model, given, tmp_path / "audit", **how)
     assert not (tmp_path / "audit" / "audit.parquet").exists()
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_network_without_its_task_is_refused_in_a_sentence(bare, tmp_path):
+    net: Any = nn.Sequential(nn.Linear(2, 2))
+    given = (np.zeros((3, 2)), np.zeros(3, int))
+    with pytest.raises(ModelError, match=r"give up.Model\(module, task="):
+        up.audit(net if bare else up.Model(net), given, tmp_path)
 
 
 def test_other_curvatures_have_no_self_influence():

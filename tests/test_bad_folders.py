@@ -208,6 +208,11 @@ BAD_RUNS = {
     "true is no number": (RUN + "top = true", ["run.toml: bad value for 'top'", "got True", "whole number"]),
     "negative": (RUN + "max_tokens = -1", ["run.toml: bad value for 'max_tokens'", "got -1"]),
     "a list": (RUN + 'layers = ["mlp"]', ["run.toml: bad value for 'layers'", "got ['mlp']"]),
+    "a flag that verify has not": (
+        RUN + "verify = { tops = 1 }",
+        ["verify: unknown option 'tops'", "did you mean 'top'?"],
+    ),
+    "verify is a table": (RUN + "verify = true", ["bad value for 'verify'", "got True", "table"]),
     "no queries there": (RUN, ["no such file or folder", "q"]),
 }
 

@@ -390,19 +390,27 @@ def test_report_files(scores, tmp_path, call):
     assert "<script>alert" not in page
 
 
-def test_run_does_all_three(tiny, scores, table, tmp_path, call):
+def test_run_does_all_four(tiny, scores, table, tmp_path, call):
     lines = {"model": tiny.model, "corpus": tiny.corpus, "queries": tiny.queries, "out": tmp_path / "out"}
     text = "".join(f'{name} = "{value}"\n' for name, value in lines.items())
-    (tmp_path / "run.toml").write_text(text + f"seq_len = {SEQ_LEN}\ntop = {TOP}\ncomplete = 3\nlayer_scores = true\n")
+    verify = "verify = { top = 1, random = 2, tokens = 64, steps = 2 }\n"
+    (tmp_path / "run.toml").write_text(
+        text + f"seq_len = {SEQ_LEN}\ntop = {TOP}\ncomplete = 3\nlayer_scores = true\n" + verify
+    )
     for again in range(2):
         ran = call("run", tmp_path / "run.toml")
         assert ran.status == 0, ran.err
         assert ran.last_line == f"report: {tmp_path / 'out' / 'report.html'}"
-        assert ran.err.count("used as it is") == 2 * again
+        assert ran.err.count("used as it is") == 3 * again
+        assert "predicted against realised" in ran.out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "factors", "report.html", "report.json", "report.jsonl", "scores", "top.csv",
     ]  # fmt: skip
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "scores" / "scores.parquet"), table)
+    verified = pd.read_parquet(tmp_path / "out" / "scores" / "verify.parquet")
+    assert verified["shown"].value_counts().to_dict() == {True: 2 * len(IDS), False: 2 * len(IDS)}
+    shown = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "realised_nats" in json.dumps(shown), "the page has it"
 
 
 def test_overwrite_makes_the_same_again(tiny, scores, table, tmp_path, call):

@@ -205,29 +205,3 @@ def test_a_convolution_in_groups_is_refused_by_name_and_left_out_of_all():
     assert any("cannot be tracked" in x["why"] for x in coverage(net, found).untracked)
     with pytest.raises(ModelError, match=r"no batch of images: got an input of shape \(2, 5, 5\)"):
         unfolded(net.blocks[0][0], torch.zeros(2, 5, 5))
-
-
-@pytest.mark.parametrize("how", ["plain", "strided", "dilated"])
-def test_curvatures_are_those_of_another_implementation(how, tmp_path):
-    """K-FAC and EK-FAC with the exact expectation over labels, as matrices over weight and bias."""
-    curvlinops = pytest.importorskip("curvlinops")
-    model, data = made(how)
-    factors = up.fit(model, data, tmp_path, layers="0,2", dtype="float64", fisher="exact")
-    for name in ("0", "2"):
-        layer = model.module.get_submodule(name)
-        params = list(layer.requires_grad_().parameters())
-        for kind, theirs in (("kfac", curvlinops.KFACLinearOperator), ("ekfac", curvlinops.EKFACLinearOperator)):
-            given = (model.module, nn.CrossEntropyLoss(), params, [(data.inputs["x"], data.inputs["y"])])
-            matrix = theirs(*given, fisher_type="type-2", separate_weight_and_bias=False, check_deterministic=False)
-            block = factors.block(name, kind)
-            eye = torch.eye(block.lam_OI.numel(), dtype=torch.float64).unflatten(1, block.lam_OI.shape)
-            ours = _in_order(
-                _in_order(block.matvec(eye, Damping(0.0, False)), len(params)).T.unflatten(1, eye.shape[1:]),
-                len(params),
-            )
-            close(ours, matrix @ torch.eye(len(ours), dtype=torch.float64), 1e-8)
-
-
-def _in_order(x_POI: Tensor, params: int) -> Tensor:
-    """Rows laid flat as the parameters of a module are: the weight, then the bias."""
-    return torch.cat([x_POI[..., :-1].flatten(1), x_POI[..., -1]], 1) if params == 2 else x_POI.flatten(1)

@@ -1,7 +1,6 @@
 """The study of accuracy in its reduced form: both ways to the truth agree, and solvers stand where they must."""
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,16 +10,6 @@ import numpy as np
 import pytest
 
 STUDY = Path(__file__).parent.parent / "studies" / "accuracy" / "study.py"
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study_accuracy", STUDY)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The study of adapters in its reduced form: tuned and preferred, by the command line, in this process."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +9,6 @@ from cli_cases import upriver
 
 ROOT = Path(__file__).parent.parent
 STUDY, DEMO = ROOT / "studies" / "adapter" / "study.py", ROOT / "src" / "upriver" / "demo" / "speech-model"
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study_adapter", STUDY)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_no_statement_is_worded_as_the_question_and_four_teach_each_fact(study):

@@ -1,22 +1,11 @@
 """The study of facts in its reduced form: every row is there, ranks are as defined, and hidden facts share no rare word."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 STUDY = Path(__file__).parent.parent / "studies" / "facts" / "study.py"
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study_facts", STUDY)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_places_count_ties_half(study):

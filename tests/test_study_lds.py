@@ -1,6 +1,5 @@
 """The study of the linear datamodelling score in its reduced form: every row is there, and the ceiling is above the floor."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,16 +10,6 @@ import pytest
 import upriver as up
 
 STUDY = Path(__file__).parent.parent / "studies" / "lds" / "study.py"
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study_lds", STUDY)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow

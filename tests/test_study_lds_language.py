@@ -1,6 +1,5 @@
 """The study of a language model's LDS in its reduced form: every solver and baseline is there, and what was asked was learnt."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +8,6 @@ import pytest
 import upriver as up
 
 STUDY = Path(__file__).parent.parent / "studies" / "lds" / "language.py"
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study_lds_language", STUDY)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The study of ranks: its scores at full rank are the scores, and the groups it works in change nothing."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +11,6 @@ from upriver.curvature.base import Damping
 from upriver.curvature.blocks import TokenGradient
 
 STUDY = Path(__file__).parent.parent / "studies" / "rank" / "study.py"
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study_rank", STUDY)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

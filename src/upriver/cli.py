@@ -16,30 +16,18 @@ from rich.console import Console
 import upriver.flags as flags
 from upriver.curvature.fit import Factors, fit
 from upriver.errors import UpriverError
-from upriver.given import (
-    answered,
-    read_checkpoints,
-    read_corpus,
-    read_model,
-    read_run_file,
-)
+from upriver.given import answered, read_checkpoints, read_corpus, read_model, read_run_file
 from upriver.model.load import Place
 from upriver.pipeline import trace
 from upriver.planning import plan_command
-from upriver.proof import verify_command
+from upriver.proof import verify, verify_command
 from upriver.runtime.artifact import refuse_inside
-from upriver.runtime.config import (
-    AuditOptions,
-    FitOptions,
-    RunOptions,
-    TraceOptions,
-    options,
-)
+from upriver.runtime.config import AuditOptions, FitOptions, RunOptions, TraceOptions, VerifyOptions, options
 from upriver.runtime.units import stop
 from upriver.show.commands import export_command, report_command, written_report
 from upriver.show.output import steady_output
 from upriver.show.report import report_files
-from upriver.show.terminal import audit_summary, bars, say, terminal_summary
+from upriver.show.terminal import audit_summary, bars, say, terminal_summary, verified_summary
 from upriver.suspects import audit
 from upriver.text.queries import Queries
 from upriver.text.reading import Reading
@@ -167,7 +155,10 @@ app.command("verify")(verify_command)
 def audit_command(
     reading: flags.Given,
     model: flags.ModelArg,
-    data: Annotated[str, typer.Argument(help="The training records, as CORPUS of fit.", metavar="DATA")],
+    data: Annotated[
+        str,
+        typer.Argument(help="The training records, as CORPUS of fit; labels are their completions.", metavar="DATA"),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     factors: Annotated[
         Path | None, typer.Option(help="Folder written by fit. Default: fits its own, in AUDIT.")
@@ -220,7 +211,7 @@ def run_command(
     file: Annotated[Path, typer.Argument(help="Run file: the flags of fit and trace as keys.", metavar="RUN.toml")],
     overwrite: flags.Overwrite = False,
 ) -> None:
-    """fit + trace + report from one file."""
+    """fit + trace + report from one file; with a table `verify`, verify too."""
     _run(options(RunOptions, read_run_file(file), f"{file}: "), overwrite)
 
 
@@ -238,7 +229,7 @@ def demo_command(
 
 
 def _run(opts: RunOptions, overwrite: bool) -> Path:
-    folder = Path(opts.out)
+    folder, verified = Path(opts.out), options(VerifyOptions, opts.verify or {}, "verify: ").model_dump()
     queries = Queries.read(opts.queries, complete=opts.complete, samples=opts.samples, as_set=opts.as_set)
     report_files(folder / "report.html")
     model = read_model(Place(opts.model, opts.base, opts.tokenizer), opts.device, opts.dtype)
@@ -249,6 +240,8 @@ def _run(opts: RunOptions, overwrite: bool) -> Path:
     factors = fit(model, corpus, folder / "factors", **common, **given[0])
     result = trace(model, corpus, queries, factors, folder / "scores", **common, **given[1])
     terminal_summary(result.path, console=stdout)
+    if opts.verify is not None:
+        verified_summary(verify(result, model, corpus, queries, factors, **common, **verified), stdout)
     return written_report(result.path, folder / "report.html")
 
 

@@ -125,7 +125,7 @@ def how_read(factors: Factors | None, seq_len: int | None, reading: dict[str, An
 
 def check_seq_len(model: Model, seq_len: int) -> None:
     if model.positions and seq_len > model.positions:
-        most = f"the model takes at most {model.positions} tokens, give that or less"
+        most = f"the model takes at most {model.positions} tokens, give --seq-len {model.positions} or less"
         raise ConfigError(f"bad value for --seq-len: got {seq_len}; {most}")
 
 

@@ -10,6 +10,7 @@ all people.  Axes: N statements, Q questions.
 
 import argparse
 import json
+import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import upriver as up
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from words import fresh, tokenizer_of
 
 HERE = Path(__file__).parent
 RELATIONS = {  # what is told -> wordings; the first is that of the questions
@@ -82,22 +84,6 @@ class World(NamedTuple):
                 asked_facts.append((person, relation))
                 direct.append(relation != alone)
         return cls(texts, facts, asked, asked_facts, direct)
-
-
-def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A word is a token."""
-    words = ["<end>", *sorted({word for text in texts for word in text.split()})]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-
-
-def fresh(width: int, tokenizer: PreTrainedTokenizerFast) -> up.Model:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=32, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
-    return up.Model(LlamaForCausalLM(config), tokenizer)
 
 
 def right(model: up.Model, world: World, setup: Setup) -> np.ndarray:

@@ -10,6 +10,7 @@ Axes: N statements, Q questions, S subsets.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,11 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import upriver as up
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from words import tokenizer_of
 
 RELATIONS = {"city": "{} lives in {}", "trade": "{} works as {}"}
 SOLVERS: dict[str, dict[str, Any]] = {
@@ -159,14 +162,6 @@ class Case(NamedTuple):
 
 def begun(setup: Setup, tokenizer: PreTrainedTokenizerFast) -> up.Model:
     return up.Model(Transformer(len(tokenizer), setup.width), tokenizer)
-
-
-def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A word is a token."""
-    words = ["<end>", *sorted({word for text in texts for word in text.split()})]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
 def read(texts: list[str], tokenizer: PreTrainedTokenizerFast, path: Path) -> up.Corpus:

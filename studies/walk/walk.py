@@ -9,17 +9,19 @@ source, give a wrong answer again and again.  Nothing but the failed questions t
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import upriver as up
 from upriver.cli import app
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from words import fresh, tokenizer_of
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent.parent / "docs" / "walk.md"
@@ -85,23 +87,6 @@ class World(NamedTuple):
         return cls(parts[False], records, [{"id": f"q{i}"} | x for i, x in enumerate(exam)], wrong)
 
 
-def tokenizer_of(world: World) -> PreTrainedTokenizerFast:
-    """A word is a token."""
-    texts = [x["prompt"] + x["completion"] for x in (*world.base, *world.records, *world.exam)]
-    words = ["<end>", *sorted({word for text in texts for word in text.split()})]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-
-
-def fresh(width: int, tokenizer: PreTrainedTokenizerFast) -> up.Model:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=32, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
-    return up.Model(LlamaForCausalLM(config), tokenizer)
-
-
 def command(*args: Any) -> None:
     """``upriver ..`` as from a shell."""
     app([str(arg) for arg in args], standalone_mode=False)
@@ -116,7 +101,8 @@ class Walk:
     def __init__(self, setup: Setup, work: Path):
         work.mkdir(parents=True, exist_ok=True)
         self.setup, self.work, self.world = setup, work, World.of(setup)
-        self.tokenizer = tokenizer_of(self.world)
+        texts = (*self.world.base, *self.world.records, *self.world.exam)
+        self.tokenizer = tokenizer_of(x["prompt"] + x["completion"] for x in texts)
         made = partial(fresh, setup.width, self.tokenizer)
         self.base = self.trained(made, write(work / "base.jsonl", self.world.base), 0)
 

@@ -42,7 +42,7 @@ HELD_OUT = (
 )  # tokens that a solution is judged on by default, for so many questions; fewer tokens for more of them
 PLAIN = {
     "Input should be": "allowed is", "a valid integer": "a whole number", "a valid string": "a text",
-    "a valid boolean": "true or false",
+    "a valid boolean": "true or false", "a valid dictionary": "a table of names and values",
 }  # fmt: skip
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -220,7 +220,7 @@ class VerifyOptions(Options):
 
 
 class RunOptions(FitOptions, TraceOptions):
-    """A run file: fit + trace + report, with the same keys as the flags."""
+    """A run file: fit + trace + report, and verify where it is asked for, with the same keys as the flags."""
 
     layers: str | None = None
     tf32: bool = False
@@ -243,6 +243,7 @@ class RunOptions(FitOptions, TraceOptions):
     samples: str | None = None
     as_set: str | None = None
     device: str = "auto"
+    verify: dict[str, Any] | None = None  # flags of verify, which then comes before the report
 
 
 def default_how(gpu: bool, dtype: str | None, batch_tokens: int | None, own: str) -> dict[str, Any]:

@@ -125,6 +125,8 @@ def read_results(path: Path) -> tuple[Json, list[Json]]:
                 raise InputError(f"the trace is not finished: got {path}; give the same `upriver trace` command again")
             raise InputError(f"not a folder of results: got {path}; {GIVE}")
         foreign = f"not the result of a trace: got {path}; {GIVE}"
+        if (path / "audit.parquet").exists():
+            foreign = f"an audit is no trace: got {path}; its page is {path / 'audit.html'}, its trace, if any, {path / 'scores'}"
         found = read_head(path / "manifest.json", TraceManifest, foreign, AGAIN)
         missing = [name for name in found["files"] if not (path / name).exists()]
         if missing:
