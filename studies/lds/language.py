@@ -38,6 +38,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "EK-FAC": {"curvature": "ekfac"},
     "EK-FAC, `--refine 3`": {"curvature": "ekfac", "refine": 3},
     "EK-FAC, `--refine 10`": {"curvature": "ekfac", "refine": 10},
+    "EK-FAC, `--refine auto`": {"curvature": "ekfac", "refine": "auto"},
     "conjugate gradients, 30 steps": {"curvature": "cg", "solver_steps": 30},
     "Arnoldi, rank 50": {"curvature": "arnoldi", "solver_rank": 50},
     "Nystrom, rank 50": {"curvature": "nystrom", "solver_rank": 50},
