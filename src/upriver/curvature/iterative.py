@@ -98,9 +98,9 @@ class ConjugateGradient(Iterative):
     eigenvalues apart from zero, and plain conjugate gradients need fewer iterations to a *tight* tolerance.
 
     Args:
-        stops: sequences apart from those of ``product``: a query ends with the step after which its energy on them, at the best
-            scale (:mod:`upriver.curvature.energy`), rises by less than a hundredth, and keeps the best of its solutions.  The
-            residual on few sequences goes on to fall where the solution no longer gets better.
+        stops: sequences, best others than those of ``product``: a query ends with the step after which its energy on them
+            (:mod:`upriver.curvature.energy`) rises by less than a hundredth, and keeps the best of its solutions.  The residual
+            on few sequences goes on to fall where the solution no longer gets better.
 
     Example:
         >>> ConjugateGradient(product, factors.curvature()).solve(q, Damping())  # EK-FAC, refined
@@ -127,12 +127,12 @@ class ConjugateGradient(Iterative):
         return self._solved(q, damping, run)
 
     def _energy(self, system: System, q_QP: Tensor, rows: np.ndarray, v_QP: Tensor, on: Tensor) -> Tensor:
-        """The held-out energy of solutions of the queries ``on``, at their best scales."""
+        """The energy of solutions of the queries ``on``, which conjugate gradients raise step by step where it is their own."""
         p, v = self.product, self.space.unflatten(v_QP)
         model, layers = p.function.model, p.function.layers
         (vGv_Q,) = held_out(model, layers, p.data, rows, [v], p.batch_tokens, memory_bytes=p.memory_bytes)
         q_dot_v_Q, damped_Q = (q_QP[on] * v_QP).double().sum(1), (system.lambda_P * v_QP.double().square()).sum(1)
-        return energy(q_dot_v_Q.cpu(), vGv_Q, damped_Q.cpu()).best_energy_Q.to(q_QP.device)
+        return energy(q_dot_v_Q.cpu(), vGv_Q, damped_Q.cpu()).energy_Q.to(q_QP.device)
 
 
 def conjugate_gradient(

@@ -67,34 +67,26 @@ class Given:
     @cached_property
     def sample(self) -> np.ndarray:
         """The sequences that a matrix-free solver goes over: those of the fit, or some of as many tokens as are asked for."""
-        return np.setdiff1d(self._drawn, self.stops)
+        fitted = (
+            self.factors.manifest["fit"]["tokens"] if self.factors else int(self.data.lengths_N.sum(dtype=np.int64))
+        )
+        return self.data.sample(self.opts.combine or self.opts.refine_tokens or fitted, self.opts.seed or 0)
 
     @cached_property
     def stops(self) -> np.ndarray:
         """The sequences that tell ``--refine auto`` when to stop: some that neither the solver nor the fit goes over, at most
-        half of these, or, where there are none, an eighth of the sample."""
+        half of these; the sample itself, where it is the corpus but for a few: then it cannot fit them alone."""
         if self.opts.refine != "auto":
             return np.empty(0, np.int64)
-        rest, seed = unseen_rows(self.data, self.factors, self._drawn), self.opts.seed or 0
+        rest, seed = unseen_rows(self.data, self.factors, self.sample), self.opts.seed or 0
         total = int(np.asarray(self.data.lengths_N)[rest].sum(dtype=np.int64))
         some = of_tokens(self.data, rest, min(held_out_tokens(None, len(self.queries)), total) // 2, [STOP, seed])
-        if len(some) < FEW and len(self._drawn) < FEW:
-            raise ConfigError(
-                f"--refine auto stops by held-out sequences: got {len(self.data)} sequences; give steps with --refine N"
-            )
-        return some if len(some) >= FEW else self._drawn[:: max(2, len(self._drawn) // FEW)]
+        return some if len(some) >= FEW else self.sample
 
     @property
     def seen(self) -> np.ndarray:
         """What had a part in making the solutions, beside what the factors were fitted on."""
         return np.union1d(self.sample, self.stops)
-
-    @property
-    def _drawn(self) -> np.ndarray:
-        fitted = (
-            self.factors.manifest["fit"]["tokens"] if self.factors else int(self.data.lengths_N.sum(dtype=np.int64))
-        )
-        return self.data.sample(self.opts.combine or self.opts.refine_tokens or fitted, self.opts.seed or 0)
 
 
 class Job(NamedTuple):
