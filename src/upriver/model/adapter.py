@@ -1,7 +1,7 @@
 """Adapters of the package ``peft``: a folder that holds one is a model, its base with what was trained beside it.
 
-The matrices of a LoRA are two linear layers, ``B A``, and what they see and give is all that is needed of them.  Everything here
-is read off the module as ``peft`` has it; nothing of that package is imported before there is an adapter.
+The matrices of a LoRA are two linear layers, ``B A``, a vector of IA3 is one, and what they see and give is all that is needed of
+them.  Everything here is read off the module as ``peft`` has it; nothing of that package is imported before there is an adapter.
 """
 
 import re
@@ -15,12 +15,13 @@ from torch import nn
 
 from upriver.errors import ConfigError, ModelError
 from upriver.model.experts import experts_of, wraps_experts
+from upriver.model.parts import parts_of
 from upriver.runtime.files import load_json
 
 FILE = "adapter_config.json"
-KINDS = {"LORA"}
+KINDS = {"LORA", "IA3"}
 PACKAGES = "peft", "accelerate"
-WRAPPED = re.compile(r"\.base_layer(?=\.|$)|\.modules_to_save\.[^.]+|(?<=\.lora_[AB])\.[^.]+")
+WRAPPED = re.compile(r"\.base_layer(?=\.|$)|\.modules_to_save\.[^.]+|(?:(?<=\.lora_[AB])|(?<=\.ia3_l))\.[^.]+")
 
 
 class Adapter(NamedTuple):
@@ -48,7 +49,7 @@ def adapter_at(path: str, base: str | None) -> Adapter | None:
 
     Raises:
         ConfigError: a base was given for what is no adapter.
-        ModelError: it is of another kind than LoRA, names no base, or the packages that load it are missing.
+        ModelError: it is of another kind than LoRA and IA3, names no base, or the packages that load it are missing.
     """
     place = Path(path)
     try:
@@ -87,7 +88,7 @@ def check_kind(kind: str, where: str) -> None:
     if kind not in KINDS:
         raise ModelError(
             f"adapters of the kind {kind} cannot be used: got one in {where}; what is tracked is the matrices of a LoRA (DoRA "
-            "and rsLoRA too). Merge it into its base where its kind can be merged, and give that: "
+            "and rsLoRA too) and the vectors of IA3. Merge it into its base where its kind can be merged, and give that: "
             "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(another)"
         )
 
@@ -136,7 +137,7 @@ def unwrapped(module: Any) -> Any:
     """The base model of a ``PeftModel``, whose layers hold the adapters; any other module as it is.
 
     Raises:
-        ModelError: the adapters are of another kind than LoRA.
+        ModelError: the adapters are of another kind than LoRA and IA3.
     """
     peft = sys.modules.get("peft")
     if peft is None:
@@ -179,8 +180,7 @@ def trained(module: nn.Module) -> Trained:
         saved = getattr(m, "modules_to_save", {})
         if any(a in saved for a in on):
             idle |= _below(m, name, "original_module")
-        of_experts = experts_of(m) if wraps_experts(m) else {}
-        for key, x in of_experts.items():
+        for key, x in (experts_of(m) if wraps_experts(m) else parts_of(m)).items():
             (p,), adapter = x.stored.values(), next(iter(x.stored)).split(".")[1]
             own.add(f"{name}.{key}")
             (layers if adapter in on else idle).add(f"{name}.{key}")

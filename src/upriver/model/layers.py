@@ -21,6 +21,7 @@ from upriver.errors import LayerError, ModelError
 from upriver.model.adapter import Trained, plain_name, trained
 from upriver.model.experts import Expert, experts_of
 from upriver.model.packed import packed
+from upriver.model.parts import Part, is_vector, parts_of, scaled_by, vector_gradient
 from upriver.model.text_part import inside, other_parts
 
 ATTENTION = re.compile(r"attn|attention|^wqkv$", re.IGNORECASE)
@@ -55,7 +56,7 @@ class Layer(NamedTuple):
     @property
     def kind(self) -> str:
         parts = plain_name(self.name).split(".")
-        return ".".join(parts[-2:] if parts[-1] in ("lora_A", "lora_B") else parts[-1:])
+        return ".".join(parts[-2:] if parts[-1] in ("lora_A", "lora_B", "ia3_l") else parts[-1:])
 
     @property
     def parameters(self) -> int:
@@ -111,14 +112,14 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
         for p in m.parameters(recurse=False):
             users.setdefault(id(p), []).append(name)
     chosen = [(name, m) for name, m in linear.items() if any(name in names for names in found.values())]
-    groups = dict.fromkeys(name if isinstance(m, Expert) else tuple(users[id(m.weight)]) for name, m in chosen)
+    groups = dict.fromkeys(name if isinstance(m, Part) else tuple(users[id(m.weight)]) for name, m in chosen)
     pools: dict[tuple[int, str], str] = {}
     by_name = {name for part, names in found.items() if part not in KINDS for name in names}
     layers: list[Layer] = []
     left: dict[str, LayerError] = {}
     for x in groups:
         if isinstance(x, str):
-            layers.append(_expert(x, linear[x], pools)._replace(named=x in by_name))
+            layers.append(_part(x, linear[x], pools)._replace(named=x in by_name))
             continue
         try:
             layers.append(_layer(x[0], [module.get_submodule(n) for n in x])._replace(named=not by_name.isdisjoint(x)))
@@ -148,18 +149,23 @@ def same_layers(layers: list[Layer], module: nn.Module, copy: nn.Module) -> list
     names = {m: name for name, m in module.named_modules()}
 
     def same(m: nn.Module) -> nn.Module:
-        if isinstance(m, Expert):
-            return experts_of(copy.get_submodule(names[m.experts]))[f"{m.number}.{m.part}"]
+        if isinstance(m, Part):
+            return held_apart(copy.get_submodule(names[m.owner]))[m.key]
         return copy.get_submodule(names[m])
 
     return [x._replace(modules=tuple(map(same, x.modules))) for x in layers]
 
 
-def _expert(name: str, m: nn.Module, pools: dict[tuple[int, str], str]) -> Layer:
-    assert isinstance(m, Expert)
-    pool = pools.setdefault((id(m.experts), m.part), name)
+def held_apart(module: nn.Module) -> dict[str, Part]:
+    """Weights of a module that are layers of their own, by their names in it."""
+    return {**experts_of(module), **parts_of(module)}
+
+
+def _part(name: str, m: nn.Module, pools: dict[tuple[int, str], str]) -> Layer:
+    assert isinstance(m, Part)
+    pool = pools.setdefault((id(m.owner), m.part), name) if isinstance(m, Expert) else ""
     (O, I), bias = m.weight.shape, m.bias is not None
-    return Layer(name, (m,), O, I + bias, bias, block_number(name), pool, pool=pool)
+    return Layer(name, (m,), O, I + bias, bias, block_number(name), pool or name, pool=pool)
 
 
 def _layer(name: str, modules: list[nn.Module]) -> Layer:
@@ -202,6 +208,11 @@ def given(args: tuple, kwargs: dict) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
+def kept(module: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
+    """What is kept of a call: what the module is called with, of a vector what it scales."""
+    return scaled_by(module, args, kwargs) if is_vector(module) else given(args, kwargs)
+
+
 def weight_shape(module: Any) -> tuple[int, int]:
     """``(O, I)`` of a weight, also for GPT-2's transposed ``Conv1D`` and for one that is packed."""
     if isinstance(module, nn.Linear) and packed(module):
@@ -241,6 +252,14 @@ def by_position(module: nn.Module, g: torch.Tensor) -> torch.Tensor:
     return g.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else g
 
 
+def as_matrix(module: nn.Module, x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inputs of a layer and the gradients at its output as those of one matrix, position by position, of what was
+    :func:`kept` and the gradient as it came."""
+    if is_vector(module):
+        return vector_gradient(module, x, g)
+    return unfolded(module, x), by_position(module, g)
+
+
 def rows_seen(module: nn.Module, x: torch.Tensor) -> int:
     """How many inputs an input ``x`` of a layer holds, one for each position."""
     if not isinstance(module, nn.Conv2d):
@@ -254,11 +273,11 @@ def rows_seen(module: nn.Module, x: torch.Tensor) -> int:
 
 
 def weight_gradient_as_stored(module: nn.Module, grad_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A gradient ``[O, I]`` (bias column last) as the module's own ``weight`` and ``bias``; an expert's as its parts of those of
-    all experts."""
+    """A gradient ``[O, I]`` (bias column last) as the module's own ``weight`` and ``bias``; a part's by the
+    names of what holds it, an expert's as its parts of those of all experts."""
     weight = grad_OI if module.bias is None else grad_OI[:, :-1]
     parts = {} if module.bias is None else {"bias": grad_OI[:, -1]}
-    if isinstance(module, Expert):
+    if isinstance(module, Part):
         held = [weight.T if module.transposed else weight, *parts.values()]
         return dict(zip(module.stored, held, strict=True))
     if isinstance(module, nn.Conv2d):
@@ -277,8 +296,8 @@ def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             axes = 4 if isinstance(m, nn.Conv2d) else 2
             if weight is not None and ((weight.is_floating_point() and weight.ndim == axes) or packed(m)):
                 yield name, m
-        for part, expert in experts_of(m).items():
-            yield f"{name}.{part}", expert
+        for part, apart in held_apart(m).items():
+            yield f"{name}.{part}", apart
 
 
 def computed(module: nn.Module) -> tuple[str, ...]:
@@ -365,5 +384,7 @@ def probe(layers: list[Layer], forward: Callable[[], Any], tokens: int, left: di
 
 def _patches(module: nn.Module) -> tuple:
     """What decides what a layer makes of its input before it multiplies."""
+    if is_vector(module):
+        return (id(module),)
     names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     return tuple(getattr(module, name) for name in names) if isinstance(module, nn.Conv2d) else ()
