@@ -24,8 +24,9 @@ from upriver.errors import LayerError, ModelError, NumericalError
 from upriver.kernels import FastKernels
 from upriver.model.adapter import multiply_directly
 from upriver.model.experts import Expert, packed_rows, run_one_by_one
-from upriver.model.layers import Layer, as_matrix, kept
+from upriver.model.layers import Layer
 from upriver.model.packed import packed
+from upriver.model.parts import as_matrix, kept
 from upriver.runtime import dist
 from upriver.tensors import on_cpu
 
@@ -212,7 +213,7 @@ class Run:
             )
         calls = self._waiting.setdefault(layer.name, (layer, {}))[1]
         if where is None:
-            a, g = as_matrix(module, a, g)
+            a, g = as_matrix(module, a, g, self._T)
             calls[number] = self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False), None
         else:
             calls[number] = self._laid_out(layer, a, g, *where)

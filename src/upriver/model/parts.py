@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upriver.errors import ModelError
+
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[str, "Part"]] = weakref.WeakKeyDictionary()
 
 
@@ -129,7 +131,56 @@ def scaled_by(module: Any, args: tuple, kwargs: dict) -> Tensor:
         module._parameters["weight"] = held
 
 
-def vector_gradient(module: nn.Module, h: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The inputs 1 and the gradients ``g h`` of a vector, those of a shift behind them."""
-    g_O = g * h if getattr(module, "bias", None) is None else torch.cat([g * h, g], -1)
-    return g.new_ones(*g.shape[:-1], 1), g_O
+def given(args: tuple, kwargs: dict) -> Any:
+    """What a layer is called with."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def kept(module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+    """What is kept of a call: what the module is called with, of a vector what it scales."""
+    return scaled_by(module, args, kwargs) if is_vector(module) else given(args, kwargs)
+
+
+def unfolded(module: nn.Module, x: Tensor) -> Tensor:
+    """What a layer multiplies its weight with at each position: its input, of a convolution the patches ``[N, positions, I]``.
+
+    Raises:
+        ModelError: a convolution is given one image instead of a batch.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return x
+    if x.ndim != 4:
+        raise ModelError(
+            f"a convolution sees no batch of images: got an input of shape {tuple(x.shape)}; give [N, C, H, W]"
+        )
+    how = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    around = module._reversed_padding_repeated_twice  # as numbers, also of padding="same"
+    padded = torch.nn.functional.pad(x, around, mode=how)
+    found = torch.nn.functional.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+    return found.transpose(1, 2)
+
+
+def by_position(module: nn.Module, g: Tensor) -> Tensor:
+    """The gradient at a layer's output with the outputs last: of a convolution ``[N, positions, O]``."""
+    return g.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else g
+
+
+def as_matrix(module: nn.Module, x: Tensor, g: Tensor, T: int | None) -> tuple[Tensor, Tensor]:
+    """The inputs of a layer and the gradients at its output as those of one matrix, position by position.
+
+    Args:
+        x: what was :func:`kept`.
+        T: positions of a sequence, by which they are told from heads that share a vector.
+    """
+    if is_vector(module):
+        g_O = g * x if getattr(module, "bias", None) is None else torch.cat([g * x, g], -1)
+        if g_O.ndim == 4:
+            behind = x.shape[2] == T and (x.shape[1] != T or x.stride(1) < x.stride(2))
+            g_O = g_O.sum(1 if behind else 2)
+        return g.new_ones(*g_O.shape[:-1], 1), g_O
+    if isinstance(
+        module, nn.Embedding
+    ):  # of a token the column of the matrix, where it is not the one for padding alone
+        real = (x != (-1 if module.padding_idx is None else module.padding_idx)).to(g.dtype)
+        return g.new_zeros(*x.shape, len(module.weight)).scatter_(-1, x[..., None], real[..., None]), g
+    return unfolded(module, x), by_position(module, g)

@@ -24,7 +24,6 @@ from upriver.model.layers import (
     Layer,
     block_number,
     find_layers,
-    kept,
     layer_kind,
     probe,
     rows_seen,
@@ -33,7 +32,7 @@ from upriver.model.layers import (
 )
 from upriver.model.model import Model, dtype_named
 from upriver.model.packed import floating, packed, parameter_sizes
-from upriver.model.parts import Part, is_vector
+from upriver.model.parts import Part, is_vector, kept
 from upriver.model.text_part import auto_class, text_config, told
 from upriver.runtime.cost import Block, LayerSize, Shape, lowest_block
 from upriver.text.batch import Batch, Sequences
