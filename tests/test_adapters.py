@@ -1,7 +1,9 @@
 """Adapters: their folder is a model, what was trained is tracked, and its scores are those of autograd."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import warnings
 from functools import partial
@@ -383,3 +385,25 @@ def test_vectors_that_are_on_together_and_one_that_is_merged(scaling, base, tmp_
     wrapped.merge_adapter()
     with pytest.raises(ModelError, match="no adapter that is in use and apart from its base"):
         find_layers(model.module, "lora")
+
+
+def test_an_adapter_on_the_hub_is_found_in_what_is_kept_here_by_its_name(lora, base, tmp_path):
+    hub = tmp_path / "hub"
+    for name, place in {"some/adapter": lora, "some/base": base}.items():
+        kept = hub / f"models--{name.replace('/', '--')}"
+        (kept / "refs").mkdir(parents=True)
+        (kept / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(place, kept / "snapshots" / ("0" * 40))
+    file = next(hub.rglob("adapter_config.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "some/base"}))
+    code = (
+        "import upriver as up\n"
+        "model = up.load_model('some/adapter')\n"
+        "print(model.fingerprint, model.name, model.info['base'], model.default_layers)\n"
+        "print(up.load_model('some/base').default_layers)\n"
+        "up.load_model('some/nothing')"
+    )
+    env = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert ran.stdout.splitlines() == [f"{up.load_model(lora).fingerprint} some/adapter some/base lora", "mlp"]
+    assert "no such model on the hub here: got 'some/nothing'" in ran.stderr

@@ -19,6 +19,7 @@ from upriver.model.parts import parts_of
 from upriver.runtime.files import load_json
 
 FILE = "adapter_config.json"
+HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # a name there
 KINDS = {"LORA", "IA3"}
 PACKAGES = "peft", "accelerate"
 WRAPPED = re.compile(r"\.base_layer(?=\.|$)|\.modules_to_save\.[^.]+|(?:(?<=\.lora_[AB])|(?<=\.ia3_l))\.[^.]+")
@@ -45,7 +46,7 @@ NOTHING = Trained(*(frozenset[Any]() for _ in range(4)))
 
 
 def adapter_at(path: str, base: str | None) -> Adapter | None:
-    """The adapter in a folder, with its base: the one given, one beside it, or the one that it names; None where there is none.
+    """The adapter in a folder or on the hub, with its base: one that is given, lies beside it, or is named; None: there is none.
 
     Raises:
         ConfigError: a base was given for what is no adapter.
@@ -53,6 +54,7 @@ def adapter_at(path: str, base: str | None) -> Adapter | None:
     """
     place = Path(path)
     try:
+        place = place if place.exists() or not HUB.fullmatch(path) else _of_hub(path)
         there = (place / FILE).is_file()
     except (OSError, ValueError):  # who looks up the model says what is wrong with it
         there = False
@@ -72,7 +74,7 @@ def adapter_at(path: str, base: str | None) -> Adapter | None:
             f"{path!r} holds an adapter of another model than a causal language model: got the task {task}; load it with its "
             "base in Python and give up.Model(module, task=...)"
         )
-    beside = path if (place / "config.json").exists() and _weights(place) else None
+    beside = str(place) if (place / "config.json").exists() and _weights(place) else None
     found = base or beside or (named and _relative(place, str(named)))
     if not found:
         raise ModelError(f"{path!r} holds an adapter ({kind}) that names no base; give it with --base PATH")
@@ -81,7 +83,16 @@ def adapter_at(path: str, base: str | None) -> Adapter | None:
             f"{path!r} holds an adapter ({kind} of {found!r}), which the package peft loads and which is not installed: "
             "pip install 'upriver[peft]'"
         )
-    return Adapter(path, str(found), kind)
+    return Adapter(str(place), str(found), kind)
+
+
+def _of_hub(name: str) -> Path:
+    """Where the files of an adapter on the hub are kept here; another model's name is no such place."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils.hub import cached_file
+
+    there = cached_file(name, FILE, _raise_exceptions_for_missing_entries=False)
+    return Path(snapshot_download(name, allow_patterns=["adapter_*", "*.json", "*.txt", "*.model"]) if there else name)
 
 
 def check_kind(kind: str, where: str) -> None:

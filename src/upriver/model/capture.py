@@ -96,10 +96,8 @@ def capture(
         LayerError: a layer's input cannot be laid out by sequence and token, or the model hides its calls.
         NumericalError: the loss is NaN or infinite.
     """
-    run, first = (
-        Run(consume, dtype, left),
-        {"with_kwargs": True, "prepend": True},
-    )  # before the hooks of others: what the weight gave
+    run = Run(consume, dtype, left)
+    first = {"with_kwargs": True, "prepend": True}  # before the hooks of others: what the weight gave
     hooks = [m.register_forward_hook(partial(run.on_call, x), **first) for x in layers for m in x.modules]
     try:
         with frozen(module):

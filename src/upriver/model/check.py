@@ -82,9 +82,8 @@ class _Comparison:
         for p, owner in experts:
             self.experts.setdefault(p, []).append(owner)
         self.packed: list[tuple[Layer, Tensor, Tensor]] = []  # what some tokens gave to such a layer, and got back
-        self.captured: dict[
-            str, tuple[dict[str, Tensor], float]
-        ] = {}  # parts as stored, and how far rounded sums may be off
+        # parts as stored, and how far rounded sums may be off
+        self.captured: dict[str, tuple[dict[str, Tensor], float]] = {}
 
     def __call__(self, x: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         module: Any = x.modules[0]

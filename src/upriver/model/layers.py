@@ -97,16 +97,10 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
         have = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})) or "no linear layer at all"
         experts = sum(p.numel() for n, p in module.named_parameters() if p.ndim >= 3 and "expert" in n)
         share = experts / max(1, sum(p.numel() for p in module.parameters()))
-        note = (
-            f"; {share:.0%} of its parameters are expert weights of three axes, which cannot be tracked"
-            if experts
-            else ""
-        )
-        made = len(computed(module))
-        note += (
-            f"; {made} of them compute their weight, as under weight normalisation, and cannot be tracked"
-            if made
-            else ""
+        wide = f"; {share:.0%} of its parameters are expert weights of three axes, which cannot be tracked"
+        note, made = wide * bool(experts), len(computed(module))
+        note += f"; {made} of them compute their weight, as under weight normalisation, and cannot be tracked" * bool(
+            made
         )
         note += "; there is no adapter that is in use and apart from its base" if nothing[0] == "lora" else ""
         raise ModelError(

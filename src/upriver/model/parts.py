@@ -85,7 +85,7 @@ class Vector(Part):
 
 
 def parts_of(module: Any) -> dict[str, Part]:
-    """The parts of a module by their names in it; those of experts are elsewhere."""
+    """The parts of a module by their names in it, but for experts."""
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(module, peft.tuners.ia3.layer.IA3Layer):
         return {}
