@@ -1,4 +1,4 @@
-"""Weights that no linear layer holds: norms and embeddings where a glob names them, equal to plain autograd."""
+"""Weights that no linear layer holds: norms, embeddings and routers, equal to plain autograd."""
 
 import numpy as np
 import pytest
@@ -87,3 +87,19 @@ def test_a_glob_that_names_linear_layers_means_these_alone(tmp_path):
     model.module.get_submodule("lm_head").weight = model.module.get_submodule("model.embed_tokens").weight
     with pytest.raises(LayerError, match="tied embedding"):
         tracked_layers(model, corpus, "*embed*")
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])  # the second with a bias
+def test_a_router_that_is_a_bare_matrix_is_a_layer(name, tmp_path):
+    model, corpus, queries = made(name, tmp_path)
+    spec = {"qwen3_moe": "*.gate", "gpt_oss": "*.router"}[name]
+    layers = tracked_layers(model, corpus, spec)
+    assert [x.name for x in layers] == [f"model.layers.{i}.mlp{spec[1:]}" for i in range(2)]
+    assert {x.bias for x in layers} == {name == "gpt_oss"}
+    assert not any(x.name == layers[0].name for x in find_layers(model.module, "mlp"))
+    found = traced(model, corpus, queries, tmp_path / "scores", curvature="identity", layers=spec)
+    expected = np.array(expected_dot_products(model, corpus, queries, layers))
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    options = {"layers": spec, "damping": 1.0}
+    by = {c: traced(model, corpus, queries, tmp_path / c, curvature=c, **options) for c in ("exact", "cg")}
+    assert np.abs(by["cg"] - by["exact"]).max() <= 1e-3 * np.abs(by["exact"]).max()

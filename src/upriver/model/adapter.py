@@ -209,9 +209,8 @@ def trained(module: nn.Module) -> Trained:
                 x = each[adapter]
                 held |= {id(p) for p in x.parameters()} if isinstance(x, nn.Module) else {id(x)}
     held |= {id(p) for p in _biases(module)}
-    return (
-        Trained(frozenset(layers), frozenset(held), frozenset(own), frozenset(idle)) if own | layers | idle else NOTHING
-    )
+    found = Trained(frozenset(layers), frozenset(held), frozenset(own), frozenset(idle))
+    return found if own | layers | idle else NOTHING
 
 
 def _below(m: Any, name: str, part: str) -> set[str]:

@@ -31,12 +31,8 @@ class Expert(Part):
     """One matrix of one expert: a slice of a parameter of all experts."""
 
     def __init__(self, experts: nn.Module, part: str, number: int):
-        super().__init__(experts, part)
+        super().__init__(experts, part, f"{number}.{part}")
         self.number = number
-
-    @property
-    def key(self) -> str:
-        return f"{self.number}.{self.part}"
 
     @property
     def stored(self) -> dict[str, nn.Parameter]:
@@ -100,10 +96,6 @@ class Factor(Expert):
     @property
     def transposed(self) -> bool:
         return False
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None
 
     def forward(self, a_MI: Tensor, at_M: Tensor, tokens: int) -> Tensor:  # type: ignore[override]
         return nn.functional.linear(a_MI, self.weight)

@@ -113,7 +113,7 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
             users.setdefault(id(p), []).append(name)
     chosen = [(name, m) for name, m in every.items() if any(name in names for names in found.values())]
     groups = dict.fromkeys(name if isinstance(m, Part) else tuple(users[id(m.weight)]) for name, m in chosen)
-    pools: dict[tuple[int, str], str] = {}
+    pools: dict[tuple[int, str], Layer] = {}
     by_name = {name for part, names in found.items() if part not in KINDS for name in names}
     layers: list[Layer] = []
     left: dict[str, LayerError] = {}
@@ -161,11 +161,14 @@ def held_apart(module: nn.Module) -> dict[str, Part]:
     return {**experts_of(module), **parts_of(module)}
 
 
-def _part(name: str, m: nn.Module, pools: dict[tuple[int, str], str]) -> Layer:
+def _part(name: str, m: nn.Module, pools: dict[tuple[int, str], Layer]) -> Layer:
+    """A part as a layer; experts of a block are alike, and the first of them is looked at for all."""
     assert isinstance(m, Part)
-    pool = pools.setdefault((id(m.owner), m.part), name) if isinstance(m, Expert) else ""
-    (O, I), bias = m.weight.shape, m.bias is not None
-    return Layer(name, (m,), O, I + bias, bias, block_number(name), pool or name, pool=pool)
+    first = pools.get((id(m.owner), m.part))
+    if first is None:
+        (O, I), bias, pool = m.weight.shape, m.bias is not None, name if isinstance(m, Expert) else ""
+        first = pools[id(m.owner), m.part] = Layer(name, (m,), O, I + bias, bias, block_number(name), name, pool=pool)
+    return first._replace(name=name, modules=(m,))
 
 
 def _layer(name: str, modules: list[nn.Module]) -> Layer:
@@ -235,7 +238,7 @@ def rows_seen(module: nn.Module, x: torch.Tensor) -> int:
     return x.shape[0] * math.prod(sides)
 
 
-def weight_gradient_as_stored(module: nn.Module, grad_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+def weight_gradient_as_stored(module: Any, grad_OI: torch.Tensor) -> dict[str, torch.Tensor]:
     """A gradient ``[O, I]`` (bias column last) as the module's own ``weight`` and ``bias``; a part's by the
     names of what holds it, an expert's as its parts of those of all experts."""
     if is_vector(module) and not isinstance(module, Part):
@@ -266,7 +269,7 @@ def linear_modules(module: nn.Module, more: bool = False) -> Iterator[tuple[str,
             if weight is not None and ((weight.is_floating_point() and weight.ndim == axes) or packed(m)):
                 yield name, m
         for part, apart in held_apart(m).items():
-            yield f"{name}.{part}", apart
+            yield f"{name}.{part}".removesuffix("."), apart
 
 
 def computed(module: nn.Module) -> tuple[str, ...]:

@@ -5,26 +5,34 @@ Vectors of IA3 are such, and the scales of a norm with its shift behind them.  W
 :class:`Part` calls it, so that the hook of capture sees it.
 """
 
+import re
 import sys
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from upriver.errors import ModelError
 
+ROUTER_CLASS = re.compile(r"(Router|Gate)$")
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[str, "Part"]] = weakref.WeakKeyDictionary()
 
 
 class Part(nn.Module):
     """A matrix in parameters of another module, which it does not hold itself."""
 
+    stored: Any  # the parameters that hold this matrix and its bias, by their names in its owner
     number = 0  # of several in one parameter
+    index: Any = (...,)  # where in a stored parameter this matrix stands
+    transposed: Any = False
+    bias: Any = None
 
-    def __init__(self, owner: nn.Module, part: str):
+    def __init__(self, owner: nn.Module, part: str, key: str | None = None):
         super().__init__()
         self.part, self._owner = part, weakref.ref(owner)
+        self.key = part if key is None else key  # its name in its owner; of what is the owner's own weight none
 
     @property
     def owner(self) -> Any:
@@ -32,35 +40,12 @@ class Part(nn.Module):
         assert found is not None
         return found
 
-    @property
-    def key(self) -> str:
-        """Its name in its owner."""
-        return self.part
-
-    @property
-    def stored(self) -> dict[str, nn.Parameter]:
-        """The parameters that hold this matrix and its bias, by their names in its owner."""
-        raise NotImplementedError
-
-    @property
-    def index(self) -> tuple[Any, ...]:
-        """Where in a stored parameter this matrix stands."""
-        return (...,)
-
     def pieces(self, p: Tensor) -> list[Tensor]:
         """A stored parameter as those of the single matrices; :meth:`joined` puts them together again."""
         return [p]
 
     def joined(self, pieces: list[Tensor]) -> Tensor:
         return pieces[0]
-
-    @property
-    def transposed(self) -> bool:
-        return False
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None
 
     @property
     def weight(self) -> Tensor:
@@ -84,8 +69,39 @@ class Vector(Part):
         return (h * next(iter(self.stored.values())).flatten()).to(h.dtype)
 
 
+class Router(Part):
+    """The bare matrix of a router, which multiplies with it by :func:`torch.nn.functional.linear`."""
+
+    @property
+    def stored(self) -> dict[str, nn.Parameter]:
+        return {name: p for name in ("weight", "bias") if (p := self.owner._parameters.get(name)) is not None}
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.stored.get("bias")
+
+    def forward(self, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nn.functional.linear(a, weight, bias)
+
+
+class Multiplying(TorchFunctionMode):
+    """Products with the matrix of a router go through it inside."""
+
+    def __init__(self, router: Part):
+        super().__init__()
+        self.router, self.shape = router, router.weight.shape
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = func is nn.functional.linear and len(args) > 1 and args[1].shape == self.shape
+        return (self.router if own else func)(*args, **(kwargs or {}))
+
+
 def parts_of(module: Any) -> dict[str, Part]:
     """The parts of a module by their names in it, but for experts."""
+    if ROUTER_CLASS.search(type(module).__name__):
+        weight = module._parameters.get("weight")
+        bare = weight is not None and weight.ndim == 2 and not isinstance(module, nn.Linear)
+        return {"": _KNOWN.setdefault(module, {"": Router(module, "weight", "")})[""]} if bare else {}
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(module, peft.tuners.ia3.layer.IA3Layer):
         return {}
@@ -98,6 +114,9 @@ def parts_of(module: Any) -> dict[str, Part]:
 def calling_parts(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward pass of a module, through its parts."""
     held = parts_of(module)
+    if "" in held:
+        with Multiplying(held[""]):
+            return type(module).forward(module, x, *args, **kwargs)
     vectors = [held[key] for adapter in module.active_adapters if (key := f"ia3_l.{adapter}") in held]
     if module.disable_adapters or module.merged or len(vectors) < len(module.ia3_l.keys() & module.active_adapters):
         return type(module).forward(module, x, *args, **kwargs)
@@ -114,11 +133,16 @@ def is_vector(module: nn.Module) -> bool:
     return isinstance(module, Vector) or (weight is not None and weight.ndim == 1)
 
 
+def given(args: tuple, kwargs: dict) -> Any:
+    """What a layer is called with."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 @torch.no_grad()
-def scaled_by(module: Any, args: tuple, kwargs: dict) -> Tensor:
-    """What the weights of a module scale: what it gives with ones for them, less what it gives with zeros."""
-    if isinstance(module, Vector):
-        return args[0]
+def kept(module: Any, args: tuple, kwargs: dict) -> Tensor:
+    """What is kept of a call: the input, or of a norm what its weights scale, which ones for them give and zeros do not."""
+    if isinstance(module, Vector) or not is_vector(module):
+        return given(args, kwargs)
     held = module._parameters["weight"]
 
     def given_by(value: float) -> Tensor:
@@ -129,16 +153,6 @@ def scaled_by(module: Any, args: tuple, kwargs: dict) -> Tensor:
         return given_by(1.0) - given_by(0.0)
     finally:
         module._parameters["weight"] = held
-
-
-def given(args: tuple, kwargs: dict) -> Any:
-    """What a layer is called with."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def kept(module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-    """What is kept of a call: what the module is called with, of a vector what it scales."""
-    return scaled_by(module, args, kwargs) if is_vector(module) else given(args, kwargs)
 
 
 def unfolded(module: nn.Module, x: Tensor) -> Tensor:
