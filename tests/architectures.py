@@ -23,8 +23,9 @@ from text_cases import byte_tokenizer
 from upriver.errors import UpriverError
 from upriver.model.check import check_causal, tracked_layers
 from upriver.model.coverage import coverage
-from upriver.model.experts import Expert, experts_of
+from upriver.model.experts import experts_of
 from upriver.model.layers import ATTENTION, KINDS, LINEAR, MIXER, MIXER_CLASS, MLP_CLASS, ROUTER, find_layers
+from upriver.model.parts import Part
 from upriver.model.text_part import inside, other_parts
 
 KEPT = Path(__file__).parent.parent / "build" / "architectures.jsonl"
@@ -52,7 +53,7 @@ def texts(folder: Path) -> tuple[Any, up.Corpus, up.Queries]:
 def gradient(layers, loss):
     """Plain autograd on the tracked weights, as one vector."""
     modules = [m for x in layers for m in x.modules]
-    held = [m.stored.values() if isinstance(m, Expert) else m.parameters(recurse=False) for m in modules]
+    held = [m.stored.values() if isinstance(m, Part) else m.parameters(recurse=False) for m in modules]
     weights = list(dict.fromkeys(p for parameters in held for p in parameters))  # all experts of a block are one
     grads = torch.autograd.grad(loss, weights, allow_unused=True)
     return torch.cat(
@@ -102,7 +103,7 @@ def shares(module: torch.nn.Module, model: up.Model, corpus: up.Corpus) -> dict[
         found = coverage(module, layers)
         told[kind] = found.share
         if kind == "mlp":
-            held = [m.stored.values() if isinstance(m, Expert) else m.parameters() for x in layers for m in x.modules]
+            held = [m.stored.values() if isinstance(m, Part) else m.parameters() for x in layers for m in x.modules]
             wanted, have = mlp_parameters(module), {p for some in held for p in some}
             told["of_mlp"] = sum(p.numel() for p in wanted & have) / max(1, sum(p.numel() for p in wanted))
         if kind == "all":
@@ -213,7 +214,7 @@ of each kind, to what it finds.
 - of the MLP: what `mlp` tracks of the matrices of the blocks that are no attention, no mixer of tokens, no router and no norm.
 - autograd: whether every score is that of autograd to 1e-5 of the largest.
 - left out: what `all` does not track besides embeddings, norms and the head, from half a percent on, or why the type is refused.
-  Each is named by every fit, with its share. Routers that are a bare parameter are among them.
+  Each is named by every fit, with its share. Routers that are bare parameters are tracked.
 """
 COLUMNS = ("type", "class", "`mlp`", "`attention`", "`all`", "experts", "of the MLP", "autograd", "left out")
 HEADING = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"

@@ -1,7 +1,9 @@
 """Adapters: their folder is a model, what was trained is tracked, and its scores are those of autograd."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import warnings
 from functools import partial
@@ -19,7 +21,10 @@ import upriver as up
 from architectures import build
 from cli_cases import upriver
 from text_cases import byte_tokenizer
+from upriver.curvature.products import Tracked
 from upriver.errors import ConfigError, ModelError
+from upriver.model.capture import frozen
+from upriver.model.check import tracked_layers
 from upriver.model.coverage import coverage
 from upriver.model.layers import find_layers
 
@@ -51,9 +56,13 @@ def base(tmp_path_factory) -> Path:
 
 
 def adapter(base: Path, folder: Path, **given: Any) -> Path:
-    """A LoRA whose matrices are random, as ``peft`` saves it."""
+    """A LoRA whose matrices are random, or an IA3, as ``peft`` saves it."""
     torch.manual_seed(1)
-    config = peft.LoraConfig(**{"r": 4, "target_modules": BOTH, "init_lora_weights": False} | given)
+    config = (
+        peft.IA3Config(**given)
+        if "feedforward_modules" in given
+        else peft.LoraConfig(**{"r": 4, "target_modules": BOTH, "init_lora_weights": False} | given)
+    )
     wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for _, p in wrapped.named_parameters():
         p.data += 0.05 * torch.randn_like(p) * p.requires_grad
@@ -109,7 +118,7 @@ def by_autograd(base: Path, folder: Path, tracked: Any) -> np.ndarray:
 
 
 def factors(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
+    return ".lora_A." in name or ".lora_B." in name or ".ia3_l." in name
 
 
 # Parameters that are left out and that were trained: DoRA's magnitudes, biases of the base, an embedding.
@@ -131,6 +140,17 @@ KINDS: dict[str, tuple[dict[str, Any], Any, int]] = {
         300 * 16,
     ),
     "the head": ({"target_modules": ["lm_head", "down_proj"]}, factors, 0),
+    "IA3": ({"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, factors, 0),
+    "IA3 on inputs": (
+        {"target_modules": ["q_proj", "up_proj"], "feedforward_modules": ["q_proj", "up_proj"]},
+        factors,
+        0,
+    ),
+    "IA3, the head whole": (
+        {"target_modules": ["o_proj"], "feedforward_modules": [], "modules_to_save": ["lm_head"]},
+        lambda n: factors(n) or "lm_head.modules_to_save" in n,
+        0,
+    ),
 }
 
 
@@ -309,3 +329,81 @@ def test_an_adapter_from_the_command_line_with_its_base_and_tokenizer_elsewhere(
     told = json.loads(report_of(tmp_path / "scores").read_text())
     assert "Of what the adapter trained" in json.dumps(told["trust"])
     assert up.verify(traced, top=1, random=1, tokens=50)["shown"]["pearson"] is not None
+
+
+@pytest.fixture(scope="module")
+def scaling(base) -> Path:
+    """An IA3 on outputs and on inputs."""
+    modules = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    return adapter(base, base.parent / "ia3", **modules)
+
+
+def test_a_vector_has_the_curvature_of_a_layer_with_one_input(scaling, tmp_path):
+    """``A`` is 1, and ``lam`` the mean of the squared gradients of sequences, by autograd, in the eigenbasis of ``S``."""
+    model = up.load_model(scaling, dtype="float64")
+    corpus, queries = given(model, tmp_path)
+    fitted = up.fit(model, corpus, tmp_path / "factors", fisher="empirical", dtype="float64")
+    assert [x.name.split(".", 3)[3] for x in fitted.layers[:3]] == [
+        *(f"self_attn.{x}.ia3_l.default" for x in ("k_proj", "v_proj")),
+        "mlp.down_proj.ia3_l.default",
+    ]
+    assert {(x.O, x.I) for x in fitted.layers} == {(16, 1), (24, 1)}
+    tracked = Tracked(model, tracked_layers(model, corpus, "lora"))
+    with tracked.differentiable():
+        rows = [corpus.batch(np.array([n])) for n in range(len(corpus))]
+        gradients = torch.stack([tracked.gradient(tracked.theta_P, x) for x in rows])
+    for name, grads_NO1 in tracked.space.unflatten(gradients).items():
+        moments = fitted.moments(name)
+        (Q_A_II, Q_S_OO), eig_A_I = (torch.as_tensor(x) for x in moments[:2]), moments.eig_A_I
+        assert float(Q_A_II[0, 0]) ** 2 == float(eig_A_I[0]) == 1
+        lam_O1 = (Q_S_OO.T @ grads_NO1).square().mean(0)
+        assert torch.allclose(fitted.block(name, "ekfac").lam_OI, lam_O1, rtol=1e-9, atol=1e-12)
+    found = {}
+    for curvature in ("ekfac", "exact", "cg"):
+        options: Any = {"curvature": curvature, "held_out": 0, "damping": 1.0, "rank": "full"}
+        traced = up.trace(model, corpus, queries, fitted, tmp_path / curvature, **options)
+        found[curvature] = traced.frame()["q"].to_numpy()
+    assert np.abs(found["cg"] - found["exact"]).max() <= 1e-3 * np.abs(found["exact"]).max()
+    assert np.corrcoef(found["ekfac"], found["exact"])[0, 1] > 0.9
+
+
+def test_vectors_that_are_on_together_and_one_that_is_merged(scaling, base, tmp_path):
+    """Each of two that are on sees what the other gives, and one that is merged is no longer apart."""
+    wrapped = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), scaling)
+    wrapped.load_adapter(scaling, "other")
+    wrapped.base_model.set_adapter(["default", "other"])
+    model = up.Model(wrapped, byte_tokenizer())
+    corpus = given(model, tmp_path)[0]
+    assert len(tracked_layers(model, corpus, "lora")) == 12  # whose gradients are compared with those of autograd
+    wrapped.base_model.set_adapter("default")
+    assert len(tracked_layers(model, corpus, "lora")) == 6
+    assert not [x for x in find_layers(model.module, "*") if "ia3" in x.name and "other" in x.name]
+    assert not any("ia3" in x.name for x in find_layers(model.module, "all"))
+    before = model.module(torch.arange(8)[None]).logits
+    with frozen(model.module):
+        assert torch.equal(model.module(torch.arange(8)[None]).logits, before)
+    wrapped.merge_adapter()
+    with pytest.raises(ModelError, match="no adapter that is in use and apart from its base"):
+        find_layers(model.module, "lora")
+
+
+def test_an_adapter_on_the_hub_is_found_in_what_is_kept_here_by_its_name(lora, base, tmp_path):
+    hub = tmp_path / "hub"
+    for name, place in {"some/adapter": lora, "some/base": base}.items():
+        kept = hub / f"models--{name.replace('/', '--')}"
+        (kept / "refs").mkdir(parents=True)
+        (kept / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(place, kept / "snapshots" / ("0" * 40))
+    file = next(hub.rglob("adapter_config.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "some/base"}))
+    code = (
+        "import upriver as up\n"
+        "model = up.load_model('some/adapter')\n"
+        "print(model.fingerprint, model.name, model.info['base'], model.default_layers)\n"
+        "print(up.load_model('some/base').default_layers)\n"
+        "up.load_model('some/nothing')"
+    )
+    env = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert ran.stdout.splitlines() == [f"{up.load_model(lora).fingerprint} some/adapter some/base lora", "mlp"]
+    assert "no such model on the hub here: got 'some/nothing'" in ran.stderr

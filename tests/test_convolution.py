@@ -20,7 +20,8 @@ from upriver.curvature.blocks import Eigenblock
 from upriver.curvature.products import Products
 from upriver.errors import ModelError
 from upriver.model.coverage import coverage
-from upriver.model.layers import find_layers, rows_seen, unfolded, weight_OI
+from upriver.model.layers import find_layers, rows_seen, weight_OI
+from upriver.model.parts import unfolded
 from upriver.model.shape import model_shape
 from upriver.tensors import sequence_gradients
 

@@ -207,6 +207,17 @@ def test_other_schemes_are_refused_by_name(tmp_path, scheme):
         up.load_model(place)
 
 
+def test_weights_of_torchao_in_memory_are_refused_by_name():
+    """They are tensors of a class of its own."""
+    kind = type("Int8Tensor", (torch.nn.Parameter,), {"__module__": "torchao.quantization"})
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    module[0].weight = torch.Tensor._make_subclass(kind, torch.ones(2, 2))
+    with pytest.raises(
+        ModelError, match=r"quantised by torchao cannot be used: got Int8Tensor '0\.weight'; give .*bitsandbytes"
+    ):
+        up.Model(module, byte_tokenizer())
+
+
 @pytest.mark.parametrize("told", [{"quant_method": "bitsandbytes"}, {"load_in_4bit": True}], ids=str)
 def test_without_the_package_the_sentence_names_it(tmp_path, told, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed

@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from upriver.curvature.base import Grads
 from upriver.errors import ModelError
 from upriver.model.capture import frozen
-from upriver.model.experts import Expert
 from upriver.model.layers import Layer, weight_gradient_as_stored, weight_OI
 from upriver.model.model import Model
 from upriver.model.packed import any_packed, held_in
+from upriver.model.parts import Part
 from upriver.text.batch import Batch, Sequences
 
 Kind = Literal["gauss-newton", "hessian"]
@@ -99,7 +99,7 @@ class Tracked:
             )
         names = {id(m): name for name, m in model.module.named_modules()}
         held = {x.name: x.modules[0] for x in layers}
-        self._prefix = {n: names[id(m.experts if isinstance(m, Expert) else m)] for n, m in held.items()}
+        self._prefix = {n: names[id(m.owner if isinstance(m, Part) else m)] for n, m in held.items()}
 
     @property
     def theta_P(self) -> Tensor:
@@ -111,7 +111,7 @@ class Tracked:
         weights, stored, experts = self.space.unflatten(theta_P[None]), {}, {}
         for x in self.layers:
             m, parts = x.modules[0], weight_gradient_as_stored(x.modules[0], weights[x.name][0])
-            if isinstance(m, Expert):
+            if isinstance(m, Part):
                 for part, value in parts.items():
                     whole = experts.setdefault(f"{self._prefix[x.name]}.{part}", (m, m.pieces(m.stored[part])))
                     whole[1][m.number] = value

@@ -22,8 +22,9 @@ from upriver.influence.queries import Measured, batches, gradients
 from upriver.influence.score import Score, route
 from upriver.model.capture import frozen
 from upriver.model.check import tracked_layers
-from upriver.model.layers import LINEAR, by_position, given
+from upriver.model.layers import LINEAR
 from upriver.model.model import Model
+from upriver.model.parts import by_position, given
 from upriver.model.sweep import Source, sweep
 from upriver.text.batch import Batch, Sequences
 from upriver.text.candidates import Tfidf

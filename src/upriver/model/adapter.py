@@ -1,7 +1,7 @@
 """Adapters of the package ``peft``: a folder that holds one is a model, its base with what was trained beside it.
 
-The matrices of a LoRA are two linear layers, ``B A``, and what they see and give is all that is needed of them.  Everything here
-is read off the module as ``peft`` has it; nothing of that package is imported before there is an adapter.
+The matrices of a LoRA are two linear layers, ``B A``, a vector of IA3 is one, and what they see and give is all that is needed of
+them.  Everything here is read off the module as ``peft`` has it; nothing of that package is imported before there is an adapter.
 """
 
 import re
@@ -15,12 +15,14 @@ from torch import nn
 
 from upriver.errors import ConfigError, ModelError
 from upriver.model.experts import experts_of, wraps_experts
+from upriver.model.parts import parts_of
 from upriver.runtime.files import load_json
 
 FILE = "adapter_config.json"
-KINDS = {"LORA"}
+HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # a name there
+KINDS = {"LORA", "IA3"}
 PACKAGES = "peft", "accelerate"
-WRAPPED = re.compile(r"\.base_layer(?=\.|$)|\.modules_to_save\.[^.]+|(?<=\.lora_[AB])\.[^.]+")
+WRAPPED = re.compile(r"\.base_layer(?=\.|$)|\.modules_to_save\.[^.]+|(?:(?<=\.lora_[AB])|(?<=\.ia3_l))\.[^.]+")
 
 
 class Adapter(NamedTuple):
@@ -44,14 +46,15 @@ NOTHING = Trained(*(frozenset[Any]() for _ in range(4)))
 
 
 def adapter_at(path: str, base: str | None) -> Adapter | None:
-    """The adapter in a folder, with its base: the one given, one beside it, or the one that it names; None where there is none.
+    """The adapter in a folder or on the hub, with its base: one that is given, lies beside it, or is named; None: there is none.
 
     Raises:
         ConfigError: a base was given for what is no adapter.
-        ModelError: it is of another kind than LoRA, names no base, or the packages that load it are missing.
+        ModelError: it is of another kind than LoRA and IA3, names no base, or the packages that load it are missing.
     """
     place = Path(path)
     try:
+        place = place if place.exists() or not HUB.fullmatch(path) else _of_hub(path)
         there = (place / FILE).is_file()
     except (OSError, ValueError):  # who looks up the model says what is wrong with it
         there = False
@@ -71,7 +74,7 @@ def adapter_at(path: str, base: str | None) -> Adapter | None:
             f"{path!r} holds an adapter of another model than a causal language model: got the task {task}; load it with its "
             "base in Python and give up.Model(module, task=...)"
         )
-    beside = path if (place / "config.json").exists() and _weights(place) else None
+    beside = str(place) if (place / "config.json").exists() and _weights(place) else None
     found = base or beside or (named and _relative(place, str(named)))
     if not found:
         raise ModelError(f"{path!r} holds an adapter ({kind}) that names no base; give it with --base PATH")
@@ -80,14 +83,23 @@ def adapter_at(path: str, base: str | None) -> Adapter | None:
             f"{path!r} holds an adapter ({kind} of {found!r}), which the package peft loads and which is not installed: "
             "pip install 'upriver[peft]'"
         )
-    return Adapter(path, str(found), kind)
+    return Adapter(str(place), str(found), kind)
+
+
+def _of_hub(name: str) -> Path:
+    """Where the files of an adapter on the hub are kept here; another model's name is no such place."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils.hub import cached_file
+
+    there = cached_file(name, FILE, _raise_exceptions_for_missing_entries=False)
+    return Path(snapshot_download(name, allow_patterns=["adapter_*", "*.json", "*.txt", "*.model"]) if there else name)
 
 
 def check_kind(kind: str, where: str) -> None:
     if kind not in KINDS:
         raise ModelError(
             f"adapters of the kind {kind} cannot be used: got one in {where}; what is tracked is the matrices of a LoRA (DoRA "
-            "and rsLoRA too). Merge it into its base where its kind can be merged, and give that: "
+            "and rsLoRA too) and the vectors of IA3. Merge it into its base where its kind can be merged, and give that: "
             "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(another)"
         )
 
@@ -136,7 +148,7 @@ def unwrapped(module: Any) -> Any:
     """The base model of a ``PeftModel``, whose layers hold the adapters; any other module as it is.
 
     Raises:
-        ModelError: the adapters are of another kind than LoRA.
+        ModelError: the adapters are of another kind than LoRA and IA3.
     """
     peft = sys.modules.get("peft")
     if peft is None:
@@ -179,8 +191,7 @@ def trained(module: nn.Module) -> Trained:
         saved = getattr(m, "modules_to_save", {})
         if any(a in saved for a in on):
             idle |= _below(m, name, "original_module")
-        of_experts = experts_of(m) if wraps_experts(m) else {}
-        for key, x in of_experts.items():
+        for key, x in (experts_of(m) if wraps_experts(m) else parts_of(m)).items():
             (p,), adapter = x.stored.values(), next(iter(x.stored)).split(".")[1]
             own.add(f"{name}.{key}")
             (layers if adapter in on else idle).add(f"{name}.{key}")
@@ -198,9 +209,8 @@ def trained(module: nn.Module) -> Trained:
                 x = each[adapter]
                 held |= {id(p) for p in x.parameters()} if isinstance(x, nn.Module) else {id(x)}
     held |= {id(p) for p in _biases(module)}
-    return (
-        Trained(frozenset(layers), frozenset(held), frozenset(own), frozenset(idle)) if own | layers | idle else NOTHING
-    )
+    found = Trained(frozenset(layers), frozenset(held), frozenset(own), frozenset(idle))
+    return found if own | layers | idle else NOTHING
 
 
 def _below(m: Any, name: str, part: str) -> set[str]:

@@ -24,8 +24,9 @@ from upriver.errors import LayerError, ModelError, NumericalError
 from upriver.kernels import FastKernels
 from upriver.model.adapter import multiply_directly
 from upriver.model.experts import Expert, packed_rows, run_one_by_one
-from upriver.model.layers import Layer, by_position, given, unfolded
+from upriver.model.layers import Layer
 from upriver.model.packed import packed
+from upriver.model.parts import as_matrix, kept
 from upriver.runtime import dist
 from upriver.tensors import on_cpu
 
@@ -95,10 +96,8 @@ def capture(
         LayerError: a layer's input cannot be laid out by sequence and token, or the model hides its calls.
         NumericalError: the loss is NaN or infinite.
     """
-    run, first = (
-        Run(consume, dtype, left),
-        {"with_kwargs": True, "prepend": True},
-    )  # before the hooks of others: what the weight gave
+    run = Run(consume, dtype, left)
+    first = {"with_kwargs": True, "prepend": True}  # before the hooks of others: what the weight gave
     hooks = [m.register_forward_hook(partial(run.on_call, x), **first) for x in layers for m in x.modules]
     try:
         with frozen(module):
@@ -194,7 +193,7 @@ class Run:
         if not self._backward:  # a recomputation under activation checkpointing only rebuilds the graph
             number = self._expected.get(layer.name, 0)
             self._expected[layer.name] = number + 1
-            a = given(args, kwargs)
+            a = kept(module, args, kwargs)
             where = (kwargs["at_M"], kwargs["tokens"]) if isinstance(module, Expert) else None
             keep = partial(self._gradient, layer, module, number, a.detach(), a._version, where)
             output.register_hook(lambda g: self._trackable(layer, lambda: keep(g)))
@@ -212,7 +211,7 @@ class Run:
             )
         calls = self._waiting.setdefault(layer.name, (layer, {}))[1]
         if where is None:
-            a, g = unfolded(module, a), by_position(module, g)
+            a, g = as_matrix(module, a, g, self._T)
             calls[number] = self._lay_out(layer, a, layer.bias), self._lay_out(layer, g, False), None
         else:
             calls[number] = self._laid_out(layer, a, g, *where)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from upriver.errors import LayerError, ModelError
 from upriver.model.capture import capture, frozen
-from upriver.model.experts import Expert
 from upriver.model.layers import LEFT, SILENT, Layer, find_layers, probe, weight_gradient_as_stored, without
 from upriver.model.losses import LanguageModel
 from upriver.model.model import Model, check_causal
 from upriver.model.packed import packed
+from upriver.model.parts import Part
 from upriver.model.sweep import Labels
 from upriver.runtime import dist
 from upriver.text.batch import Sequences
@@ -75,16 +75,15 @@ class _Comparison:
     def __init__(self, layers: list[Layer], left: dict[str, LayerError]):
         self.left = left
         named = [(x, m, n, p) for x in layers for m in x.modules for n, p in m.named_parameters(recurse=False)]
-        experts = [(p, (x, n)) for x in layers for m in x.modules if isinstance(m, Expert) for n, p in m.stored.items()]
+        experts = [(p, (x, n)) for x in layers for m in x.modules if isinstance(m, Part) for n, p in m.stored.items()]
         held = [(p, (x, n)) for x, m, n, p in named if n == "bias" or (n == "weight" and not packed(m))]
         self.owners = {p: owner for p, owner in held + experts if not dist.sharded(p)}
         self.experts: dict[Any, list[tuple[Layer, str]]] = {}  # those that a parameter holds, where it holds several
         for p, owner in experts:
             self.experts.setdefault(p, []).append(owner)
         self.packed: list[tuple[Layer, Tensor, Tensor]] = []  # what some tokens gave to such a layer, and got back
-        self.captured: dict[
-            str, tuple[dict[str, Tensor], float]
-        ] = {}  # parts as stored, and how far rounded sums may be off
+        # parts as stored, and how far rounded sums may be off
+        self.captured: dict[str, tuple[dict[str, Tensor], float]] = {}
 
     def __call__(self, x: Layer, a_NTI: Tensor, g_NTO: Tensor) -> None:
         module: Any = x.modules[0]

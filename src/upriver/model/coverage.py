@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from upriver.model.adapter import plain_name, trained
-from upriver.model.experts import Expert, experts_of
-from upriver.model.layers import LEFT, Layer, computed, linear_modules, several_matrices
+from upriver.model.layers import LEFT, Layer, computed, held_apart, linear_modules, several_matrices
 from upriver.model.packed import held_in, parameter_sizes
+from upriver.model.parts import Part
 from upriver.model.text_part import inside, other_parts
 
 
@@ -48,12 +48,12 @@ def coverage(module: nn.Module, layers: list[Layer]) -> Coverage:
     """What share of the parameters ``layers`` hold; the rest grouped by place, with the reason it is left out."""
     tracked = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
     slices: Counter[Any] = Counter()  # numbers of a parameter that some experts hold of it
-    for m in (m for x in layers for m in x.modules if isinstance(m, Expert)):
+    for m in (m for x in layers for m in x.modules if isinstance(m, Part)):
         slices.update({p: p[m.index].numel() for p in m.stored.values()})
     linear = {
         f"{name}.{p}" for name, m in linear_modules(module) if not several_matrices(m) for p in ("weight", "bias")
     }
-    linear |= {f"{name}.{p}" for name, m in module.named_modules() for x in experts_of(m).values() for p in x.stored}
+    linear |= {f"{name}.{p}" for name, m in module.named_modules() for x in held_apart(m).values() for p in x.stored}
     sizes, left_out, others = parameter_sizes(module), dict(LEFT.get(module, {})), other_parts(module)
     left_out |= {re.sub(r"\.\d+(\.[^.]+)$", r"\1", name): why for name, why in left_out.items()}  # an expert's, of all
     total, adapter = sum(sizes.values()), trained(module).parameters

@@ -10,11 +10,14 @@ Axes: M tokens of a batch, K experts that each is given to, I inputs and O outpu
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from upriver.model.parts import Part, calling_parts, parts_of
 
 INTERFACE = "upriver"  # under which transformers knows our way of running experts
 TOLD = {"has_gate", "has_bias", "is_transposed", "_is_expert_parallel"}  # of a module that the interface runs
@@ -24,33 +27,24 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[str, "Expert"]] = weakref.Weak
 _LORAS: weakref.WeakKeyDictionary[nn.Module, list[tuple]] = weakref.WeakKeyDictionary()  # while they run one by one
 
 
-class Expert(nn.Module):
-    """One matrix of one expert: a slice of a parameter of all experts, which it does not hold itself."""
+class Expert(Part):
+    """One matrix of one expert: a slice of a parameter of all experts."""
 
     def __init__(self, experts: nn.Module, part: str, number: int):
-        super().__init__()
-        self.part, self.number = part, number
-        self._experts = weakref.ref(experts)
-
-    @property
-    def experts(self) -> nn.Module:
-        found = self._experts()
-        assert found is not None
-        return found
+        super().__init__(experts, part, f"{number}.{part}")
+        self.number = number
 
     @property
     def stored(self) -> dict[str, nn.Parameter]:
         """The parameters of all experts that hold this matrix and its bias, by their names in the module of the experts."""
-        held = self.experts._parameters
+        held = self.owner._parameters
         return {name: p for name in (self.part, f"{self.part}_bias") if (p := held.get(name)) is not None}
 
     @property
     def index(self) -> tuple[Any, ...]:
-        """Where in a stored parameter this matrix stands."""
         return (self.number,)
 
     def pieces(self, p: Tensor) -> list[Tensor]:
-        """A stored parameter as those of the single experts; :meth:`joined` puts them together again."""
         return list(p.unbind())
 
     def joined(self, pieces: list[Tensor]) -> Tensor:
@@ -58,18 +52,12 @@ class Expert(nn.Module):
 
     @property
     def transposed(self) -> bool:
-        return bool(self.experts.is_transposed)
+        return bool(self.owner.is_transposed)
 
     @property
     def bias(self) -> Tensor | None:
         bias = self.stored.get(f"{self.part}_bias")
         return None if bias is None else bias[self.number]
-
-    @property
-    def weight(self) -> Tensor:
-        """``[O, I]``."""
-        weight = self.stored[self.part][self.number]
-        return weight.T if self.transposed else weight
 
     def forward(self, a_MI: Tensor, weight: Tensor, bias: Tensor | None, at_M: Tensor, tokens: int) -> Tensor:
         """``W a + b``; which of the batch's ``tokens`` these are is for the hook."""
@@ -87,7 +75,7 @@ class Factor(Expert):
 
     @property
     def stored(self) -> dict[str, nn.Parameter]:
-        return {self._key: self.experts.get_submodule(self._key.removesuffix(".weight"))._parameters["weight"]}  # type: ignore
+        return {self._key: self.owner.get_submodule(self._key.removesuffix(".weight"))._parameters["weight"]}  # type: ignore
 
     @property
     def _rows(self) -> bool:
@@ -108,14 +96,6 @@ class Factor(Expert):
     @property
     def transposed(self) -> bool:
         return False
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None
-
-    @property
-    def weight(self) -> Tensor:
-        return self.stored[self._key][self.index]
 
     def forward(self, a_MI: Tensor, at_M: Tensor, tokens: int) -> Tensor:  # type: ignore[override]
         return nn.functional.linear(a_MI, self.weight)
@@ -154,13 +134,16 @@ def experts_of(module: Any) -> dict[str, Expert]:
 
 @contextmanager
 def run_one_by_one(module: nn.Module) -> Iterator[None]:
-    """Experts of ``module`` go through :func:`run_experts` inside."""
+    """Experts of ``module`` go through :func:`run_experts` inside, and weights that are layers apart are called."""
     configs: dict[int, Any] = {id(m.config): m.config for m in module.modules() if run_through_interface(m)}
     before = [(c, c._experts_implementation) for c in configs.values()]
     around: list[Any] = [m for m in module.modules() if wraps_experts(m)]
     for m in around:  # or it would add the product to the weights of all experts
         _LORAS.setdefault(m.get_base_layer(), []).extend(_in_use(m))
         m.forward = m.base_layer.__call__
+    apart: list[Any] = [m for m in module.modules() if parts_of(m)]
+    for m in apart:
+        m.forward = partial(calling_parts, m)
     if before:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -172,6 +155,7 @@ def run_one_by_one(module: nn.Module) -> Iterator[None]:
     finally:
         for m in around:
             _LORAS.pop(m.get_base_layer(), None)
+        for m in (*around, *apart):
             vars(m).pop("forward", None)
         for config, name in before:
             config._experts_implementation_internal = name

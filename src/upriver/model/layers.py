@@ -21,6 +21,7 @@ from upriver.errors import LayerError, ModelError
 from upriver.model.adapter import Trained, plain_name, trained
 from upriver.model.experts import Expert, experts_of
 from upriver.model.packed import packed
+from upriver.model.parts import Part, given, is_vector, parts_of
 from upriver.model.text_part import inside, other_parts
 
 ATTENTION = re.compile(r"attn|attention|^wqkv$", re.IGNORECASE)
@@ -28,6 +29,7 @@ MIXER = re.compile(r"mamba|mixer|ssm|recurrent|rglru|conv", re.IGNORECASE)  # of
 MIXER_CLASS = re.compile(r"(Mixer|Recurrent\w*Block|RgLru|Conv\w*|DeltaNet)$")  # of a module around the layer
 MLP_CLASS = re.compile(r"(MLP|Mlp|MoE|Moe|Experts|FeedForward)$")  # which tells, also in a place that is called a mixer
 LINEAR = (nn.Linear, Conv1D, nn.Conv2d)  # what gives W a + b at each position
+TRANSPOSED = (Conv1D, nn.Embedding)  # what holds its weight as [I, O]
 SILENT = "never called"
 KINDS = ("mlp", "attention", "all")
 ROUTER = re.compile(r"^(gate|router|.*_gate)$|router", re.IGNORECASE)
@@ -55,7 +57,7 @@ class Layer(NamedTuple):
     @property
     def kind(self) -> str:
         parts = plain_name(self.name).split(".")
-        return ".".join(parts[-2:] if parts[-1] in ("lora_A", "lora_B") else parts[-1:])
+        return ".".join(parts[-2:] if parts[-1] in ("lora_A", "lora_B", "ia3_l") else parts[-1:])
 
     @property
     def parameters(self) -> int:
@@ -74,7 +76,8 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
         spec: ``mlp`` (both matrices of every block, three of a gated MLP, the experts of a mixture), ``attention``, ``all``
             (both and whatever other linear layers the blocks hold), of a model that sees or hears too those of its text part;
             ``lora`` (what an adapter trained; the others mean its base); globs over module names (an expert's are
-            ``experts.3.gate_up_proj``); or several of these, separated by commas.
+            ``experts.3.gate_up_proj``; what names no linear layer may name norms and embeddings); or several of these,
+            separated by commas.
 
     Raises:
         ModelError: one of them matches nothing; the sentence lists what the model has.
@@ -85,21 +88,19 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
         part: {n for n, m in linear.items() if _matches(module, n, m, part, adapter, others)}
         for part in map(str.strip, spec.split(","))
     }
+    every = linear
+    if globs := [part for part, names in found.items() if not names and part not in (*KINDS, "lora")]:
+        every = {name: m for name, m in linear_modules(module, more=True) if name not in adapter.idle}
+        found |= {part: {n for n in every if _named(n, part)} for part in globs}
     nothing = [part for part, names in found.items() if not names]
     if nothing:
         have = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})) or "no linear layer at all"
         experts = sum(p.numel() for n, p in module.named_parameters() if p.ndim >= 3 and "expert" in n)
         share = experts / max(1, sum(p.numel() for p in module.parameters()))
-        note = (
-            f"; {share:.0%} of its parameters are expert weights of three axes, which cannot be tracked"
-            if experts
-            else ""
-        )
-        made = len(computed(module))
-        note += (
-            f"; {made} of them compute their weight, as under weight normalisation, and cannot be tracked"
-            if made
-            else ""
+        wide = f"; {share:.0%} of its parameters are expert weights of three axes, which cannot be tracked"
+        note, made = wide * bool(experts), len(computed(module))
+        note += f"; {made} of them compute their weight, as under weight normalisation, and cannot be tracked" * bool(
+            made
         )
         note += "; there is no adapter that is in use and apart from its base" if nothing[0] == "lora" else ""
         raise ModelError(
@@ -110,15 +111,15 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
     for name, m in module.named_modules():
         for p in m.parameters(recurse=False):
             users.setdefault(id(p), []).append(name)
-    chosen = [(name, m) for name, m in linear.items() if any(name in names for names in found.values())]
-    groups = dict.fromkeys(name if isinstance(m, Expert) else tuple(users[id(m.weight)]) for name, m in chosen)
-    pools: dict[tuple[int, str], str] = {}
+    chosen = [(name, m) for name, m in every.items() if any(name in names for names in found.values())]
+    groups = dict.fromkeys(name if isinstance(m, Part) else tuple(users[id(m.weight)]) for name, m in chosen)
+    pools: dict[tuple[int, str], Layer] = {}
     by_name = {name for part, names in found.items() if part not in KINDS for name in names}
     layers: list[Layer] = []
     left: dict[str, LayerError] = {}
     for x in groups:
         if isinstance(x, str):
-            layers.append(_expert(x, linear[x], pools)._replace(named=x in by_name))
+            layers.append(_part(x, every[x], pools)._replace(named=x in by_name))
             continue
         try:
             layers.append(_layer(x[0], [module.get_submodule(n) for n in x])._replace(named=not by_name.isdisjoint(x)))
@@ -148,23 +149,32 @@ def same_layers(layers: list[Layer], module: nn.Module, copy: nn.Module) -> list
     names = {m: name for name, m in module.named_modules()}
 
     def same(m: nn.Module) -> nn.Module:
-        if isinstance(m, Expert):
-            return experts_of(copy.get_submodule(names[m.experts]))[f"{m.number}.{m.part}"]
+        if isinstance(m, Part):
+            return held_apart(copy.get_submodule(names[m.owner]))[m.key]
         return copy.get_submodule(names[m])
 
     return [x._replace(modules=tuple(map(same, x.modules))) for x in layers]
 
 
-def _expert(name: str, m: nn.Module, pools: dict[tuple[int, str], str]) -> Layer:
-    assert isinstance(m, Expert)
-    pool = pools.setdefault((id(m.experts), m.part), name)
-    (O, I), bias = m.weight.shape, m.bias is not None
-    return Layer(name, (m,), O, I + bias, bias, block_number(name), pool, pool=pool)
+def held_apart(module: nn.Module) -> dict[str, Part]:
+    """Weights of a module that are layers of their own, by their names in it."""
+    return {**experts_of(module), **parts_of(module)}
+
+
+def _part(name: str, m: nn.Module, pools: dict[tuple[int, str], Layer]) -> Layer:
+    """A part as a layer; experts of a block are alike, and the first of them is looked at for all."""
+    assert isinstance(m, Part)
+    first = pools.get((id(m.owner), m.part))
+    if first is None:
+        (O, I), bias, pool = m.weight.shape, m.bias is not None, name if isinstance(m, Expert) else ""
+        first = pools[id(m.owner), m.part] = Layer(name, (m,), O, I + bias, bias, block_number(name), name, pool=pool)
+    return first._replace(name=name, modules=(m,))
 
 
 def _layer(name: str, modules: list[nn.Module]) -> Layer:
     """A weight with all the modules that use it: a gradient through only some of them would be a part of its gradient."""
-    other = [type(m).__name__ for m in modules if not isinstance(m, LINEAR)]
+    alike = LINEAR if any(isinstance(m, LINEAR) for m in modules) else type(modules[0])
+    other = [type(m).__name__ for m in modules if not isinstance(m, alike)]
     if any(map(several_matrices, modules)):
         raise LayerError(
             f"layer {name!r} cannot be tracked: got a convolution in groups, whose weight is several matrices; leave it "
@@ -179,7 +189,8 @@ def _layer(name: str, modules: list[nn.Module]) -> Layer:
             name,
             f"its weight is also that of {other[0]}",
         )
-    if any(m.bias is not modules[0].bias for m in modules):
+    biases = [getattr(m, "bias", None) for m in modules]
+    if any(bias is not biases[0] for bias in biases):
         raise LayerError(
             f"{len(modules)} modules share the weight of layer {name!r} but not its bias, which cannot be tracked as one "
             "matrix; leave them out by giving globs to --layers",
@@ -187,7 +198,7 @@ def _layer(name: str, modules: list[nn.Module]) -> Layer:
             "a weight with several biases",
         )
     O, I = weight_shape(modules[0])
-    bias = modules[0].bias is not None
+    bias = biases[0] is not None and not is_vector(modules[0])
     return Layer(name, tuple(modules), O, I + bias, bias, block_number(name), name)
 
 
@@ -197,54 +208,28 @@ def block_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def given(args: tuple, kwargs: dict) -> Any:
-    """What a layer is called with."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
 def weight_shape(module: Any) -> tuple[int, int]:
     """``(O, I)`` of a weight, also for GPT-2's transposed ``Conv1D`` and for one that is packed."""
     if isinstance(module, nn.Linear) and packed(module):
         return module.out_features, module.in_features
+    if is_vector(module):
+        return len(weight_OI(module)), 1
     rows, *columns = module.weight.shape
-    return (columns[0], rows) if isinstance(module, Conv1D) else (rows, math.prod(columns))
+    return (columns[0], rows) if isinstance(module, TRANSPOSED) else (rows, math.prod(columns))
 
 
 def weight_OI(module: Any) -> torch.Tensor:
-    """The weight as a matrix, the bias as its last column; a convolution's columns go channel by channel, each row by row."""
-    weight = module.weight.detach()
-    matrix_OI = weight.T if isinstance(module, Conv1D) else weight.flatten(1)
-    return matrix_OI if module.bias is None else torch.cat([matrix_OI, module.bias.detach()[:, None]], 1)
-
-
-def unfolded(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What a layer multiplies its weight with at each position: its input, of a convolution the patches ``[N, positions, I]``.
-
-    Raises:
-        ModelError: a convolution is given one image instead of a batch.
-    """
-    if not isinstance(module, nn.Conv2d):
-        return x
-    if x.ndim != 4:
-        raise ModelError(
-            f"a convolution sees no batch of images: got an input of shape {tuple(x.shape)}; give [N, C, H, W]"
-        )
-    how = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    around = module._reversed_padding_repeated_twice  # as numbers, also of padding="same"
-    padded = torch.nn.functional.pad(x, around, mode=how)
-    found = torch.nn.functional.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
-    return found.transpose(1, 2)
-
-
-def by_position(module: nn.Module, g: torch.Tensor) -> torch.Tensor:
-    """The gradient at a layer's output with the outputs last: of a convolution ``[N, positions, O]``."""
-    return g.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else g
+    """The weight as a matrix, the bias as its last column, of a norm below; a convolution's columns go channel by
+    channel, each row by row."""
+    weight, bias = module.weight.detach(), getattr(module, "bias", None)
+    matrix_OI = weight.T if isinstance(module, TRANSPOSED) else weight.reshape(len(weight), -1)
+    return matrix_OI if bias is None else torch.cat([matrix_OI, bias.detach()[:, None]], 0 if is_vector(module) else 1)
 
 
 def rows_seen(module: nn.Module, x: torch.Tensor) -> int:
     """How many inputs an input ``x`` of a layer holds, one for each position."""
     if not isinstance(module, nn.Conv2d):
-        return x.numel() // x.shape[-1]
+        return x.numel() // (1 if isinstance(module, nn.Embedding) else x.shape[-1])
     around, sides = module._reversed_padding_repeated_twice, []
     for axis in (0, 1):
         left, right = around[2 * (1 - axis) : 2 * (1 - axis) + 2]
@@ -253,32 +238,38 @@ def rows_seen(module: nn.Module, x: torch.Tensor) -> int:
     return x.shape[0] * math.prod(sides)
 
 
-def weight_gradient_as_stored(module: nn.Module, grad_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A gradient ``[O, I]`` (bias column last) as the module's own ``weight`` and ``bias``; an expert's as its parts of those of
-    all experts."""
-    weight = grad_OI if module.bias is None else grad_OI[:, :-1]
-    parts = {} if module.bias is None else {"bias": grad_OI[:, -1]}
-    if isinstance(module, Expert):
+def weight_gradient_as_stored(module: Any, grad_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A gradient ``[O, I]`` (bias column last) as the module's own ``weight`` and ``bias``; a part's by the
+    names of what holds it, an expert's as its parts of those of all experts."""
+    if is_vector(module) and not isinstance(module, Part):
+        return dict(zip(("weight", "bias"), grad_OI[:, 0].split(len(module.weight)), strict=False))
+    biased = getattr(module, "bias", None) is not None
+    weight = grad_OI[:, :-1] if biased else grad_OI
+    parts = {"bias": grad_OI[:, -1]} if biased else {}
+    if isinstance(module, Part):
         held = [weight.T if module.transposed else weight, *parts.values()]
         return dict(zip(module.stored, held, strict=True))
     if isinstance(module, nn.Conv2d):
         return {"weight": weight.reshape(module.weight.shape), **parts}
-    return {"weight": weight.T if isinstance(module, Conv1D) else weight, **parts}
+    return {"weight": weight.T if isinstance(module, TRANSPOSED) else weight, **parts}
 
 
 def several_matrices(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups > 1
 
 
-def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_modules(module: nn.Module, more: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that are linear, and the parts of others; with ``more`` the norms with weights and the embeddings too."""
     for name, m in module.named_modules():
+        if more and not isinstance(m, (*LINEAR, Part)) and (is_vector(m) or isinstance(m, nn.Embedding)):
+            yield name, m
         if isinstance(m, LINEAR):
             weight = m._parameters.get("weight")  # not there when it is computed, as under weight normalisation
             axes = 4 if isinstance(m, nn.Conv2d) else 2
             if weight is not None and ((weight.is_floating_point() and weight.ndim == axes) or packed(m)):
                 yield name, m
-        for part, expert in experts_of(m).items():
-            yield f"{name}.{part}", expert
+        for part, apart in held_apart(m).items():
+            yield f"{name}.{part}".removesuffix("."), apart
 
 
 def computed(module: nn.Module) -> tuple[str, ...]:
@@ -291,10 +282,14 @@ def _matches(module: nn.Module, name: str, m: nn.Module, spec: str, adapter: Tra
     if spec == "lora":
         return name in adapter.layers
     if spec not in KINDS:
-        return fnmatch(name, spec) or fnmatch(plain_name(name), spec)
+        return _named(name, spec)
     outside = several_matrices(m) or name in adapter.own or inside(name, others)
     kind = None if outside else layer_kind(module, name)
     return kind is not None and (spec == "all" or spec == kind)
+
+
+def _named(name: str, glob: str) -> bool:
+    return fnmatch(name, glob) or fnmatch(plain_name(name), glob)
 
 
 def layer_kind(module: nn.Module, name: str) -> str | None:
@@ -365,5 +360,7 @@ def probe(layers: list[Layer], forward: Callable[[], Any], tokens: int, left: di
 
 def _patches(module: nn.Module) -> tuple:
     """What decides what a layer makes of its input before it multiplies."""
+    if is_vector(module) or isinstance(module, nn.Embedding):
+        return (id(module),)
     names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     return tuple(getattr(module, name) for name in names) if isinstance(module, nn.Conv2d) else ()

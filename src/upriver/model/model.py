@@ -18,7 +18,7 @@ from upriver.model.adapter import trained, unwrapped
 from upriver.model.capture import frozen
 from upriver.model.fingerprint import module_form, task_form, tensor_hash
 from upriver.model.losses import LanguageModel, Task
-from upriver.model.packed import any_packed, floating, parameter_sizes
+from upriver.model.packed import any_packed, check_numbers, floating, parameter_sizes
 from upriver.model.text_part import positions, text_config
 from upriver.model.weights import Checkpoint, converted, in_dtype, in_place, weights_of
 from upriver.runtime import dist
@@ -52,6 +52,7 @@ class Model:
 
     def __post_init__(self) -> None:
         self.module = unwrapped(self.module)
+        check_numbers(self.module)
 
     @property
     def default_layers(self) -> str:

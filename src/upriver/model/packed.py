@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from upriver.errors import ModelError
 
 NEEDED = "bitsandbytes", "accelerate"
+OTHERWISE = "give the model in 16 or 32 bits, or in 8 or 4 bits of bitsandbytes"
 
 
 def packed(module: nn.Module) -> bool:
@@ -78,6 +79,15 @@ def held_in(modules: Iterable[nn.Module]) -> str:
     return f"{parts}: influence is that of the dequantised weights" if parts else ""
 
 
+def check_numbers(module: nn.Module) -> None:
+    """Refuse weights that are tensors of ``torchao``, which have neither addresses nor gradients of their own."""
+    for name, p in module.named_parameters():
+        if type(p).__module__.startswith("torchao."):
+            raise ModelError(
+                f"weights quantised by torchao cannot be used: got {type(p).__name__} {name!r}; {OTHERWISE}"
+            )
+
+
 def packed_checkpoint(place: str) -> bool:
     """Whether the configuration of a model says that ``bitsandbytes`` packed its weights.
 
@@ -87,10 +97,7 @@ def packed_checkpoint(place: str) -> bool:
     told = _quantisation(place)
     scheme = str(told.get("quant_method") or ("bitsandbytes" if told else ""))
     if scheme not in ("", "bitsandbytes"):
-        raise ModelError(
-            f"weights quantised by {scheme} cannot be used: got {place!r}; give the model in 16 or 32 bits, or in 8 or 4 bits "
-            "of bitsandbytes"
-        )
+        raise ModelError(f"weights quantised by {scheme} cannot be used: got {place!r}; {OTHERWISE}")
     if scheme and not all(map(find_spec, NEEDED)):
         raise ModelError(
             f"the weights of {place!r} are quantised by bitsandbytes, which is not installed: pip install 'upriver[bnb]'"

@@ -24,7 +24,6 @@ from upriver.model.layers import (
     Layer,
     block_number,
     find_layers,
-    given,
     layer_kind,
     probe,
     rows_seen,
@@ -33,6 +32,7 @@ from upriver.model.layers import (
 )
 from upriver.model.model import Model, dtype_named
 from upriver.model.packed import floating, packed, parameter_sizes
+from upriver.model.parts import Part, is_vector, kept
 from upriver.model.text_part import auto_class, text_config, told
 from upriver.runtime.cost import Block, LayerSize, Shape, lowest_block
 from upriver.text.batch import Batch, Sequences
@@ -222,7 +222,7 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
     def note(name: str) -> Callable:
         def hook(m: nn.Module, args: tuple, kwargs: dict) -> None:
             nonlocal widest
-            a = given(args, kwargs)
+            a = kept(m, args, kwargs)
             O, I = weight_shape(m)
             before, back = inputs.get(name, (0.0, False))
             rows = rows_seen(m, a)
@@ -237,7 +237,7 @@ def observe(module: nn.Module, layers: list[Layer], tokens: int, forward: Callab
 
     tracked = {n for n, m in module.named_modules() if any(m is t for x in layers for t in x.modules)}
     linear = [(n, m) for n, m in module.named_modules() if isinstance(m, LINEAR)]
-    linear += [(x.name, m) for x in layers for m in x.modules if isinstance(m, Expert)]
+    linear += [(x.name, m) for x in layers for m in x.modules if isinstance(m, Part) or is_vector(m)]
     tracked |= {x.name for x in layers}
     hooks = [m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in linear]
     saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)

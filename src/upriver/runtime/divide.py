@@ -283,8 +283,8 @@ class Sizes(NamedTuple):
         return scan_held(some, self.asked, self.budget, tokens, room).held
 
     def least(self, tokens: int) -> float:
-        """With one layer and one query at a time."""
-        layers = [[x] for x in self.shape.layers]
+        """With one layer and one query at a time; experts are thousands, and alike."""
+        layers = {(x.O, x.I, x.parts, x.rows, x.pool in ("", x.name)): [x] for x in self.shape.layers}.values()
         scan = self.batch(tokens) + max(self.held(x, 0, tokens) for x in layers)
         return max(scan, *(max(self.answer(x, 1, tokens), self.rescore(x, 1, tokens)) for x in layers))
 
