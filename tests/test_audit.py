@@ -316,6 +316,10 @@ def test_a_network_without_its_task_is_refused_in_a_sentence(bare, tmp_path):
     given = (np.zeros((3, 2)), np.zeros(3, int))
     with pytest.raises(ModelError, match=r"give up.Model\(module, task="):
         up.audit(net if bare else up.Model(net), given, tmp_path)
+    with pytest.raises(ModelError, match=r"give up.Model\(module, task="):
+        up.fit(
+            net if bare else up.Model(net), up.Examples({"x": torch.zeros(3, 2), "y": torch.zeros(3).long()}), tmp_path
+        )
 
 
 def test_other_curvatures_have_no_self_influence():

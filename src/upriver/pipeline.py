@@ -22,7 +22,7 @@ from upriver.influence.solve import solve
 from upriver.model.check import check_data
 from upriver.model.coverage import Coverage, coverage
 from upriver.model.fingerprint import measured_by
-from upriver.model.model import Model
+from upriver.model.model import Model, check_model
 from upriver.model.planned import announce, division_file, plan_here
 from upriver.runtime import dist
 from upriver.runtime.artifact import Artifact, discard, locked, write_json
@@ -74,6 +74,7 @@ def trace(
         >>> result = up.trace(model, corpus, up.Queries.read("queries.jsonl", model.tokenizer), factors, out="scores")
         >>> result.top("q1", 10)
     """
+    check_model(model)
     if out is None:
         raise ConfigError("the trace has no folder for its results: got out=None; give one, such as out='scores'")
     if isinstance(queries, Queries):

@@ -19,15 +19,14 @@ import torch
 from upriver.curvature.choose import needs_factors
 from upriver.curvature.factors import Factors
 from upriver.curvature.fit import fit
-from upriver.errors import ConfigError, CorpusError, ModelError
+from upriver.errors import ConfigError, CorpusError
 from upriver.influence.queries import Measured, Measurements
 from upriver.influence.results import parquet
 from upriver.influence.self_influence import block_options, check_block, measured
 from upriver.model.capture import frozen
 from upriver.model.check import check_data
 from upriver.model.fingerprint import measured_by
-from upriver.model.losses import LanguageModel
-from upriver.model.model import Model
+from upriver.model.model import Model, check_model
 from upriver.model.planned import division_file
 from upriver.model.tasks import Classification
 from upriver.pipeline import trace
@@ -94,8 +93,7 @@ def audit(
         >>> found = up.audit(model, (x_train, y_train), out="audit")
         >>> found.frame().head(20)  # the most suspect first
     """
-    if not isinstance(model, Model):
-        raise ModelError(f"not a model: got {type(model).__name__}; give up.Model(module, task=up.Classification())")
+    check_model(model)
     opts, out = options(AuditOptions, given), Path(out)
     if opts.by == "harm" and queries is None:
         raise ConfigError("harm is what failed samples suffer: got by='harm' and no queries; give --queries FILE")
@@ -104,11 +102,9 @@ def audit(
         raise CorpusError(
             "an audit is of single records: got a packed corpus, whose sequences hold several; read it unpacked"
         )
-    if isinstance(sequences, Examples) and isinstance(model.task, LanguageModel) and "tokens" not in sequences.inputs:
-        raise ModelError("the model has no task for examples: got a language model; give up.Model(module, task=..)")
+    check_data(model, sequences)
     asked_of = _measured(model, queries)
     asked = Asked(model, sequences, asked_of, factors, _settled(opts, model, sequences, factors), progress, say)
-    check_data(model, sequences)
     if factors:
         factors.check(model)
     key = {

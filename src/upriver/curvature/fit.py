@@ -25,7 +25,7 @@ from upriver.kernels import one_core_each
 from upriver.model.check import check_data, check_loss, count_outputs, tracked_layers
 from upriver.model.coverage import Coverage, coverage
 from upriver.model.layers import Layer
-from upriver.model.model import Model
+from upriver.model.model import Model, check_model
 from upriver.model.planned import announce, division_file, memory_budget, plan_here, settled
 from upriver.model.shape import model_shape
 from upriver.model.sweep import Consumer, Labels, Source, sweep
@@ -108,6 +108,7 @@ def fit(
     Example:
         >>> factors = up.fit(model, corpus, out="factors", layers="mlp", max_tokens=500_000)
     """
+    check_model(model)
     opts, out, data = model.settled(options(FitOptions, given)), Path(out), sequences(data)
     check_data(model, data)
     key = {

@@ -241,6 +241,12 @@ def check_data(model: Model, data: Sequences) -> None:
     Raises:
         ModelError: with the length that is allowed.
     """
+    named = getattr(data, "inputs", {"tokens"})
+    if isinstance(model.task, LanguageModel) and "tokens" not in named:
+        raise ModelError(
+            f"the model has no task for such examples: got {', '.join(named)} and a language model; give "
+            "up.Model(module, task=up.Classification()) or another task"
+        )
     model.task.check(model.module, data)
     longest, positions, limit = int(np.max(data.lengths_N)), model.positions, model.rotary_limit
     if positions and longest > positions:

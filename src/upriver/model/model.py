@@ -187,6 +187,15 @@ class Model:
             vars(self.task).update(noted)
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no :class:`Model`."""
+    if not isinstance(model, Model):
+        raise ModelError(
+            f"not a model of ours: got {type(model).__name__}; give up.Model(module, task=up.Classification()), "
+            "up.Model(module, tokenizer), or up.load_model(PATH)"
+        )
+
+
 def dtype_named(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"unknown dtype: got {name!r}; one of {', '.join(DTYPES)}")

@@ -100,7 +100,7 @@ def _columns(data: Any) -> dict[str, Any]:
         return _numbers({name: [row[name] for row in data] for name in names})
     if not isinstance(data, dict) or not data:
         raise CorpusError(
-            f"not examples: got {type(data).__name__}{' without a column' if data == {} else ''}; {TAKEN}"
+            f"not examples: got {type(data).__name__}{' without a column' if isinstance(data, dict) else ''}; {TAKEN}"
         )
     return data
 

@@ -49,7 +49,7 @@ class BadRecords:
 
     def report(self, where: str, reason: str) -> None:
         if self.policy == "error":
-            raise CorpusError(f"{where}: {reason}; or skip such records with upriver fit --on-bad-record skip")
+            raise CorpusError(f"{where}: {reason}; or skip such records with --on-bad-record skip")
         self.count += 1
         if self.count <= LISTED:
             self.listed.append({"where": where, "reason": reason})
