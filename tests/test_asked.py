@@ -48,7 +48,7 @@ def test_the_last_turn_of_a_chat_is_the_answer_and_the_rest_its_prompt(family):
     assert answer.strip() == turns[-1].strip()
     assert made.apply_chat_template(TALK, tokenize=False).startswith(prompt + answer)
     assert "and yes or no" in prompt
-    assert "".join(queries.completion_pieces(0)).strip() == turns[-1].strip()
+    assert "".join(queries.pieces(queries.rows_of_query[0][0])).strip() == turns[-1].strip()
     text = made(prompt + answer, add_special_tokens=False)["input_ids"]
     assert queries.batch([0]).inputs["tokens"][0].tolist() == text, "a template brings its own special tokens"
 

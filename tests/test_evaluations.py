@@ -3,11 +3,14 @@
 ``tests/make_evaluation_fixtures.py`` wrote them.
 """
 
+import gzip
 import json
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 import upriver as up
@@ -58,6 +61,76 @@ def test_failed_samples_of_the_harness_are_asked_about():
     assert asked(CHOICE, plain, samples="failed:acc_norm") == {"choice/1": [" old river", " town"]}
     assert asked(CHOICE, plain, samples="passed") == {"choice/1": [" town"]}
     assert asked(NUMBER, plain) == {"number/0": [" it is 41\nor so", " it is 42\nor so"]}, "of the first filter"
+
+
+def folder(root: Path, **files: Path) -> Path:
+    """Logs under the names given, in which two underscores stand for a point and three for a folder."""
+    for name, log in files.items():
+        place = root / name.replace("___", "/").replace("__", ".")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(log, place)
+    return root
+
+
+def test_a_folder_of_logs_is_read_in_the_order_of_names(tmp_path):
+    """With what the programs write beside their logs; a task of which there is one log names its questions."""
+    logs = folder(tmp_path, b__eval=LOGS / "letters.eval", a___c__json=LOGS / "capitals.json")
+    (logs / "logs.json").write_text("{}")
+    (logs / "results_2026-11-01T10-00-00.000000.json").write_text('{"results": {}}')
+    assert list(asked(logs)) == ["capitals/japan", "capitals/peru", "letters/1"]
+    queries = Queries.read(logs, CHAT)
+    assert queries.records[2].where == f"{logs / 'b.eval'}: samples/1_epoch_1.json"
+    assert list(asked(logs, samples="passed")) == ["capitals/france", "letters/2"]
+    passed = changed("sample", scores={"match": {"value": 1}})
+    (logs / "a" / "c.json").write_text(json.dumps(passed))
+    assert list(asked(logs)) == ["letters/1"], "of one of the logs no sample failed"
+
+
+def test_logs_of_one_task_are_told_apart_by_their_files(tmp_path):
+    logs = folder(
+        tmp_path, x___1__eval=LOGS / "capitals.eval", x___2__json=LOGS / "capitals.json", y__eval=LOGS / "letters.eval"
+    )
+    expected = [f"x/{file}/{name}" for file in ("1.eval", "2.json") for name in ("japan", "peru")]
+    assert list(asked(logs)) == [*expected, "letters/1"]
+    assert {x.labels["task"] for x in Queries.read(logs, CHAT).records} == {"capitals", "letters"}
+
+
+@pytest.mark.parametrize("end", ["", "__gz", "__zst"])
+def test_a_folder_of_samples_of_the_harness_compressed_or_not(tmp_path, end):
+    logs = folder(tmp_path, **{f"samples_{x.name.split('_')[1]}__jsonl": x for x in (NUMBER, CHOICE)})
+    for path in list(logs.iterdir()) if end else ():
+        pack = gzip.compress if end == "__gz" else partial(pa.compress, codec="zstd", asbytes=True)
+        path.with_name(path.name + end.replace("__", ".")).write_bytes(pack(path.read_bytes()))
+        path.unlink()
+    assert asked(logs, byte_tokenizer()) == asked(CHOICE, byte_tokenizer()) | asked(NUMBER, byte_tokenizer())
+
+
+def test_a_log_of_inspect_may_be_compressed(tmp_path):
+    path = tmp_path / "capitals.json.gz"
+    path.write_bytes(gzip.compress((LOGS / "capitals.json").read_bytes()))
+    assert asked(path) == asked(LOGS / "capitals.json")
+
+
+def test_what_is_no_log_among_logs_is_refused_by_name(tmp_path):
+    logs = folder(tmp_path, a__eval=LOGS / "letters.eval")
+    for name, content in {
+        "notes.txt": "hello",
+        "q.jsonl": '{"id": "1"}\n',
+        "odd.bin2": "",
+        "cut.json": '{"eval":',
+    }.items():
+        (logs / name).write_text(content)
+        with pytest.raises(QueryError, match="a folder of logs of evaluations holds another file") as error:
+            Queries.read(logs)
+        assert str(logs / name) in str(error.value)
+        (logs / name).unlink()
+    (logs / "z.eval").write_text("hello")
+    with pytest.raises(QueryError, match=r"z\.eval: the log cannot be read"):
+        Queries.read(logs)
+    (logs / "z.eval").unlink()
+    (logs / "a.eval").rename(logs / "a.jsonl")
+    with pytest.raises(ConfigError, match="leave out --samples"):
+        Queries.read(logs, samples="all")
 
 
 def test_all_failures_as_one_question():

@@ -23,12 +23,17 @@ CONTRASTED = {"id": "a", "prompt": "the people of", "completion": " the united",
 PLAIN = {"id": "b", "prompt": "we", "completion": " the"}
 
 
+def pieces(queries: Queries, i: int, which: int = 0) -> list[str]:
+    """The scored tokens of a query's completion, or of its contrast."""
+    return queries.pieces(queries.rows_of_query[i][which])
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_completion_is_cut_out_by_characters(name):
     queries = Queries.of([CONTRASTED, PLAIN], TOKENIZERS[name])
-    assert "".join(queries.completion_pieces(0)).strip() == "the united"
-    assert "".join(queries.completion_pieces(0, contrast=True)).strip() == "the war 日"
-    assert "".join(queries.completion_pieces(1)).strip() == "the"
+    assert "".join(pieces(queries, 0)).strip() == "the united"
+    assert "".join(pieces(queries, 0, 1)).strip() == "the war 日"
+    assert "".join(pieces(queries, 1)).strip() == "the"
     batch = queries.batch([1, 0])
     assert batch.weight_N is not None
     assert batch.query_N is not None
@@ -36,9 +41,9 @@ def test_the_completion_is_cut_out_by_characters(name):
     assert batch.query_N.tolist() == [1, 0, 0]
     assert batch.rows_N.tolist() == [2, 0, 1]
     expected = [
-        len(queries.completion_pieces(1)),
-        len(queries.completion_pieces(0)),
-        len(queries.completion_pieces(0, True)),
+        len(pieces(queries, 1)),
+        len(pieces(queries, 0)),
+        len(pieces(queries, 0, 1)),
     ]
     assert batch.inputs["loss"].sum(1).tolist() == expected
 
@@ -53,16 +58,16 @@ def test_an_end_token_that_the_tokenizer_adds_is_not_completion():
 
 def test_a_token_across_the_boundary_belongs_to_the_completion():
     queries = Queries.of([{"id": "q", "prompt": "we ", "completion": "the people"}], BYTE)
-    assert queries.completion_pieces(0) == [" the", " people"]
+    assert pieces(queries, 0) == [" the", " people"]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.text(min_size=1, max_size=12), st.text(min_size=1, max_size=12))
 def test_completion_tokens_cover_the_completion(prompt, completion):
     queries = Queries.of([{"id": "q", "prompt": "x" + prompt, "completion": completion}], BYTE)
-    pieces = "".join(queries.completion_pieces(0))
-    assert ("x" + prompt + completion).endswith(pieces)
-    assert len(pieces) >= len(completion)
+    found = "".join(pieces(queries, 0))
+    assert ("x" + prompt + completion).endswith(found)
+    assert len(found) >= len(completion)
     assert queries.token_ids(0).tolist() == BYTE("x" + prompt + completion)["input_ids"]
 
 
@@ -92,7 +97,7 @@ def test_read_equals_of(tmp_path, name):
 
 def test_a_tokenizer_may_come_later(tmp_path):
     queries = Queries.read(write_jsonl(tmp_path / "q.jsonl", [PLAIN]))
-    assert queries.bound(BYTE).completion_pieces(0) == [" the"]
+    assert pieces(queries.bound(BYTE), 0) == [" the"]
     with pytest.raises(QueryError, match="no tokenizer"):
         queries.batch([0])
 
@@ -103,7 +108,7 @@ def test_an_answer_of_the_model_takes_the_place_of_a_completion():
     with pytest.raises(QueryError, match="--complete N"):
         queries.batch([0])
     completed = queries.completed({"open": " people"})
-    assert completed.completion_pieces(1) == [" people"]
+    assert pieces(completed, 1) == [" people"]
     assert [query.generated for query in completed.records] == [False, True]
     with pytest.raises(QueryError, match="is empty"):
         queries.completed({"open": ""})
@@ -113,8 +118,8 @@ def test_an_empty_prompt_needs_a_context():
     empty = {"id": "q", "prompt": "", "completion": "the"}
     with pytest.raises(QueryError, match="has no context"):
         Queries.of([empty], BYTE)
-    assert Queries.of([empty], BOS).completion_pieces(0) == ["the"]
-    assert Queries.of([{**empty, "completion": "the people"}], BYTE).completion_pieces(0) == [" people"]
+    assert pieces(Queries.of([empty], BOS), 0) == ["the"]
+    assert pieces(Queries.of([{**empty, "completion": "the people"}], BYTE), 0) == [" people"]
 
 
 BAD = {

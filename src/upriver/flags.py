@@ -21,7 +21,7 @@ CorpusArg = Annotated[
 QueriesArg = Annotated[
     str,
     typer.Argument(
-        help="JSONL, JSON, CSV or Parquet with id, prompt, completion; or the log of an evaluation.", metavar="QUERIES"
+        help="JSONL, JSON, CSV or Parquet with id, prompt, completion; or logs of evaluations.", metavar="QUERIES"
     ),
 ]
 Samples = Annotated[

@@ -73,8 +73,10 @@ def top_rows(
     lexical, passage = Lexical(job, shown), lru_cache(KEPT)(partial(Passage.of, job.data))
     for part in parts:
         found = part.read()
+        scores = found.layers_PL.double().sum(1).tolist()
+        arrays = Arrays(scores, found.layers_PL.numpy(), found.tokens_PT.numpy())
         for q in part.queries:
-            yield [_row(job, lexical, passage(x.row), found, x, calibration(solutions[q])) for x in shown[q]]
+            yield [_row(job, lexical, passage(x.row), arrays, x, calibration(solutions[q])) for x in shown[q]]
 
 
 def _shown(job: Job, rows: np.ndarray, found: Rescored, scan_P: np.ndarray, q: int) -> list[Shown]:
@@ -106,17 +108,23 @@ class Passage(NamedTuple):
         return cls(*data.named(document), start, end, data.text(row), data.pieces(row), metadata)
 
 
-def _row(job: Job, lexical: "Lexical", passage: Passage, found: Rescored, x: Shown, scale: float | None) -> TopRow:
-    layers_L = found.layers_PL[x.pair]
-    tokens_T = found.tokens_PT[x.pair, : len(passage.tokens)].numpy()
-    score = float(layers_L.double().sum())
+class Arrays(NamedTuple):
+    """Rescored pairs, as rows are made of them one by one."""
+
+    scores: list[float]
+    layers_PL: np.ndarray
+    tokens_PT: np.ndarray
+
+
+def _row(job: Job, lexical: "Lexical", passage: Passage, found: Arrays, x: Shown, scale: float | None) -> TopRow:
+    tokens_T, score = found.tokens_PT[x.pair, : len(passage.tokens)], found.scores[x.pair]
     nats = None if job.n_train is None else score / job.n_train
     calibrated = None if nats is None or scale is None else nats * scale
     return TopRow(
         query=job.queries.ids[x.query], side=x.side, rank=x.rank, sequence=x.row,
         score=score, score_nats=nats, calibrated_nats=calibrated, scan_score=x.scan_score,
         rescored=True, spurious=spurious(tokens_T),
-        layers=layers_L.numpy(), token_scores=tokens_T, **passage._asdict(), **lexical.compare(x.query, x.row),
+        layers=found.layers_PL[x.pair], token_scores=tokens_T, **passage._asdict(), **lexical.compare(x.query, x.row),
     )  # fmt: skip
 
 

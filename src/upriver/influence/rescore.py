@@ -19,17 +19,19 @@ from upriver.influence.job import Job
 from upriver.influence.queries import query_chunks
 from upriver.influence.score import by_dense
 from upriver.influence.solve import full
+from upriver.kernels import matmul
 from upriver.model.layers import Layer
 from upriver.model.losses import LanguageModel
 from upriver.model.model import Model
 from upriver.model.sweep import Source, sweep
 from upriver.runtime.artifact import Tensors, read_tensors
 from upriver.runtime.units import each
-from upriver.tensors import Scratch, product, sent
+from upriver.tensors import Scratch, on_cpu, product, sent
 from upriver.text.batch import Batch, Sequences
 
 SPURIOUS = 2 / 3
-PAIRS = 16  # tokens of pairs that are counted as one that goes through the model
+PAIRS = 16  # tokens of pairs, at least, that are counted as one that goes through the model
+COLUMNS, TOKENS = 1024, 256  # of products that are made at once on the CPU, to stay in its caches
 
 
 class Rescored(NamedTuple):
@@ -39,6 +41,11 @@ class Rescored(NamedTuple):
     queries_P: np.ndarray
     tokens_PT: Tensor
     layers_PL: Tensor
+
+
+Group = tuple[
+    list[int], Tensor | slice, Tensor
+]  # queries that want the same sequences of a batch, these, and their pairs
 
 
 class TokenScores:
@@ -57,9 +64,12 @@ class TokenScores:
         pairs = [(n, q) for n, row in enumerate(batch.rows_N) for q in self.wanted[int(row)]]
         n_P, q_P = np.array(pairs).T
         at_P = np.argsort(q_P, kind="stable")  # the pairs query by query
-        self.queries = np.unique(q_P, return_counts=True)
-        places_4P = torch.from_numpy(np.stack([n_P, q_P, at_P, n_P[at_P]]))
-        self.n_P, self.q_P, self.at_P, self.n_of_P = sent(places_4P, batch.device)
+        queries, counts = (x.tolist() for x in np.unique(q_P, return_counts=True))
+        self.n_P, self.q_P, at_P, n_of_P = sent(torch.from_numpy(np.stack([n_P, q_P, at_P, n_P[at_P]])), batch.device)
+        found = list(zip(queries, n_of_P.split(counts), at_P.split(counts), strict=True))
+        whole = [(q, at) for q, _, at in found if len(at) == len(batch.rows_N)]  # they are worked on together
+        self.groups: list[Group] = [([q], n, at) for q, n, at in found if len(at) < len(batch.rows_N)]
+        self.groups += [([q for q, _ in whole], slice(None), torch.cat([at for _, at in whole]))] if whole else []
         T = 1 if batch.real_NT is None else batch.real_NT.shape[1]
         tokens_PT, layers_PL = (torch.zeros(len(pairs), n, device=batch.device) for n in (T, len(self.place)))
         self.parts.append((batch.rows_N[n_P], q_P, tokens_PT, layers_PL))
@@ -69,12 +79,11 @@ class TokenScores:
         v_QOI, T = self.solved[layer.name], tokens_PT.shape[1]
         totals_NQ = -by_dense(v_QOI, a_NTI, g_NTO, self.scratch).float()
         layers_PL[:, self.place[layer.name]] = totals_NQ[self.n_P, self.q_P]
-        queries, counts = (x.tolist() for x in self.queries)
-        for q, at, n_of in zip(queries, self.at_P.split(counts), self.n_of_P.split(counts), strict=True):
-            n = slice(None) if len(at) == len(a_NTI) else n_of
-            by_token = -_by_token(a_NTI[n], g_NTO[n], v_QOI[q])
+        for queries, n, at in self.groups:
+            by_token = -_by_token(a_NTI[n], g_NTO[n], v_QOI, queries)
             if layer.at_NT is not None:  # an expert, which sees some positions; what stands at none is zero
-                by_token = tokens_PT.new_zeros(len(at), T).scatter_add(1, layer.at_NT[n].clamp(min=0), by_token.float())
+                places = layer.at_NT[n].clamp(min=0).repeat(len(queries), 1)
+                by_token = tokens_PT.new_zeros(len(at), T).scatter_add(1, places, by_token.float())
             folded = by_token.reshape(len(at), -1, T).sum(1)  # a layer called twice: its calls added
             tokens_PT.index_add_(0, at, folded.float())
 
@@ -85,12 +94,21 @@ class TokenScores:
         return Rescored(rows, queries, torch.cat(tokens).cpu(), torch.cat([p[3] for p in self.parts]).cpu())
 
 
-def _by_token(a_NTI: Tensor, g_NTO: Tensor, v_OI: Tensor) -> Tensor:
-    """``g_t^T v a_t``, ``[N, T]``: the longer of the two goes through the product, so that what comes out of it is short."""
-    O, I = v_OI.shape
-    long, short, v_LS = (g_NTO, a_NTI, v_OI) if O > I else (a_NTI, g_NTO, v_OI.T)
-    products_MS = product(long.flatten(0, 1), v_LS).mul_(short.flatten(0, 1))
-    return products_MS.sum(1).view(a_NTI.shape[:2])
+def _by_token(a_NTI: Tensor, g_NTO: Tensor, v_QOI: Tensor, queries: list[int]) -> Tensor:
+    """``g_t^T v_q a_t``, ``[q N, T]``: the longer of the two goes through the product, so that what comes out of it is short."""
+    turned = v_QOI.shape[1] <= v_QOI.shape[2]
+    long_ML, short_MS = (x.flatten(0, 1) for x in ((a_NTI, g_NTO) if turned else (g_NTO, a_NTI)))
+    M, S = short_MS.shape
+    step, count = TOKENS if on_cpu(a_NTI) else M, max(1, COLUMNS // S)
+    times = product if count == 1 else matmul  # rows of small products need not be laid out
+    out_Mq = a_NTI.new_empty(M, len(queries))
+    for i in range(0, len(queries), count):
+        some = [v_QOI[q].T if turned else v_QOI[q] for q in queries[i : i + count]]
+        v_LP = torch.cat(some, 1) if len(some) > 1 else some[0]
+        for m in range(0, M, step):
+            products_MQS = times(long_ML[m : m + step], v_LP).unflatten(1, (len(some), S))
+            out_Mq[m : m + step, i : i + count] = products_MQS.mul_(short_MS[m : m + step, None]).sum(2)
+    return out_Mq.T.reshape(-1, a_NTI.shape[1])
 
 
 def rescore(
@@ -130,8 +148,12 @@ class Pairs(NamedTuple):
 
 def rescore_top(job: Job, wanted: list[np.ndarray]) -> list[Pairs]:
     """Full-rank scores of each query's wanted rows, in the model's dtype: a chunk of queries and a group of layers at a time."""
-    how = {"bytes": job.division.rescore_bytes, "batch_tokens": job.division.batch_tokens}
-    chunks, found = _chunks(job, wanted), []
+    tracked = sum(
+        x.O * x.I for x in job.layers
+    )  # multiplications of a pair; of a token three times all weights, half as fast
+    pairs = max(PAIRS, 6 * sum(x.numel() for x in job.model.module.parameters()) // max(1, tracked))
+    how = {"bytes": job.division.rescore_bytes, "batch_tokens": job.division.batch_tokens, "pairs": pairs}
+    chunks, found = _chunks(job, wanted, pairs), []
     for group, layers in zip(job.division.groups["rescore"], job.groups("rescore"), strict=True):
         whole = len(layers) == len(job.layers)
         name = "rescore" if whole else f"rescore, layers {group[0] + 1} to {group[-1] + 1}"
@@ -154,20 +176,20 @@ def rescore_top(job: Job, wanted: list[np.ndarray]) -> list[Pairs]:
     return [Pairs(queries, [(files[i], at) for files, at in found]) for i, queries in enumerate(chunks)]
 
 
-def _chunks(job: Job, wanted: list[np.ndarray]) -> list[list[int]]:
+def _chunks(job: Job, wanted: list[np.ndarray], pairs: int) -> list[list[int]]:
     """Chunks of queries that fit in memory at full rank and whose work makes about one unit: a sequence goes through the model
-    once for all queries of a chunk, which takes as long as scoring it against several of them."""
+    once for all queries of a chunk, which takes as long as scoring it against so many ``pairs``."""
     chunks: list[list[int]] = []
     largest = max(job.groups("rescore"), key=lambda group: sum(x.O * x.I for x in group))
     for whole in query_chunks(largest, job.queries, None, job.division.rescore_bytes):
         tokens, seen = float("inf"), np.empty(0, np.int64)
         for q in whole:
             new, scored = (int(job.data.lengths_N[r].sum()) for r in (np.setdiff1d(wanted[q], seen), wanted[q]))
-            if tokens + new + scored / PAIRS > job.opts.unit_tokens:
+            if tokens + new + scored / pairs > job.opts.unit_tokens:
                 chunks.append([])
                 tokens, seen, new = 0.0, np.empty(0, np.int64), scored
             chunks[-1].append(q)
-            tokens, seen = tokens + new + scored / PAIRS, np.union1d(seen, wanted[q])
+            tokens, seen = tokens + new + scored / pairs, np.union1d(seen, wanted[q])
     return chunks
 
 

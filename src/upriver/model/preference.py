@@ -44,7 +44,7 @@ class Pairs(Task):
         if "chosen_input_ids" not in batch.inputs:
             return batch
         real = [_mask(batch, side) for side in SIDES]
-        T = max(1, *(int(x.any(0).nonzero().max()) + 1 for x in real if bool(x.any())))
+        T = max([1, *(int(x.any(0).nonzero().max()) + 1 for x in real if bool(x.any()))])
         inputs = dict(batch.inputs)
         for side in SIDES:
             for name in ("input_ids", "attention_mask", "labels"):
@@ -152,10 +152,8 @@ class Reward(Pairs):
 def answer_log_probs(module: nn.Module, batch: Batch, side: str) -> Tensor:
     """``log p(answer | prompt)`` of the ``chosen`` or ``rejected`` answers, summed over their tokens, ``[N]``."""
     given = {name: batch.inputs[f"{side}_{name}"] for name in ("input_ids", "attention_mask")}
-    labels_NT = batch.inputs[f"{side}_labels"][:, 1:].long()
-    log_p_NTV = wide(logits(module, given, batch))[:, :-1].log_softmax(-1)
-    at_NT = log_p_NTV.gather(2, labels_NT.clamp(min=0)[..., None])[..., 0]
-    return at_NT.where(labels_NT != IGNORED, 0).sum(1)
+    labels_NT, logits_NTV = batch.inputs[f"{side}_labels"][:, 1:].long(), wide(logits(module, given, batch))[:, :-1]
+    return -F.cross_entropy(logits_NTV.mT, labels_NT, ignore_index=IGNORED, reduction="none").sum(1)
 
 
 def _mask(batch: Batch, side: str) -> Tensor:

@@ -146,16 +146,18 @@ def _turn(text: str, talk: Conversation, position: int, specials: tuple[str, ...
         return None
     start, end, prompted = _rendered(text, talk) or (position, None, False)
     start = max(start, position)
-    if not prompted:  # a header may go before the answer
-        found = text.find(content, _after_questions(text, talk, start)) if content else -1
+    if not prompted or end is None:  # a header may go before the answer, or the text goes on otherwise
+        after = start if prompted else _after_questions(text, talk, start)
+        found = text.find(content, after) if content else -1
         if found < 0 and "</think>" in content:
             content = content.split("</think>")[-1].strip()
-            found = text.find(content, _after_questions(text, talk, start)) if content else -1
+            found = text.find(content, after) if content else -1
         if found < 0:
             return None
         if end is None:
             end = found + len(content)
-            return found, end + max((len(x) for x in specials if x and text.startswith(x, end)), default=0)
+            end += max((len(x) for x in specials if x and text.startswith(x, end)), default=0)
+            return start if prompted else found, end
         start = found if text[start:found].strip() else start
     if content.split("</think>")[-1].strip() not in text[start:end]:  # thoughts may be set apart
         return None
@@ -173,8 +175,8 @@ def _after_questions(text: str, talk: Conversation, position: int) -> int:
 
 
 def _rendered(text: str, talk: Conversation) -> tuple[int, int | None, bool] | None:
-    """Where the last of the messages begins and ends in the text, and whether a generation prompt goes before it; None where the
-    template renders the beginning of the conversation otherwise."""
+    """Where the last of the messages begins and ends in the text, if it ends so, and whether a generation prompt goes before it;
+    None where the template renders the beginning of the conversation otherwise."""
     if len(talk.messages) == 1:
         return None
     try:
@@ -182,7 +184,9 @@ def _rendered(text: str, talk: Conversation) -> tuple[int, int | None, bool] | N
         upto = _template(talk)
     except BadRowError:  # a template need not take the beginning of a conversation
         return None
-    return (len(head), len(upto), head != before) if upto.startswith(head) and text.startswith(upto) else None
+    if upto.startswith(head) and text.startswith(upto):
+        return len(head), len(upto), head != before
+    return (len(head), None, True) if head != before and text.startswith(head) else None
 
 
 def _marked(talk: Conversation) -> tuple[str, Spans]:

@@ -26,7 +26,7 @@ from upriver.text.shards import Shard
 from upriver.text.sources import Source
 from upriver.text.tokenise import Decoder, encode, largest_token, require_offsets, tokenizer_fingerprint
 
-SCHEMA = 6  # raise it when the same files would give other sequences, or the artifact another layout
+SCHEMA = 7  # raise it when the same files would give other sequences, or the artifact another layout
 
 AGAIN = "delete that folder and give the same command again"  # what to do about a damaged one
 

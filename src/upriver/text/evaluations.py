@@ -1,8 +1,8 @@
 """Logs of an evaluation become questions here: why did the model give the answers that failed?
 
-Read are the ``.json`` and ``.eval`` logs of inspect (the latter a zip with a file for each sample) and what the evaluation
-harness of EleutherAI writes with ``--log_samples``, as plain files.  A sample has an input as the model was given it, the model's
-answer, the right one (the target) where there is one, and a score.
+Read are the ``.json`` and ``.eval`` logs of inspect (the latter a zip with a file for each sample), what the evaluation
+harness of EleutherAI writes with ``--log_samples``, and folders of such logs.  A sample has an input as the model was given
+it, the model's answer, the right one (the target) where there is one, and a score.
 """
 
 import dataclasses
@@ -12,19 +12,24 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from upriver.errors import ConfigError, QueryError
-from upriver.text.sources import find_sources, json_rows
+from upriver.text.lines import UNREADABLE, read_chunks
+from upriver.text.sources import Source, files_below, json_rows, kind_of
 
 LARGEST = 64 << 20  # bytes of a log in one JSON object, or of one sample in a zip
 VERSIONS = (1, 2)  # of inspect's logs
+DAMAGED = (*UNREADABLE, zipfile.BadZipFile, struct.error, NotImplementedError)
 ZSTANDARD = 93  # as zip numbers its compressions
+BESIDE = re.compile(r"results_.*\.json|logs\.json|listing\.json|eval-set\.json")  # what they write beside their logs
 HARNESS = {"doc_id", "doc", "arguments", "resps", "filtered_resps"}
 WORDS = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0, "TRUE": 1.0, "YES": 1.0, "FALSE": 0.0, "NO": 0.0}
 Fields = dict[str, Any]
@@ -66,34 +71,59 @@ class Sample(NamedTuple):
     more: Fields  # further labels
 
 
+Log = tuple[str, Iterator[Sample]]  # its task, and its samples, which are read as they are asked for
+
+
 def questions(path: Path, asking: Asking) -> Iterator[tuple[str, Fields]] | None:
     """Return where each sample stands and the fields of its question; None where ``path`` is no log of an evaluation.
 
+    Of a folder the logs are read in the order of their names.  A question is named by its task, and by its file instead where
+    several logs are of one task.
+
     Raises:
-        QueryError: a log that is damaged, or of an unknown version; no sample of the kind that is asked for.
+        QueryError: a log is damaged, or of an unknown version; none of its samples is asked for; a folder holds other files too.
         ConfigError: samples are chosen of what is no log.
     """
-    samples = _inspect_samples(path, asking) or _harness_samples(path, asking)
-    if samples is None:
+    files = sorted(files_below(path, QueryError)) if _is(path, Path.is_dir) else [path]
+    files = [x for x in files if x == path or not BESIDE.fullmatch(x.name)]
+    tasks = [log and log[0] for log in (_log(file, asking) for file in files)]
+    if all(task is None for task in tasks):
         if asking.samples:
             what = f"samples are chosen of the log of an evaluation: got {path}, which is none"
             raise ConfigError(f"{what}; leave out --samples")
         return None
-    return _chosen(path, samples, asking)
+    if None in tasks:
+        other = files[tasks.index(None)]
+        raise QueryError(f"{path}: a folder of logs of evaluations holds another file: got {other}; move it away")
+    names = [
+        str(task) if tasks.count(task) == 1 else file.relative_to(path).as_posix()
+        for task, file in zip(tasks, files, strict=True)
+    ]
+    found = ((name, x) for name, file in zip(names, files, strict=True) if (log := _log(file, asking)) for x in log[1])
+    return _chosen(path, found, asking)
 
 
-def is_file(path: Path) -> bool:
-    """Whether a file stands there; what may not be looked at is told by who reads it."""
+def _log(path: Path, asking: Asking) -> Log | None:
+    if not _is(path, Path.is_file):
+        return None
+    if path.suffix == ".eval":
+        return _zipped(path, asking)
+    source = Source(path, path.name, *(kind_of(path) or ("", "")))
+    return (_listed(source, asking) or _harness(source, asking)) if source.kind == "jsonl" else None
+
+
+def _is(path: Path, what: Callable[[Path], bool]) -> bool:
+    """Whether a file or a folder stands there; what may not be looked at is told by who reads it."""
     try:
-        return path.is_file()
+        return what(path)
     except OSError:
         return False
 
 
-def _chosen(path: Path, samples: Iterable[Sample], asking: Asking) -> Iterator[tuple[str, Fields]]:
+def _chosen(path: Path, samples: Iterable[tuple[str, Sample]], asking: Asking) -> Iterator[tuple[str, Fields]]:
     counts = {"failed": 0, "passed": 0, "neither": 0}
     left: dict[str, int] = {}
-    for x in samples:
+    for name, x in samples:
         value = _number(x.value)
         kind = "neither" if value is None or value == 0.5 else "failed" if value < 0.5 else "passed"
         counts[kind] += 1
@@ -102,7 +132,7 @@ def _chosen(path: Path, samples: Iterable[Sample], asking: Asking) -> Iterator[t
         if reason := _unusable(x, asking.right):
             left[reason] = left.get(reason, 0) + 1
             continue
-        yield x.where, _fields(x, asking.right)
+        yield x.where, _fields(x, asking.right) | {"id": f"{name}/{x.id}"}
     asking.notes += [f"{count} samples of {path.name} were left out: {reason}" for reason, count in left.items()]
     wanted = sum(counts.values()) if asking.which == "all" else counts[asking.which]
     if not wanted or wanted == sum(left.values()):
@@ -134,7 +164,7 @@ def _fields(x: Sample, right: bool) -> Fields:
         asked, against = given, wrong if failed and text.strip() not in ("", x.targets[0].strip()) else []
     else:
         asked, against = wrong[0], others
-    head = {"id": f"{x.task}/{x.id}", "prompt": x.prompt, "completion": asked}
+    head = {"prompt": x.prompt, "completion": asked}
     return head | ({"contrast": against} if against else {}) | labels
 
 
@@ -151,61 +181,58 @@ def _number(value: Any) -> float | None:
 # ---- inspect
 
 
-def _inspect_samples(path: Path, asking: Asking) -> Iterator[Sample] | None:
-    if not is_file(path):
+def _listed(source: Source, asking: Asking) -> Log | None:
+    path = source.path
+    if ".json" not in [x.lower() for x in path.suffixes[-2:]]:
         return None
-    if path.suffix == ".eval":
-        return _zipped(path, asking)
-    if path.suffix != ".json":
-        return None
-    with open(path, "rb") as file:
-        if file.read(256).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] != b"{":
+    content = bytearray()
+    for chunk in read_chunks(source, QueryError):
+        content += chunk
+        if content[:256].lstrip()[:1] != b"{":
             return None
-        file.seek(0)
-        content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        what = f"{path}: a log in one JSON object is too large: got more than {LARGEST >> 20} MB"
-        raise QueryError(
-            f"{what}; give the .eval form, whose samples are read one by one (inspect log convert --to eval)"
-        )
+        if len(content) > LARGEST:
+            what = f"{path}: a log in one JSON object is too large: got more than {LARGEST >> 20} MB"
+            raise QueryError(
+                f"{what}; give the .eval form, whose samples are read one by one (inspect log convert --to eval)"
+            )
     try:
         log = json.loads(content)
     except (ValueError, RecursionError):  # JSON lines, or a broken file: their reader says which
         return None
-    return _listed(path, log, asking) if isinstance(log, dict) and "eval" in log and "version" in log else None
-
-
-def _listed(path: Path, log: Fields, asking: Asking) -> Iterator[Sample]:
-    task = _task(path, log)
-    samples = log.get("samples") or []
+    if not isinstance(log, dict) or "eval" not in log or "version" not in log:
+        return None
+    task, samples = _task(path, log), log.get("samples") or []
     if not isinstance(samples, list):
         raise QueryError(f"{path}: the log is damaged: its samples are no list; write it again")
-    for n, sample in enumerate(samples, 1):
-        yield from _of_inspect(sample, f"{path}: sample {n}", task, asking)
+    found = (_of_inspect(sample, f"{path}: sample {n}", task, asking) for n, sample in enumerate(samples, 1))
+    return task, chain.from_iterable(found)
 
 
-def _zipped(path: Path, asking: Asking) -> Iterator[Sample]:
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as log:
-            members = {x.filename: x for x in log.infolist()}
-            head = members.get("header.json") or members.get("_journal/start.json")
-            if head is None:
-                raise QueryError(f"{path}: no log of inspect: it holds no header.json; give a log that inspect wrote")
-            task = _task(path, _json(path, log, head))
+            yield log
+    except DAMAGED as reason:
+        what = f"{path}: the log cannot be read: {' '.join(str(reason).split())}"
+        raise QueryError(f"{what}; it is damaged or cut short, make it again") from reason
+
+
+def _zipped(path: Path, asking: Asking) -> Log:
+    with _opened(path) as log:
+        members = {x.filename: x for x in log.infolist()}
+        head = members.get("header.json") or members.get("_journal/start.json")
+        if head is None:
+            raise QueryError(f"{path}: no log of inspect: it holds no header.json; give a log that inspect wrote")
+        task = _task(path, _json(path, log, head))
+
+    def found() -> Iterator[Sample]:
+        with _opened(path) as log:
             for name, member in members.items():
                 if name.startswith("samples/") and name.endswith(".json"):
                     yield from _of_inspect(_json(path, log, member), f"{path}: {name}", task, asking)
-    except (
-        zipfile.BadZipFile,
-        OSError,
-        EOFError,
-        zlib.error,
-        struct.error,
-        NotImplementedError,
-        pa.ArrowException,
-    ) as reason:
-        what = f"{path}: the log cannot be read: {' '.join(str(reason).split())}"
-        raise QueryError(f"{what}; it is damaged or cut short, make it again") from reason
+
+    return task, found()
 
 
 def _json(path: Path, log: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:
@@ -245,10 +272,7 @@ def _of_inspect(sample: Any, where: str, task: str, asking: Asking) -> Iterator[
     if sample.get("error"):
         return  # it was not answered
     try:
-        found, scores = (
-            _attached(sample),
-            sample.get("scores") or ({"score": sample["score"]} if sample.get("score") else {}),
-        )
+        found, scores = _attached(sample), sample.get("scores") or {k: sample[k] for k in ["score"] if sample.get(k)}
         name = asking.score or next(iter(scores), "")
         if name not in scores:
             known = ", ".join(scores) or "none"
@@ -261,7 +285,8 @@ def _of_inspect(sample: Any, where: str, task: str, asking: Asking) -> Iterator[
             last = len(messages)
             messages.append({"role": "assistant", "content": (found.get("output") or {}).get("completion") or ""})
         value, extracted = scores[name]["value"], scores[name].get("answer")
-        targets = [x for x in _list(found.get("target")) if str(x).strip()]
+        target = found.get("target") or ""
+        targets = [x for x in (target if isinstance(target, list) else [target]) if str(x).strip()]
     except (KeyError, TypeError, AttributeError, IndexError) as reason:
         raise QueryError(
             f"{where}: not a sample as inspect writes them ({reason!r:.80}); make the log again"
@@ -309,20 +334,11 @@ def _message(message: Fields) -> Fields:
     return {"role": message["role"], "content": content, **more}
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 # ---- the evaluation harness
 
 
-def _harness_samples(path: Path, asking: Asking) -> Iterator[Sample] | None:
-    if not is_file(path):
-        return None
-    source = find_sources(path, QueryError)[0]
-    if source.kind != "jsonl":
-        return None
-    first = next((row for _, row in json_rows(source, QueryError)), None)
+def _harness(source: Source, asking: Asking) -> Log | None:
+    path, first = source.path, next((row for _, row in json_rows(source, QueryError)), None)
     if not isinstance(first, dict) or not first.keys() >= HARNESS:
         return None
     named = re.fullmatch(r"samples_(.+?)(_\d{4}-\d\d-\d\dT.*)?", path.name.split(".json")[0])
@@ -341,7 +357,7 @@ def _harness_samples(path: Path, asking: Asking) -> Iterator[Sample] | None:
                 what = f"{where}: not a sample as the evaluation harness writes them ({reason!r:.80})"
                 raise QueryError(f"{what}; write the log again with --log_samples") from reason
 
-    return found()
+    return task, found()
 
 
 def _of_harness(row: Fields, where: str, task: str, asking: Asking) -> Sample:

@@ -60,15 +60,13 @@ def read_lines(source: File, error: type[InputError] = CorpusError) -> Iterator[
     return _read(source, error, _lines)
 
 
-def read_chunks(source: File) -> Iterator[bytes]:
+def read_chunks(source: File, error: type[InputError] = CorpusError) -> Iterator[bytes]:
     """Read a file in UTF-8, a megabyte or less at once.
 
     Raises:
-        CorpusError: as `read_lines`.
+        error: as `read_lines`.
     """
-    for _, content in _read(
-        source, CorpusError, lambda stream: ((0, x) for x in iter(partial(stream.read1, READ), b""))
-    ):
+    for _, content in _read(source, error, lambda stream: ((0, x) for x in iter(partial(stream.read1, READ), b""))):
         yield content
 
 

@@ -271,10 +271,6 @@ class Queries:
             seen.add(row.record)
         return np.concatenate(parts)
 
-    def completion_pieces(self, i: int, contrast: bool = False) -> list[str]:
-        """Return the text of each scored token of a query's completion (or contrast), in the order of the row's loss mask."""
-        return self.pieces(self.rows_of_query[i][1 if contrast else 0])
-
     def pieces(self, r: int) -> list[str]:
         """Return the text of each scored token of a row."""
         pieces = self.rows[r].encoded.pieces(self.rows[r].text)

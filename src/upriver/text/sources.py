@@ -117,9 +117,9 @@ def find_sources(
     mode = _mode(path, error)
     if not mode or any(_mode(path / name, error) for name in ("dataset_info.json", "dataset_dict.json")):
         return [_dataset(path, bool(mode), error, split)]
-    sources, files = [], sorted(_files(path, error)) if stat.S_ISDIR(mode) else [path]
+    sources, files = [], sorted(files_below(path, error)) if stat.S_ISDIR(mode) else [path]
     if about is not None and files != [path]:
-        known = {file: (_kind(file) or ("",))[0] for file in files}
+        known = {file: (kind_of(file) or ("",))[0] for file in files}
         texts, records = ([f for f in files if known[f] and (known[f] == "text") == text] for text in (True, False))
         left = about_files(path, files, texts, records)
         files = [file for file in files if file not in left]
@@ -130,7 +130,7 @@ def find_sources(
             if skip is None or file == path:
                 raise error(f"cannot be read: got {file}, {reason}")
             skip(str(file), reason)
-        elif (kind := _kind(file)) is not None:
+        elif (kind := kind_of(file)) is not None:
             name = file.name if file == path else file.relative_to(path).as_posix()
             name = name.encode(errors="backslashreplace").decode()  # a name need not be UTF-8
             sources.append(Source(file, name, *kind))
@@ -154,7 +154,7 @@ def _mode(path: Path, error: ErrorType) -> int:
         raise error(f"{what}; give the path of a file or folder that you may read") from reason
 
 
-def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Iterator[Path]:
+def files_below(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """List the files below a folder but hidden ones; a link into the corpus, or to a folder ``above``, holds nothing new."""
     above = (*above, os.path.realpath(folder))
     try:
@@ -171,7 +171,7 @@ def _files(folder: Path, error: ErrorType, above: tuple[str, ...] = ()) -> Itera
         if not stat.S_ISDIR(mode):
             yield path
         elif not _read_anyway(path, above):
-            yield from _files(path, error, above)
+            yield from files_below(path, error, above)
 
 
 def _read_anyway(folder: Path, above: tuple[str, ...]) -> bool:
@@ -183,7 +183,7 @@ def _read_anyway(folder: Path, above: tuple[str, ...]) -> bool:
     return inside and not any(part.startswith(".") for part in target.relative_to(above[0]).parts)
 
 
-def _kind(path: Path) -> tuple[str, str] | None:
+def kind_of(path: Path) -> tuple[str, str] | None:
     suffixes = [s.lower() for s in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     kind = KINDS.get(suffixes[-1]) if suffixes else None
@@ -193,12 +193,12 @@ def _kind(path: Path) -> tuple[str, str] | None:
 def _dataset(path: Path, saved: bool, error: ErrorType, split: str | None) -> Source:
     """Load the `datasets` data set that was saved in a folder, or that the hub has by that name."""
     missing = f"no such file or folder: got {path}"
-    if not saved and (path.is_absolute() or _kind(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))):
+    if not saved and (path.is_absolute() or kind_of(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))):
         raise error(f"{missing}; check the path")
     import datasets
 
     try:
-        for file in _files(path, error) if saved else ():
+        for file in files_below(path, error) if saved else ():
             plain(file)
         data: Any = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     except Exception as reason:
