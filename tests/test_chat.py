@@ -11,7 +11,7 @@ import pytest
 
 from text_cases import byte_tokenizer, write_jsonl
 from upriver.errors import CorpusError
-from upriver.text.chat import render, renderings
+from upriver.text.chat import renderings
 from upriver.text.corpus import Corpus
 from upriver.text.watch import TooLongError, bounded
 
@@ -78,7 +78,7 @@ def tokenizer(template: str) -> Any:
 
 
 def lost(messages: list[dict[str, Any]], template: str, tools: Any = None) -> list[str]:
-    text, spans = render(messages, tokenizer(template), tools)
+    text, spans = renderings(messages, tokenizer(template), tools)[-1]
     return [text[start:end] for start, end in spans]
 
 
@@ -124,7 +124,7 @@ def test_a_turn_without_thoughts_stays_in_its_conversation():
 
 def test_an_answer_that_a_question_holds_is_found_where_it_was_given():
     talk = [{"role": "user", "content": "say yes"}, *TALK[1:]]
-    text, spans = render(talk, tokenizer(REASONED))
+    text, spans = renderings(talk, tokenizer(REASONED))[-1]
     assert text[: spans[0][0]].endswith("say yes<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -145,7 +145,7 @@ def test_tool_calls_carry_loss_and_what_tools_answer_does_not(template):
 
 
 def test_tools_go_to_every_render():
-    text, _ = render([TALK[0], CALL], tokenizer(CHATML), [TOOL])
+    text, _ = renderings([TALK[0], CALL], tokenizer(CHATML), [TOOL])[-1]
     assert text.startswith("<|im_start|>system\n[{")
 
 

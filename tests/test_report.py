@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 
 from report_fixture import HOSTILE, Parts, payload, seal, solved, write_scores
-from upriver.show.data import build_report, layers_by_depth
+from upriver.show.data import layers_by_depth, report_head, report_queries, report_trust
 from upriver.show.folder import Folder, read_folder
+from upriver.show.groups import read_groups
 from upriver.show.page import SCRIPTS, code, quantised
 from upriver.show.passages import near_duplicates, sentences
 from upriver.show.report import CSV_COLUMNS, csv_text, write_report
@@ -32,6 +33,13 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(scores: Path) -> dict[str, Any]:
     return json.loads((scores / "report.json").read_text(encoding="utf-8"))
+
+
+def build_report(folder: Folder) -> dict[str, Any]:
+    """What ``report.json`` holds, without the file."""
+    tables = read_groups(folder.path, folder.manifest)
+    queries = list(report_queries(folder, tables))
+    return report_head(folder, tables) | {"queries": queries, "trust": report_trust(folder, queries)}
 
 
 # ---- the data

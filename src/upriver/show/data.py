@@ -13,7 +13,7 @@ from upriver.influence.results import calibration
 from upriver.runtime.config import PLAIN_GRADIENTS, POSITIVE
 from upriver.show.documents import SIDES, Documents, Unit, spread
 from upriver.show.folder import Folder, Json, corpus_name, metadata_of
-from upriver.show.groups import Table, read_groups
+from upriver.show.groups import Table
 from upriver.show.passages import concentration, matches, near_duplicates, query_words, sentences
 from upriver.show.trust import short_name, trust
 from upriver.text.records import whole
@@ -28,13 +28,6 @@ GROUPS = 20  # that are shown of a question
 def shown_rank(folder: Folder) -> int:
     """Up to which rank passages are shown."""
     return max(LEAST, PASSAGES // (2 * len(folder.queries)))
-
-
-def build_report(folder: Folder) -> Json:
-    """Build the content of ``report.json`` from plain lists, dictionaries, strings and numbers."""
-    tables = read_groups(folder.path, folder.manifest)
-    queries = list(report_queries(folder, tables))
-    return report_head(folder, tables) | {"queries": queries, "trust": report_trust(folder, queries)}
 
 
 def report_head(folder: Folder, tables: list[Table]) -> Json:

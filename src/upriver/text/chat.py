@@ -38,6 +38,10 @@ def renderings(
     There is one text, and before it a text for each turn that it does not show in full, as where a template leaves out earlier
     thoughts: the conversation up to that turn, with loss on the turn alone, which is how the model came to say it.
 
+    A template that marks the turns (``{% generation %}``) is followed.  Else a turn goes from the generation prompt to its end,
+    by rendering what stands before and up to it; where the template then renders something else, the answer is looked up as it
+    stands, with the special token behind it.
+
     Raises:
         BadRowError: the chat template refuses the messages, or does not show an answer as it is.
     """
@@ -66,20 +70,6 @@ def prompted(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: list
         BadRowError: the chat template refuses the messages.
     """
     return _template(Conversation(messages, tokenizer, tools), reply=True)
-
-
-def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> tuple[str, Spans]:
-    """Render a conversation as one text, and find the characters of each of the assistant's turns that carries loss.
-
-    A template that marks them (``{% generation %}``) is followed.  Else a turn goes from the generation prompt to its end, by
-    rendering what stands before and up to it; where the template then renders something else, as one that leaves out earlier
-    thoughts does, the answer is looked up as it stands, with the special token behind it.
-
-    Raises:
-        BadRowError: the chat template refuses the messages, or does not show an answer as it is.
-    """
-    talk = Conversation(messages, tokenizer, tools)
-    return _whole(talk, *_spans(talk))
 
 
 def _whole(talk: Conversation, text: str, spans: dict[int, tuple[int, int]] | None) -> tuple[str, Spans]:
