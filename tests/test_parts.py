@@ -7,7 +7,7 @@ import torch
 import upriver as up
 from architectures import RECORDS, build, expected_dot_products
 from text_cases import byte_tokenizer
-from upriver.errors import LayerError
+from upriver.errors import LayerError, ModelError
 from upriver.model.check import tracked_layers
 from upriver.model.layers import find_layers
 
@@ -76,6 +76,8 @@ def test_an_embedding_is_a_matrix_whose_inputs_are_tokens(tmp_path):
     layers = tracked_layers(model, corpus, "*embed*")
     assert [(x.name, x.O, x.I) for x in layers] == [("model.embed_tokens", 32, 320)]
     found = traced(model, corpus, queries, tmp_path / "scores", curvature="identity", layers="*embed*")
+    with pytest.raises(ModelError, match=r"embed_tokens.* cannot be fitted"):
+        up.fit(model, corpus, tmp_path / "factors", layers="*embed*")
     expected = np.array(expected_dot_products(model, corpus, queries, layers))
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 

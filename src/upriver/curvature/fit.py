@@ -22,7 +22,7 @@ from upriver.curvature.consumers import FIT_PROBES, Correction, Covariance, agre
 from upriver.curvature.factors import Factors, decomposed, read_moments, write_lam
 from upriver.curvature.rounds import convergence, doublings, labels_of, rounds
 from upriver.kernels import one_core_each
-from upriver.model.check import check_data, check_loss, count_outputs, tracked_layers
+from upriver.model.check import check_data, check_loss, check_moments, count_outputs, tracked_layers
 from upriver.model.coverage import Coverage, coverage
 from upriver.model.layers import Layer
 from upriver.model.model import Model, check_model
@@ -135,6 +135,7 @@ def fit(
 
 def prepared(top: Artifact, model: Model, data: Sequences, opts: FitOptions, progress: Progress, say: Say) -> Work:
     layers = tracked_layers(model, data, str(opts.layers), opts.blocks)
+    check_moments(layers)
     check_loss(model, data, opts.fisher == "sampled")
     shape, budget = model_shape(model, layers, data), memory_budget(model, data, opts.batch, opts.memory)
     division = settled(top.path, divide_fit(shape, budget), model.device, say)

@@ -262,6 +262,20 @@ def check_data(model: Model, data: Sequences) -> None:
         check_token(model, highest, "the corpus")
 
 
+def check_moments(layers: list[Layer]) -> None:
+    """Refuse an embedding where second moments are taken: those of its inputs would be a matrix of words by words.
+
+    Raises:
+        ModelError: with its name.
+    """
+    for x in layers:
+        if isinstance(x.modules[0], nn.Embedding):
+            raise ModelError(
+                f"the embedding {x.name!r} cannot be fitted: its second moments would have {x.I:,} x {x.I:,} numbers; leave "
+                "it out of --layers, or trace it without factors, with --curvature identity, cg, lissa, arnoldi or nystrom"
+            )
+
+
 def check_token(model: Model, highest: int, what: str) -> None:
     """Refuse tokens that a language model has no row for, as a special token that was added and never trained.
 
