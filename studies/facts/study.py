@@ -40,6 +40,7 @@ SCORES = {
     "EK-FAC": {"curvature": "ekfac"},
     "EK-FAC, `--refine 3`": {"curvature": "ekfac", "refine": 3},
     "EK-FAC, `--refine 10`": {"curvature": "ekfac", "refine": 10},
+    "EK-FAC, `--refine auto`": {"curvature": "ekfac", "refine": "auto"},
 }
 BASELINES = ("bm25", "cosine", "repsim", "activations", "loss", "gradient_norm", "random")
 

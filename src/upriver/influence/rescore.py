@@ -43,9 +43,8 @@ class Rescored(NamedTuple):
     layers_PL: Tensor
 
 
-Group = tuple[
-    list[int], Tensor | slice, Tensor
-]  # queries that want the same sequences of a batch, these, and their pairs
+# queries that want the same sequences of a batch, these, and their pairs
+Group = tuple[list[int], Tensor | slice, Tensor]
 
 
 class TokenScores:
@@ -148,9 +147,8 @@ class Pairs(NamedTuple):
 
 def rescore_top(job: Job, wanted: list[np.ndarray]) -> list[Pairs]:
     """Full-rank scores of each query's wanted rows, in the model's dtype: a chunk of queries and a group of layers at a time."""
-    tracked = sum(
-        x.O * x.I for x in job.layers
-    )  # multiplications of a pair; of a token three times all weights, half as fast
+    # a pair takes as many multiplications as there are tracked weights, a token three times all weights, half as fast
+    tracked = sum(x.O * x.I for x in job.layers)
     pairs = max(PAIRS, 6 * sum(x.numel() for x in job.model.module.parameters()) // max(1, tracked))
     how = {"bytes": job.division.rescore_bytes, "batch_tokens": job.division.batch_tokens, "pairs": pairs}
     chunks, found = _chunks(job, wanted, pairs), []
