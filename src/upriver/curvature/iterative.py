@@ -15,7 +15,7 @@ from torch import Tensor
 
 from upriver.curvature.base import Curvature, Damping, Grads, Solution
 from upriver.curvature.blocks import BlockCurvature
-from upriver.curvature.energy import energy, held_out
+from upriver.curvature.energy import held_out, judge
 from upriver.curvature.products import Products
 
 Map = Callable[[Tensor], Tensor]  # v_QP -> v_QP
@@ -121,18 +121,17 @@ class ConjugateGradient(Iterative):
         how = self.tolerance, self.max_iterations
 
         def run(system: System, q_QP: Tensor) -> Outcome:
-            judged = None if self.stops is None else partial(self._energy, system, q_QP, self.stops)
+            judged = None if self.stops is None else partial(self._energy, self.stops, damping, q_QP)
             return conjugate_gradient(system.A, q_QP, system.precondition, *how, judged)
 
         return self._solved(q, damping, run)
 
-    def _energy(self, system: System, q_QP: Tensor, rows: np.ndarray, v_QP: Tensor, on: Tensor) -> Tensor:
+    def _energy(self, rows: np.ndarray, damping: Damping, q_QP: Tensor, v_QP: Tensor, on: Tensor) -> Tensor:
         """The energy of solutions of the queries ``on``, which conjugate gradients raise step by step where it is their own."""
         p, v = self.product, self.space.unflatten(v_QP)
         model, layers = p.function.model, p.function.layers
         (vGv_Q,) = held_out(model, layers, p.data, rows, [v], p.batch_tokens, memory_bytes=p.memory_bytes)
-        q_dot_v_Q, damped_Q = (q_QP[on] * v_QP).double().sum(1), (system.lambda_P * v_QP.double().square()).sum(1)
-        return energy(q_dot_v_Q.cpu(), vGv_Q, damped_Q.cpu()).energy_Q.to(q_QP.device)
+        return judge(self.space.unflatten(q_QP[on]), v, vGv_Q, self.lambdas(damping)).energy_Q.to(q_QP.device)
 
 
 def conjugate_gradient(

@@ -99,9 +99,8 @@ def find_layers(module: nn.Module, spec: str) -> list[Layer]:
         share = experts / max(1, sum(p.numel() for p in module.parameters()))
         wide = f"; {share:.0%} of its parameters are expert weights of three axes, which cannot be tracked"
         note, made = wide * bool(experts), len(computed(module))
-        note += f"; {made} of them compute their weight, as under weight normalisation, and cannot be tracked" * bool(
-            made
-        )
+        if made:
+            note += f"; {made} of them compute their weight, as under weight normalisation, and cannot be tracked"
         note += "; there is no adapter that is in use and apart from its base" if nothing[0] == "lora" else ""
         raise ModelError(
             f"no layer to track: --layers {nothing[0]!r} matches nothing; this model has linear layers at {have}{note}; "

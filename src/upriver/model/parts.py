@@ -192,9 +192,7 @@ def as_matrix(module: nn.Module, x: Tensor, g: Tensor, T: int | None) -> tuple[T
             behind = x.shape[2] == T and (x.shape[1] != T or x.stride(1) < x.stride(2))
             g_O = g_O.sum(1 if behind else 2)
         return g.new_ones(*g_O.shape[:-1], 1), g_O
-    if isinstance(
-        module, nn.Embedding
-    ):  # of a token the column of the matrix, where it is not the one for padding alone
+    if isinstance(module, nn.Embedding):  # a token is a column of the matrix, but for that of padding
         real = (x != (-1 if module.padding_idx is None else module.padding_idx)).to(g.dtype)
         return g.new_zeros(*x.shape, len(module.weight)).scatter_(-1, x[..., None], real[..., None]), g
     return unfolded(module, x), by_position(module, g)
